@@ -1,0 +1,1 @@
+"""From photographs to a trained ImageNet classifier: FFCV files, FFCV loaders, short recipes."""

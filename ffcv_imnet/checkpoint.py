@@ -1,0 +1,113 @@
+"""Checkpoints: saved whole or not at all, loaded without running anything they hold."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from ffcv_imnet.errors import RunError, UsageError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What training changes, and the ways to run it. `ema` is None where no average is kept."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: GradScaler
+    ema: AveragedModel | None
+    forward: nn.Module  # `model` as training calls it: DistributedDataParallel, compiled
+    judge: nn.Module  # `model` and `ema` as validation calls them: compiled at most
+    ema_judge: nn.Module | None
+    precision: str  # fp32, bf16 or fp16
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Autocast's; float32 means none."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            self.precision
+        ]
+
+
+def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:
+    """Everything that going on needs. Crops and order need nothing: they follow from the epoch.
+
+    Args:
+        run: plain values: settings, data checksums, classes, the records so far.
+    """
+    return {
+        "format": FORMAT,
+        "run": run,
+        "model": learner.model.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "ema": learner.ema.state_dict() if learner.ema is not None else None,
+        "torch_rng": torch.get_rng_state(),
+    }
+
+
+def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's state into `learner`. Raises RunError if it does not fit."""
+    try:
+        learner.model.load_state_dict(state["model"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        if learner.scaler.is_enabled():
+            learner.scaler.load_state_dict(state["scaler"])
+        if learner.ema is not None:
+            learner.ema.load_state_dict(state["ema"])
+        torch.set_rng_state(state["torch_rng"])
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{path}: the checkpoint does not fit this network: {reason}") from error
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write under a temporary name, reach the disk, rename: `path` is never half a checkpoint."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Make `target` the checkpoint that `source` is, in one step.
+
+    A link where the file system has them: `save` replaces names and never changes a file.
+    """
+    partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU; only tensors and plain values are accepted.
+
+    Raises:
+        UsageError: no such file.
+        RunError: the file is damaged or is not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise UsageError(f"--resume {path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path}: not a readable checkpoint ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise RunError(f"{path}: not a checkpoint of this project (format {FORMAT})")
+    return state

@@ -1,0 +1,280 @@
+"""FFCV loaders: the same batches at any number of threads and processes, and never a hang."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from queue import Empty, Full
+from typing import Any
+
+import numpy as np
+import torch
+from ffcv.fields.basics import IntDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
+from torch import Tensor
+
+from ffcv_imnet.beton import Manifest, check_beton
+from ffcv_imnet.decoders import CropDecoder
+from ffcv_imnet.distributed import World, usable_cores
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.schedules import EpochPlan
+from ffcv_imnet.settings import Settings
+
+PADDING = -1  # label of a picture that only fills up the last validation batch
+
+
+def check_data(settings: Settings) -> tuple[Manifest, Manifest]:
+    """The manifests of both files, found to be what they say and to speak of the same classes.
+
+    Raises:
+        UsageError: a file is missing, or the classes of the two differ.
+        RunError: a file is not what its manifest says.
+    """
+    train = check_beton(Path(settings.data.train_dataset))
+    val = check_beton(Path(settings.data.val_dataset))
+    if train.classes != val.classes:
+        raise UsageError(
+            f"{settings.data.train_dataset} and {settings.data.val_dataset} differ in their classes: "
+            f"{_first_difference(train.classes, val.classes)}; write both from the same classes"
+        )
+    return train, val
+
+
+def _first_difference(train: Sequence[str], val: Sequence[str]) -> str:
+    if len(train) != len(val):
+        odd = sorted(set(train) ^ set(val))
+        return f"{len(train)} and {len(val)} classes, {', '.join(odd[:3])} in only one of them"
+    index = next(i for i, (a, b) in enumerate(zip(train, val, strict=True)) if a != b)
+    return f"class {index} is {train[index]!r} in one and {val[index]!r} in the other"
+
+
+def local_batch_size(settings: Settings, world: World) -> int:
+    """This process's share of the global batch.
+
+    Raises:
+        UsageError: the world does not divide the batch; names the nearest that fits.
+    """
+    batch = settings.training.batch_size
+    if batch % world.size:
+        fits = max(1, round(batch / world.size)) * world.size
+        raise UsageError(
+            f"training.batch_size {batch} does not divide into {world.size} processes; "
+            f"the nearest that does is {fits}"
+        )
+    return batch // world.size
+
+
+def workers_of(settings: Settings, world: World) -> int:
+    """Decoding threads of this process.
+
+    Raises:
+        UsageError: more than the cores this process may use, which numba refuses.
+    """
+    cores = usable_cores()
+    workers = settings.data.num_workers
+    if workers is None:
+        return max(1, cores // world.local_size)
+    if workers > cores:
+        raise UsageError(
+            f"data.num_workers {workers} is more than the {cores} cores this process may use; "
+            f"set it to {cores} or less, or leave it out"
+        )
+    return workers
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """One permutation of all samples, the same on every process. Shape (samples,), int64."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
+
+
+def share_of_order(
+    order: "np.ndarray[Any, np.dtype[np.int64]]", local_batch: int, rank: int, size: int
+) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """What `rank` of `size` trains on: its slice of every global batch; the rest that fills none is dropped."""
+    steps = len(order) // (local_batch * size)
+    batches = order[: steps * local_batch * size].reshape(steps, size, local_batch)
+    return batches[:, rank].reshape(-1)
+
+
+class _Epoch(EpochIterator):
+    """FFCV's iterator with an end for every case: an error in its thread, a consumer that leaves."""
+
+    def __init__(self, loader: Loader, order: "np.ndarray[Any, Any]") -> None:
+        self.error: BaseException | None = None
+        super().__init__(loader, order)
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:  # FFCV would leave the consumer waiting for ever
+            self.error = error
+            self._put_end()
+
+    def _put_end(self) -> None:
+        while not self.terminate_event.is_set():
+            try:
+                self.output_queue.put(None, timeout=0.5)
+                return
+            except Full:
+                continue
+
+    def __next__(self) -> Any:
+        try:
+            return super().__next__()
+        except StopIteration:
+            if self.error is not None:
+                raise RunError(
+                    f"{self.loader.fname}: the loader failed: {self.error!r}"
+                ) from self.error
+            raise
+
+    def stop(self) -> None:
+        """End the thread and free its buffers, wherever it is."""
+        self.close()
+        while self.is_alive():
+            try:
+                self.output_queue.get(timeout=0.05)
+            except Empty:
+                continue
+
+
+class _OrderedLoader(Loader):
+    """FFCV's loader with the order of samples given for each epoch."""
+
+    def __init__(
+        self, path: str, batch_size: int, decoder: CropDecoder, workers: int, ahead: int
+    ) -> None:
+        threads = torch.get_num_threads()
+        super().__init__(
+            path,
+            batch_size=batch_size,
+            num_workers=workers,
+            order=OrderOption.SEQUENTIAL,
+            drop_last=False,
+            batches_ahead=ahead,
+            pipelines={
+                "image": [decoder, ToTensor(), ToTorchImage()],
+                "label": [IntDecoder(), ToTensor(), Squeeze(1)],
+            },
+        )
+        torch.set_num_threads(threads)  # FFCV sets it for the whole process
+        self.decoder = decoder
+
+    def batches(
+        self, order: "np.ndarray[Any, Any]", device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.
+
+        A batch is valid until the next one is taken.
+
+        Raises:
+            RunError: a stored image did not decode, or the loader's thread failed.
+        """
+        threads = torch.get_num_threads()
+        copied = torch.cuda.Event() if device.type == "cuda" else None
+        epoch = _Epoch(self, order)
+        try:
+            for images, labels in epoch:
+                torch.set_num_threads(
+                    threads
+                )  # the loader's thread changed it before its first batch
+                self._check_decoded()
+                images = images.to(device, non_blocking=True)
+                labels = labels.to(device, non_blocking=True)
+                if copied is None:
+                    yield images, labels
+                    continue
+                copied.record()
+                yield images, labels
+                # FFCV reuses a host buffer some batches later without asking the device. Waiting
+                # for this copy, not for the step behind it, keeps the device busy.
+                copied.synchronize()
+            self._check_decoded()
+        finally:
+            epoch.stop()
+            torch.set_num_threads(threads)
+
+    def _check_decoded(self) -> None:
+        damaged = int(self.decoder.control["damaged"][0])
+        if damaged:
+            raise RunError(
+                f"{self.fname}: the JPEG of sample {damaged - 1} is damaged; "
+                f"write the file again with write_ffcv.py --force"
+            )
+
+
+class TrainLoader:
+    """Training batches: global permutation, seeded crops and flips, this process's share.
+
+    Args:
+        path: the .beton file.
+        samples: number of images in it.
+        settings: seed, crop scale and ratio, flip, batch size, workers.
+        world: whose share to take.
+    """
+
+    def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
+        self.samples, self.seed, self.world = samples, settings.training.seed, world
+        self.local_batch = local_batch_size(settings, world)
+        self.decoder = CropDecoder(settings.resolution.max_res)
+        control = self.decoder.control
+        control["seed"], control["random"] = self.seed, 1
+        control["flip"] = settings.augmentation.flip
+        control["ratio"] = settings.augmentation.crop_ratio
+        self.loader = _OrderedLoader(
+            path,
+            self.local_batch,
+            self.decoder,
+            workers_of(settings, world),
+            settings.data.batches_ahead,
+        )
+
+    def epoch(self, plan: EpochPlan) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches of one epoch; see `_OrderedLoader.batches`."""
+        self.decoder.control["epoch"] = plan.epoch
+        self.decoder.control["scale"] = plan.crop_scale
+        self.decoder.resolution = plan.resolution
+        order = epoch_order(self.samples, self.seed, plan.epoch)
+        order = share_of_order(order, self.local_batch, self.world.rank, self.world.size)
+        return self.loader.batches(order, self.world.device)
+
+
+class ValLoader:
+    """Validation batches, each image once over all processes, all batches of one shape."""
+
+    def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
+        self.samples, self.world = samples, world
+        share = -(-samples // world.size)
+        self.local_batch = max(1, min(settings.validation.batch_size // world.size, share))
+        decoder = CropDecoder(settings.validation.resolution)
+        decoder.control["central"] = settings.validation.crop_ratio
+        self.loader = _OrderedLoader(
+            path,
+            self.local_batch,
+            decoder,
+            workers_of(settings, world),
+            settings.data.batches_ahead,
+        )
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As training batches; the last is filled up with black pictures labelled `PADDING`."""
+        order = np.arange(self.world.rank, self.samples, self.world.size)
+        with closing(self.loader.batches(order, self.world.device)) as batches:
+            for images, labels in batches:
+                yield pad(images, labels, self.local_batch)
+
+
+def pad(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Fill a batch up to `batch_size`: one shape, one compiled graph.
+
+    Args:
+        images: (n, 3, side, side), n <= batch_size; the memory format is kept.
+        labels: (n,).
+    """
+    missing = batch_size - len(labels)
+    if missing == 0:
+        return images, labels
+    black = images.new_zeros((missing, *images.shape[1:]))
+    full = torch.cat([images, black]).contiguous(memory_format=torch.channels_last)
+    return full, torch.cat([labels, labels.new_full((missing,), PADDING)])

@@ -1,0 +1,110 @@
+"""One exact pass over the validation set: every image counts once, at any number of processes."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ffcv_imnet.checkpoint import Learner
+from ffcv_imnet.data import PADDING, ValLoader
+from ffcv_imnet.distributed import Interrupted, StopSignal, World
+from ffcv_imnet.errors import RunError
+from ffcv_imnet.progress import Progress
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Fractions of one over all images; `loss` is the mean plain cross-entropy of the single view."""
+
+    loss: float
+    top_1: float
+    top_5: float
+    tta_top_1: float | None  # with logits summed over the picture and its mirror image
+    tta_top_5: float | None
+    images: int
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels are the first, and among the first five, of the logits.
+
+    Args:
+        logits: (N, classes). With fewer than five classes all of them count as the first five.
+        labels: (N,), int64; a negative one is never hit.
+
+    Returns:
+        (2,), float64, on the same device.
+    """
+    best = logits.topk(min(5, logits.shape[1])).indices
+    found = best == labels[:, None]
+    return torch.stack([found[:, 0].sum(), found.sum()]).double()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: ValLoader,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    tta: bool = False,
+    stop: StopSignal | None = None,
+    what: str = "validation",
+) -> Metrics:
+    """Judge `model` on all of `loader`'s images, in evaluation mode.
+
+    Sums are kept on the device in float64, added up over the processes once, at the end.
+
+    Raises:
+        Interrupted: `stop` noted a signal (single process only: several cannot agree in here).
+        RunError: the loss is NaN or infinite, or the loader failed.
+    """
+    model.eval()
+    sums = torch.zeros(6, dtype=torch.float64, device=world.device)
+    with Progress(loader.samples, what, enabled=world.is_main) as progress:
+        for images, labels in loader.batches():
+            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(images).float()
+                flipped = model(images.flip(3)).float() if tta else logits
+            loss = F.cross_entropy(logits, labels, ignore_index=PADDING, reduction="sum")
+            sums[0] += loss
+            sums[1] += (labels != PADDING).sum()
+            sums[2:4] += hits(logits, labels)
+            if tta:
+                sums[4:6] += hits(logits + flipped, labels)
+            progress.update(len(labels) * world.size)
+            if stop is not None and stop.received is not None and world.size == 1:
+                raise Interrupted(stop.received)
+    loss_sum, images_seen, *found = world.sum(sums).tolist()
+    if not math.isfinite(loss_sum):
+        raise RunError(
+            f"the {what} loss is NaN or infinite: the weights are lost; try a lower lr.lr"
+        )
+    top_1, top_5, tta_top_1, tta_top_5 = (count / images_seen for count in found)
+    return Metrics(
+        loss=loss_sum / images_seen,
+        top_1=top_1,
+        top_5=top_5,
+        tta_top_1=tta_top_1 if tta else None,
+        tta_top_5=tta_top_5 if tta else None,
+        images=round(images_seen),
+    )
+
+
+def validate(
+    learner: Learner, loader: ValLoader, world: World, tta: bool, stop: StopSignal
+) -> tuple[Metrics, Metrics | None]:
+    """Judge the weights and, where there is one, their average.
+
+    BatchNorm's statistics are first made equal on all processes, and stay so for the checkpoint.
+    """
+    world.share(learner.model)
+    plain = evaluate(learner.judge, loader, world, learner.dtype, tta=tta, stop=stop)
+    if learner.ema is None or learner.ema_judge is None:
+        return plain, None
+    world.share(learner.ema)
+    average = evaluate(
+        learner.ema_judge, loader, world, learner.dtype, tta=tta, stop=stop, what="EMA validation"
+    )
+    return plain, average

@@ -1,0 +1,39 @@
+"""Networks: a registry of constructors, and what every one of them is wrapped in."""
+
+import torch
+from torch import Tensor, nn
+
+from ffcv_imnet.models import resnet  # noqa: F401  (registers its networks)
+from ffcv_imnet.models.blurpool import apply_blurpool
+from ffcv_imnet.models.registry import build
+from ffcv_imnet.settings import Settings
+
+# Of ImageNet's training set in RGB, for pixels from 0 to 255; torchvision's and everybody's.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+class Normalize(nn.Module):
+    """uint8 pixels to zero mean and unit variance, so that loaders move one byte a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 or float (N, 3, H, W), 0 to 255 -> float32 of the same shape and memory format."""
+        return (images - self.mean) / self.std
+
+
+def build_model(settings: Settings, classes: int) -> nn.Sequential:
+    """The network of `settings`, from uint8 pixels (N, 3, H, W) to logits (N, classes).
+
+    Its parameters are those of `torch.manual_seed(training.seed)`. Raises UsageError for an
+    unknown `model.arch`.
+    """
+    torch.manual_seed(settings.training.seed)
+    network = build(settings.model.arch, classes, settings.model.zero_gamma)
+    if settings.training.use_blurpool:
+        apply_blurpool(network)
+    return nn.Sequential(Normalize(), network)

@@ -1,0 +1,164 @@
+"""The JSON epoch log, `RUN/log.jsonl`: these dataclasses are its schema; append to it, read it.
+
+One JSON object a line. The first is a `Header` (a resumed run adds another), then one `Epoch` per
+epoch, at the end a `Summary`. A field that does not apply is absent, never null.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ffcv_imnet.errors import RunError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """How the run was started."""
+
+    TYPE: ClassVar[str] = "header"
+
+    settings: dict[str, Any]  # every setting, resolved, by section
+    manifests: dict[str, dict[str, Any]]  # train, val: path, samples, classes, content_checksum
+    versions: dict[str, str]  # python, torch, torchvision, ffcv, numba, numpy
+    device: str  # name of the accelerator or of the processor
+    precision: str  # fp32, bf16 or fp16: what `auto` came to
+    world_size: int  # number of processes, one a device
+    started: str  # UTC, ISO 8601
+    git_commit: str | None = None  # of this project, with "+changes" if the tree was not clean
+    first_epoch: int = 0  # > 0 on a resumed run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What one epoch did, and one pass over the whole validation set after it."""
+
+    TYPE: ClassVar[str] = "epoch"
+
+    epoch: int  # counted from 0
+    resolution: int  # side of the training crops, px
+    batch_size: int  # global
+    lr: float  # at the last step
+    train_loss: float  # mean training objective (cross-entropy with label smoothing)
+    val_loss: float  # mean plain cross-entropy, single view
+    top_1: float  # fraction of one, single view; this and the next are never test-time augmented
+    top_5: float
+    ema_val_loss: float | None = None  # the same of the averaged weights, where EMA is on
+    ema_top_1: float | None = None
+    ema_top_5: float | None = None
+    tta_top_1: float | None = None  # logits summed over the picture and its mirror image
+    tta_top_5: float | None = None
+    ema_tta_top_1: float | None = None
+    ema_tta_top_5: float | None = None
+    images_per_second: float  # training images over train_seconds, all processes together
+    train_seconds: float
+    loader_seconds: float  # the part of train_seconds that rank 0 waited for its loader
+    val_seconds: float
+    elapsed_seconds: float  # since the script started, earlier parts of a resumed run included
+    peak_memory_bytes: int | None = None  # on one accelerator; absent on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """When the target `training.stop_at` was first reached, without test-time augmentation."""
+
+    top_1: float
+    by: str  # "top_1" or "ema_top_1"
+    epoch: int  # counted from 0; the number of epochs spent is this + 1
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The last line of a finished run."""
+
+    TYPE: ClassVar[str] = "summary"
+
+    reached: Reached | None = None  # absent if there was no target or it was missed
+    best_top_1: float  # the larger of top_1 and ema_top_1
+    best_epoch: int
+    epochs: int  # epochs trained
+    elapsed_seconds: float
+
+
+Record = Header | Epoch | Summary
+_TYPES: dict[str, type[Record]] = {kind.TYPE: kind for kind in (Header, Epoch, Summary)}
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a `log.jsonl` holds."""
+
+    headers: list[Header] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
+    summary: Summary | None = None  # None: the run has not finished
+
+
+def to_dict(record: Record | Reached) -> dict[str, Any]:
+    """A record as JSON's types, its type's name first, without the fields that do not apply."""
+    out: dict[str, Any] = {} if isinstance(record, Reached) else {"type": record.TYPE}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if value is not None:
+            out[item.name] = to_dict(value) if isinstance(value, Reached) else value
+    return out
+
+
+def from_dict(values: dict[str, Any]) -> Record:
+    """The inverse of `to_dict`. Raises TypeError or KeyError when `values` is not a record."""
+    values = dict(values)
+    kind = _TYPES[values.pop("type")]
+    if kind is Summary and "reached" in values:
+        values["reached"] = Reached(**values["reached"])
+    return kind(**values)
+
+
+def to_line(record: Record) -> str:
+    """A record as its line of the log. Raises ValueError on NaN or infinity, which JSON lacks."""
+    return json.dumps(to_dict(record), allow_nan=False) + "\n"
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line and have the disk keep it before anything else happens."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rewrite(path: Path, records: list[Record]) -> None:
+    """Replace the log in one step: after a resume it says exactly what the checkpoint knows."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(to_line(record) for record in records), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_log(path: Path) -> Log:
+    """The records of a log.
+
+    A last line without its newline is a write that was cut off and is left out.
+
+    Raises:
+        UsageError: no such file.
+        RunError: a line is not a record; it is named.
+    """
+    if path.is_dir():
+        path = path / "log.jsonl"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such log; a run's folder holds log.jsonl")
+    log = Log()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = from_dict(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path}, line {number}: not a record of this log ({error})") from error
+        if isinstance(record, Header):
+            log.headers.append(record)
+        elif isinstance(record, Epoch):
+            log.epochs.append(record)
+        else:
+            log = Log(log.headers, log.epochs, record)
+    return log

@@ -1,0 +1,152 @@
+"""RUN, the folder of one run: log.jsonl, config.yaml, classes.txt, last.pt, best.pt.
+
+Resume policy: last.pt holds the records of its epochs; a resumed run first makes log.jsonl say
+exactly those, then goes on with the next epoch. An epoch counts once its checkpoint has its name.
+A run is resumed only under the settings and data that shape its result.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ffcv_imnet import checkpoint, records
+from ffcv_imnet.beton import Manifest
+from ffcv_imnet.errors import UsageError
+from ffcv_imnet.records import Epoch, Header, Reached, Record, Summary
+from ffcv_imnet.settings import Settings, differences, to_dict, to_yaml
+
+LOG, LAST, BEST = "log.jsonl", "last.pt", "best.pt"
+
+
+@dataclass
+class RunFolder:
+    """What the folder knows of its run so far."""
+
+    path: Path
+    settings: Settings
+    classes: tuple[str, ...]
+    data: dict[str, str]  # content checksums of train and val
+    state: dict[str, Any] | None = None  # the checkpoint to go on from
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def epochs(self) -> list[Epoch]:
+        """The epochs done."""
+        return [record for record in self.records if isinstance(record, Epoch)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the target was reached and ends the run."""
+        training = self.settings.training
+        target_ends_it = training.stop_when_reached and self.reached() is not None
+        return len(self.epochs) >= training.epochs or target_ends_it
+
+    def reached(self) -> Reached | None:
+        """The first epoch at or above `training.stop_at`, if there is one."""
+        target = self.settings.training.stop_at
+        for epoch in self.epochs if target else []:
+            top_1, by = _score(epoch)
+            if top_1 >= target:
+                return Reached(
+                    top_1=top_1, by=by, epoch=epoch.epoch, elapsed_seconds=epoch.elapsed_seconds
+                )
+        return None
+
+    def start(self, header: Header) -> None:
+        """Write what stands in the folder before the first step."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(to_yaml(self.settings), encoding="utf-8")
+        (self.path / "classes.txt").write_text("".join(f"{c}\n" for c in self.classes), "utf-8")
+        self.records.append(header)
+        records.rewrite(self.path / LOG, self.records)
+
+    def save(self, learner: checkpoint.Learner) -> None:
+        """Keep the epoch that was appended to `records`: checkpoint first, then its line in the log."""
+        run = {
+            "settings": to_dict(self.settings),
+            "data": self.data,
+            "classes": list(self.classes),
+            "records": [records.to_dict(record) for record in self.records],
+        }
+        checkpoint.save(checkpoint.state_of(learner, run), self.path / LAST)
+        *earlier, newest = [_score(epoch)[0] for epoch in self.epochs]
+        if newest > max(earlier, default=-1.0):
+            checkpoint.copy(self.path / LAST, self.path / BEST)
+        records.append(self.path / LOG, self.epochs[-1])
+
+    def finish(self) -> Summary:
+        """Write the log's last line."""
+        best = max(self.epochs, key=lambda epoch: _score(epoch)[0])
+        summary = Summary(
+            reached=self.reached(),
+            best_top_1=_score(best)[0],
+            best_epoch=best.epoch,
+            epochs=len(self.epochs),
+            elapsed_seconds=self.epochs[-1].elapsed_seconds,
+        )
+        self.records.append(summary)
+        records.rewrite(self.path / LOG, self.records)
+        return summary
+
+
+def _score(epoch: Epoch) -> tuple[float, str]:
+    """The better of the weights' and their average's top-1, never test-time augmented."""
+    if epoch.ema_top_1 is not None and epoch.ema_top_1 > epoch.top_1:
+        return epoch.ema_top_1, "ema_top_1"
+    return epoch.top_1, "top_1"
+
+
+def open_run(settings: Settings, resume: str | None, train: Manifest, val: Manifest) -> RunFolder:
+    """The folder `logging.folder`, empty or with what `--resume` asks for. Nothing is written.
+
+    Args:
+        resume: None (the folder must hold no run), "auto" (go on, or start where there is nothing
+            to go on from), or a checkpoint's path.
+
+    Raises:
+        UsageError: the folder holds another run; the checkpoint was made under other settings or
+            from other data.
+        RunError: the checkpoint is damaged.
+    """
+    folder = Path(settings.logging.folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"logging.folder {folder} is a file; name a folder")
+    data = {"train": train.content_checksum, "val": val.content_checksum}
+    run = RunFolder(folder, settings, train.classes, data)
+    source = _checkpoint_to_resume(folder, resume)
+    if source is None:
+        return run
+
+    run.state = checkpoint.load(source)
+    saved = run.state["run"]
+    if differ := differences(to_dict(settings), saved["settings"]):
+        raise UsageError(
+            f"--resume: {source} was made under other settings ({'; '.join(differ)}); give the same "
+            f"ones, or start afresh in another logging.folder"
+        )
+    changed = [split for split in data if data[split] != saved["data"][split]]
+    if changed or list(run.classes) != saved["classes"]:
+        which = " and ".join(changed) or "classes"
+        raise UsageError(f"--resume: {source} was made from other data ({which} differ)")
+    run.records = [records.from_dict(record) for record in saved["records"]]
+    return run
+
+
+def _checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
+    holds_run = (folder / LOG).exists() or (folder / LAST).exists()
+    if resume is None:
+        if holds_run:
+            raise UsageError(
+                f"logging.folder {folder} holds a run already; add --resume auto to go on with it, "
+                f"or name another folder with --logging.folder=..."
+            )
+        return None
+    if resume == "auto":
+        return folder / LAST if (folder / LAST).exists() else None
+    source = Path(resume)
+    if holds_run and source.resolve().parent != folder.resolve():
+        raise UsageError(
+            f"logging.folder {folder} holds another run than --resume {source}: name a new folder "
+            f"with --logging.folder=..., or {source.parent} to go on there"
+        )
+    return source

@@ -1,0 +1,537 @@
+"""Every training setting, declared once: name, type, default, unit, help.
+
+The dataclasses below are the declaration. fastargs reads YAML files and the command line; what it
+would let pass (unknown keys, abbreviations, the environment, `bool("False")`) is refused here.
+Names are those of ffcv-imagenet where it has them.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import fastargs
+import yaml
+from fastargs.dict_utils import expand_keys, fix_dict
+from fastargs.validation import Checker
+
+from ffcv_imnet.errors import UsageError, nearest
+
+
+class Number(Checker):
+    """An int or a float within bounds."""
+
+    def __init__(self, kind: type[int] | type[float], low: float, high: float) -> None:
+        self.kind, self.low, self.high = kind, low, high
+
+    def check(self, value: object) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        number = float(value)
+        whole = self.kind is int
+        if not self.low <= number <= self.high or (whole and number != int(number)):
+            raise ValueError  # NaN fails the first comparison
+        return int(value) if whole else number  # int(value): a 63-bit seed does not fit a float
+
+    def help(self) -> str:
+        noun = "an integer" if self.kind is int else "a number"
+        if math.isinf(self.high):
+            return noun if math.isinf(self.low) else f"{noun} of at least {self.low:g}"
+        return f"{noun} from {self.low:g} to {self.high:g}"
+
+
+class Switch(Checker):
+    """true or false, in YAML's words or as 1 and 0."""
+
+    WORDS = {"true": True, "yes": True, "on": True, "1": True}
+    WORDS |= {"false": False, "no": False, "off": False, "0": False}
+
+    def check(self, value: object) -> bool:
+        return self.WORDS[str(value).lower()]
+
+    def help(self) -> str:
+        return "true or false"
+
+
+class Choice(Checker):
+    """One of a few words."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+
+    def check(self, value: object) -> str:
+        word = str(value).lower()
+        if word not in self.words:
+            raise ValueError
+        return word
+
+    def help(self) -> str:
+        return "one of " + ", ".join(self.words)
+
+
+class Text(Checker):
+    """Any text that is not empty."""
+
+    def check(self, value: object) -> str:
+        if not isinstance(value, str) or not value:
+            raise ValueError
+        return value
+
+    def help(self) -> str:
+        return "a text"
+
+
+class Range(Checker):
+    """Two numbers, the smaller first: `[0.35, 1]` in YAML, `0.35,1` on the command line."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.number = Number(float, low, high)
+
+    def check(self, value: object) -> tuple[float, float]:
+        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or len(parts) != 2:
+            raise ValueError
+        first, second = (self.number.check(part) for part in parts)
+        if first > second:
+            raise ValueError
+        return first, second
+
+    def help(self) -> str:
+        return f"two numbers from {self.number.low:g} to {self.number.high:g}, the smaller first"
+
+
+def _setting(default: Any, checker: Checker, text: str) -> Any:
+    return field(default=default, metadata={"checker": checker, "help": text})
+
+
+def _int(default: int | None, text: str, low: int = 0, high: float = math.inf) -> Any:
+    return _setting(default, Number(int, low, high), text)
+
+
+def _float(default: float | None, text: str, low: float = 0.0, high: float = math.inf) -> Any:
+    return _setting(default, Number(float, low, high), text)
+
+
+def _switch(default: bool, text: str) -> Any:
+    return _setting(default, Switch(), text)
+
+
+def _text(default: str, text: str) -> Any:
+    return _setting(default, Text(), text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The network"""
+
+    arch: str = _text("resnet18", "name in the registry: resnet18, resnet34, resnet50")
+    zero_gamma: bool = _switch(
+        False, "start the last BatchNorm of each residual block at zero (arXiv:1706.02677, 5.1)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Files and their loading"""
+
+    train_dataset: str = _text("data/beton/train.beton", ".beton to train on")
+    val_dataset: str = _text("data/beton/val.beton", ".beton to validate on")
+    num_workers: int | None = _int(
+        None, "decoding threads of one process; default: usable cores over local processes", 1
+    )
+    batches_ahead: int = _int(3, "batches decoded ahead of the one in use", 1, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What a training picture goes through"""
+
+    crop_scale: tuple[float, float] = _setting(
+        (0.08, 1.0), Range(0.001, 1.0), "area of a crop over that of its picture"
+    )
+    crop_ratio: tuple[float, float] = _setting(
+        (0.75, 4 / 3), Range(0.01, 100.0), "width over height of a crop"
+    )
+    flip: bool = _switch(True, "mirror every picture with probability one half")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """Progressive resizing: side of the training crops"""
+
+    min_res: int = _int(160, "up to epoch start_ramp, px", 8, 4096)
+    max_res: int = _int(160, "from epoch end_ramp on, px", 8, 4096)
+    start_ramp: int = _int(0, "epoch in which the ramp begins, counted from 0")
+    end_ramp: int = _int(0, "epoch in which it ends; between, linear, to the nearest 32 px")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lr:
+    """Learning rate: linear warm-up from zero, linear decay to zero, evaluated at every step"""
+
+    lr: float = _float(0.5, "at the peak, for a batch of lr.base_batch_size", 1e-12)
+    lr_peak_epoch: float = _float(2.0, "length of the warm-up, in epochs")
+    base_batch_size: int = _int(
+        0, "lr is scaled by batch_size over this (arXiv:1706.02677, 2.1); 0: taken as it is"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Optimisation"""
+
+    epochs: int = _int(16, "passes over the training set", 1)
+    batch_size: int = _int(1024, "global: over all processes", 1)
+    optimizer: str = _setting("sgd", Choice(["sgd"]), "optimizer")
+    momentum: float = _float(0.9, "of SGD", 0.0, 0.9999)
+    nesterov: bool = _switch(False, "Nesterov's momentum")
+    weight_decay: float = _float(5e-5, "L2 factor; never on one-dimensional parameters")
+    label_smoothing: float = _float(0.1, "arXiv:1512.00567, 7", 0.0, 0.9999)
+    use_blurpool: bool = _switch(
+        True, "fixed 1-2-1 blur before every strided convolution of 16 or more inputs"
+    )
+    ema_decay: float = _float(
+        0.0, "per-step decay of averaged weights and buffers, validated too; 0: none", 0.0, 0.999999
+    )
+    precision: str = _setting(
+        "auto",
+        Choice(["auto", "fp32", "bf16", "fp16"]),
+        "autocast type; auto: the fastest that the device runs natively",
+    )
+    compile: bool = _switch(False, "torch.compile, one static graph for each resolution")
+    seed: int = _int(0, "of initial weights, order, crops and flips", 0, 2**63 - 1)
+    stop_at: float = _float(0.0, "target of top_1 or ema_top_1, a fraction of one; 0: none", 0, 1)
+    stop_when_reached: bool = _switch(False, "end the run at the target instead of at its epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """One exact pass over the validation set after each epoch"""
+
+    batch_size: int = _int(512, "global: over all processes", 1)
+    resolution: int = _int(256, "side of the picture that the network sees, px", 8, 4096)
+    crop_ratio: float = _float(
+        224 / 256, "side of the central crop over the picture's shorter side", 0.01, 1.0
+    )
+    lr_tta: bool = _switch(False, "also with logits summed over the picture and its mirror image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """The run's folder"""
+
+    folder: str = _text("runs/latest", "RUN: log.jsonl, config.yaml, last.pt, best.pt, classes.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All sections. `Settings()` is every default."""
+
+    model: Model = Model()
+    data: Data = Data()
+    augmentation: Augmentation = Augmentation()
+    resolution: Resolution = Resolution()
+    lr: Lr = Lr()
+    training: Training = Training()
+    validation: Validation = Validation()
+    logging: Logging = Logging()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command line of train_imagenet.py."""
+
+    settings: Settings
+    dry_run: bool = False
+    resume: str | None = None  # "auto" or a checkpoint's path
+
+
+# Settings that may differ between a run and its resumption: they leave the numbers as they are.
+# The data's paths are among them because their content is compared by checksum.
+NOT_OF_THE_RESULT = (
+    "data.train_dataset",
+    "data.val_dataset",
+    "data.num_workers",
+    "data.batches_ahead",
+    "logging.folder",
+)
+
+
+def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
+    """By section, in JSON's and YAML's types; settings left to the machine (None) are absent."""
+    return {
+        section: {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
+        for section, values in asdict(settings).items()
+    }
+
+
+def to_yaml(settings: Settings) -> str:
+    """A file that `--config` takes and that gives the same settings."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, width=1000)
+
+
+def flatten(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`{"lr": {"lr": 1.7}}` as `{"lr.lr": 1.7}`."""
+    return {
+        f"{s}.{name}": value for s, values in settings.items() for name, value in values.items()
+    }
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """One text for each setting of two `to_dict`s that shapes the result and differs."""
+    a, b = flatten(ours), flatten(theirs)
+    keys = [key for key in sorted(a.keys() | b.keys()) if key not in NOT_OF_THE_RESULT]
+    return [f"{key} {b.get(key)} -> {a.get(key)}" for key in keys if a.get(key) != b.get(key)]
+
+
+def _sections() -> dict[str, type]:
+    return get_type_hints(Settings)
+
+
+def _declared() -> dict[str, "Field[Any]"]:
+    """All settings by their dotted name."""
+    return {f"{s}.{f.name}": f for s, section in _sections().items() for f in fields(section)}
+
+
+class StrictConfig(fastargs.Config):
+    """fastargs without its surprises.
+
+    Unknown keys are refused with the nearest right name; a value is checked when it is read, so
+    that the message can name its file; the environment changes nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, section in _sections().items():
+            params = {f.name: _param(f) for f in fields(section)}
+            fastargs.Section(name, (section.__doc__ or "").strip(), self).params(**params)
+
+    def collect_from(self, values: dict[Any, Any], origin: str) -> None:
+        """Check `values` (nested or dotted keys) and merge them over what is there.
+
+        Raises:
+            UsageError: an unknown key or a value out of its domain; names `origin` and the key.
+        """
+        for path, value in _leaves(fix_dict(expand_keys(values))):
+            key = ".".join(path)
+            if path not in self.entries:
+                raise UsageError(f"{origin}: unknown setting {key!r}{_suggest(key)}")
+            if value is None:
+                continue
+            checker = self.entries[path].checker
+            try:
+                checker.check(value)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise UsageError(
+                    f"{origin}: {key} must be {checker.help()}, not {value!r}"
+                ) from None
+        self.collect(values)
+
+    def collect_env_variables(self) -> "StrictConfig":
+        """The environment changes nothing."""
+        return self
+
+
+def _param(declared: "Field[Any]") -> fastargs.Param:
+    assert declared.default is not MISSING
+    return fastargs.Param(declared.metadata["checker"], declared.metadata["help"], declared.default)
+
+
+def _leaves(
+    values: dict[Any, Any], above: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], Any]]:
+    out: list[tuple[tuple[str, ...], Any]] = []
+    for key, value in values.items():
+        path = (*above, str(key))
+        out += _leaves(value, path) if isinstance(value, dict) else [(path, value)]
+    return out
+
+
+def _suggest(key: str) -> str:
+    """The nearest setting, looking first for the same last name in another section."""
+    names = list(_declared())
+    same = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    return f" (did you mean {same[0]}?)" if same else nearest(key, names)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last one winning unseen."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: str) -> dict[Any, Any]:
+    """A recipe's YAML file as a dict.
+
+    Raises:
+        UsageError: the file is missing, is not YAML or is not a table of settings.
+    """
+    file = Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path()
+        near = nearest(file.name, [p.name for p in folder.glob("*.yaml")])
+        raise UsageError(f"--config {path}: no such file{near}")
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path}: not a YAML file: {reason}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"--config {path}: holds no settings; expected lines such as 'lr: {{lr: 0.5}}'"
+        )
+    return values
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are our one line and whose options are never abbreviated."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def help_text() -> str:
+    """Every setting with its default, its domain and its meaning."""
+    lines = ["settings, in a --config file or as --section.name=value:"]
+    for name, section in _sections().items():
+        lines.append(f"\n  {(section.__doc__ or '').strip()}")
+        for item in fields(section):
+            default = "" if item.default is None else f" [{_plain(item.default)}]"
+            lines.append(f"    --{name}.{item.name}{default}: {item.metadata['checker'].help()}")
+            lines.append(f"        {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str:
+    return ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train_imagenet.py",
+        description="Train a classifier on .beton files that write_ffcv.py wrote.",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later wins"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|CHECKPOINT",
+        help="go on with the run in logging.folder, or from a file",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print settings and plan; needs neither data nor a GPU",
+    )
+    for key in _declared():
+        parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Command:
+    """The command line as resolved settings: defaults, then each --config, then --section.name.
+
+    Raises:
+        UsageError: see `StrictConfig.collect_from`, `read_config` and `check`; nothing has been
+            allocated by then.
+    """
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        option = word.split("=")[0].lstrip("-")
+        if not word.startswith("-"):
+            raise UsageError(
+                f"unexpected word {word!r}; settings are given as --section.name=value"
+            )
+        known = [*_declared(), "config", "resume", "dry_run", "help"]
+        hint = _suggest(option) if "." in option else nearest(option, known)
+        raise UsageError(f"unknown option --{option}{hint}")
+    config = StrictConfig()
+    for path in arguments.config:
+        config.collect_from(read_config(path), f"--config {path}")
+    given = {
+        key: value for key, value in vars(arguments).items() if "." in key and value is not None
+    }
+    config.collect_from(given, "command line")
+    settings = _build(config)
+    check(settings)
+    return Command(settings=settings, dry_run=arguments.dry_run, resume=arguments.resume)
+
+
+def _build(config: StrictConfig) -> Settings:
+    return Settings(
+        **{
+            name: section(**{f.name: config[(name, f.name)] for f in fields(section)})
+            for name, section in _sections().items()
+        }
+    )
+
+
+def load(*paths: str | Path, **overrides: Any) -> Settings:
+    """Settings from config files and keyword overrides, for tools and tests.
+
+    A dot in a name is written as two underscores: `load(lr__lr=1.7)`.
+    """
+    options = [f"--config={path}" for path in paths]
+    for key, value in overrides.items():
+        text = _plain(value) if isinstance(value, tuple) else str(value)
+        options.append(f"--{key.replace('__', '.')}={text}")
+    return parse(options).settings
+
+
+def check(settings: Settings) -> None:
+    """What single domains cannot say. Raises UsageError naming the settings that clash."""
+    s = settings
+    rules: list[tuple[bool, Callable[[], str]]] = [
+        (
+            s.resolution.start_ramp > s.resolution.end_ramp,
+            lambda: (
+                f"resolution.start_ramp {s.resolution.start_ramp} lies after "
+                f"resolution.end_ramp {s.resolution.end_ramp}"
+            ),
+        ),
+        (
+            s.resolution.min_res > s.resolution.max_res,
+            lambda: (
+                f"resolution.min_res {s.resolution.min_res} is larger than "
+                f"resolution.max_res {s.resolution.max_res}"
+            ),
+        ),
+        (
+            s.lr.lr_peak_epoch > s.training.epochs,
+            lambda: (
+                f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "
+                f"training.epochs {s.training.epochs}"
+            ),
+        ),
+        (
+            s.training.nesterov and s.training.momentum == 0,
+            lambda: "training.nesterov needs training.momentum above 0",
+        ),
+        (
+            s.training.stop_when_reached and s.training.stop_at == 0,
+            lambda: "training.stop_when_reached needs training.stop_at above 0",
+        ),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise UsageError(message())

@@ -1,0 +1,208 @@
+"""One epoch forward."""
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ffcv_imnet.checkpoint import Learner
+from ffcv_imnet.data import TrainLoader
+from ffcv_imnet.distributed import Interrupted, StopSignal, World
+from ffcv_imnet.errors import RunError
+from ffcv_imnet.evaluation import Metrics
+from ffcv_imnet.models import build_model
+from ffcv_imnet.optim import build_ema, build_optimizer
+from ffcv_imnet.progress import Progress
+from ffcv_imnet.records import Epoch
+from ffcv_imnet.schedules import EpochPlan, learning_rate, resolution
+from ffcv_imnet.settings import Settings
+
+LOOK_EVERY = 5.0  # seconds between the host's looks at the loss: each waits for the device
+AGREE_EVERY = 8  # steps between votes of several processes: all must leave the loop at the same one
+
+
+def choose_precision(setting: str, device: torch.device) -> str:
+    """ "fp32", "bf16" or "fp16": the setting, or for "auto" what the device computes natively.
+
+    CUDA: bf16 from compute capability 8.0 (Ampere), fp16 from 7.0 (a T4 reports bf16 as supported
+    but emulates it), else fp32. CPU: bf16 with AMX or AVX512-BF16, else fp32.
+    """
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
+def build_learner(settings: Settings, classes: int, world: World) -> Learner:
+    """Network, optimizer, loss scaler and average, with fresh weights, on the world's device."""
+    training = settings.training
+    device = world.device
+    torch.backends.cudnn.benchmark = True  # shapes change once a resolution, not once a step
+    torch.set_float32_matmul_precision("high")
+    model = build_model(settings, classes).to(device, memory_format=torch.channels_last)
+    ema = build_ema(model, training.ema_decay)
+    precision = choose_precision(training.precision, device)
+
+    forward: nn.Module = model
+    if world.size > 1:
+        # Statistics are made equal once an epoch (World.share), not broadcast at every step.
+        forward = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    judge, ema_judge = model, ema.module if ema is not None else None
+    if training.compile:
+        # One graph for each resolution, in training and in evaluation: static shapes are faster.
+        resolutions = {resolution(settings, epoch) for epoch in range(training.epochs)}
+        torch._dynamo.config.recompile_limit = 2 * len(resolutions) + 6
+        forward, judge = compile_static(forward), compile_static(model)
+        ema_judge = compile_static(ema_judge) if ema_judge is not None else None
+    return Learner(
+        model=model,
+        optimizer=build_optimizer(model, training),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        ema=ema,
+        forward=forward,
+        judge=judge,
+        ema_judge=ema_judge,
+        precision=precision,
+    )
+
+
+def compile_static(module: nn.Module) -> nn.Module:
+    """`torch.compile` that makes a new graph for a new shape instead of a dynamic one."""
+    return torch.compile(module, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an epoch of training came to."""
+
+    loss: float  # mean training objective over all processes
+    lr: float  # at the last step
+    images_per_second: float
+    seconds: float
+    loader_seconds: float  # waited for batches
+
+
+def train_epoch(
+    learner: Learner,
+    loader: TrainLoader,
+    plan: EpochPlan,
+    settings: Settings,
+    world: World,
+    stop: StopSignal,
+) -> Trained:
+    """Make the steps of one epoch.
+
+    Loss and the first step at which it was not finite stay on the device; the host reads them
+    every `LOOK_EVERY` seconds.
+
+    Raises:
+        RunError: the loss became NaN or infinite, or the loader failed.
+        Interrupted: a signal arrived; the step in hand was finished.
+    """
+    learner.model.train()
+    rate = 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    first_bad = torch.full((), plan.steps, dtype=torch.int64, device=world.device)
+    waited = 0.0
+    started = looked = time.perf_counter()
+    what = f"epoch {plan.epoch} {plan.resolution} px"
+    batches = loader.epoch(plan)
+    with closing(batches), Progress(plan.images, what, enabled=world.is_main) as progress:
+        for step in range(plan.steps):
+            asked = time.perf_counter()
+            images, labels = next(batches)
+            waited += time.perf_counter() - asked
+
+            rate = learning_rate(settings, plan.epoch * plan.steps + step, plan.steps)
+            for group in learner.optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(
+                world.device.type, learner.dtype, enabled=learner.dtype != torch.float32
+            ):
+                logits = learner.forward(images)
+                loss = F.cross_entropy(
+                    logits, labels, label_smoothing=settings.training.label_smoothing
+                )
+            learner.scaler.scale(loss).backward()
+            learner.scaler.step(learner.optimizer)
+            learner.scaler.update()
+            learner.optimizer.zero_grad(set_to_none=True)
+            if learner.ema is not None:
+                learner.ema.update_parameters(learner.model)
+
+            with torch.no_grad():
+                loss_sum += loss
+                first_bad = first_bad.minimum(torch.where(loss.isfinite(), plan.steps, step))
+            progress.update(plan.batch_size)
+
+            last = step + 1 == plan.steps
+            if world.size == 1 or last or step % AGREE_EVERY == 0:
+                due = last or time.perf_counter() - looked > LOOK_EVERY
+                stopped, look = world.any([stop.received is not None, due])
+                if stopped:
+                    raise Interrupted(stop.received or 15)
+                if look:
+                    looked = time.perf_counter()
+                    _check_finite(int(first_bad), plan, world)
+                    progress.update(0, f"loss {float(loss_sum) / (step + 1):.3f} lr {rate:.4g}")
+    seconds = time.perf_counter() - started
+    return Trained(
+        loss=float(world.sum(loss_sum)) / (plan.steps * world.size),
+        lr=rate,
+        images_per_second=plan.images / seconds,
+        seconds=seconds,
+        loader_seconds=waited,
+    )
+
+
+def _check_finite(first_bad: int, plan: EpochPlan, world: World) -> None:
+    """All processes end together if the loss of any of them is lost. Waits for the device."""
+    (lost,) = world.any([first_bad < plan.steps])
+    if lost:
+        where = f"step {first_bad}" if first_bad < plan.steps else "a step of another process"
+        raise RunError(
+            f"the training loss became NaN or infinite in epoch {plan.epoch}, {where}: try a lower "
+            f"lr.lr or a longer lr.lr_peak_epoch; the last good checkpoint is kept"
+        )
+
+
+def epoch_record(
+    plan: EpochPlan,
+    trained: Trained,
+    plain: Metrics,
+    ema: Metrics | None,
+    **seconds_and_memory: Any,
+) -> Epoch:
+    """One line of the log. The keywords are those fields of `Epoch` that the caller measures."""
+    return Epoch(
+        epoch=plan.epoch,
+        resolution=plan.resolution,
+        batch_size=plan.batch_size,
+        lr=trained.lr,
+        train_loss=trained.loss,
+        val_loss=plain.loss,
+        top_1=plain.top_1,
+        top_5=plain.top_5,
+        tta_top_1=plain.tta_top_1,
+        tta_top_5=plain.tta_top_5,
+        ema_val_loss=ema.loss if ema else None,
+        ema_top_1=ema.top_1 if ema else None,
+        ema_top_5=ema.top_5 if ema else None,
+        ema_tta_top_1=ema.tta_top_1 if ema else None,
+        ema_tta_top_5=ema.tta_top_5 if ema else None,
+        images_per_second=trained.images_per_second,
+        train_seconds=trained.seconds,
+        loader_seconds=trained.loader_seconds,
+        **seconds_and_memory,
+    )
