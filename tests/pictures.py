@@ -1,0 +1,55 @@
+"""Generated photographs for the tests of the writer, and sources that misbehave."""
+
+import os
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ffcv_imnet.images.folder import ImageFolderTree
+
+
+def picture(seed: int, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
+    """(height, width, 3) smooth random colours, which JPEG keeps nearly unchanged."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(smooth, dtype=np.uint8)
+
+
+def save(path: Path, pixels: NDArray[np.uint8], **how: object) -> None:
+    """Write `pixels` in the format that the name's ending says, JPEG at quality 95."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        how = {"format": "JPEG", "quality": 95, **how}
+    Image.fromarray(pixels).save(path, **how)  # type: ignore[arg-type]
+
+
+def make_tree(root: Path, counts: tuple[int, ...] = (5, 4, 6), split: str = "train") -> Path:
+    """An ImageFolder tree of JPEGs of various sizes under `root`/`split`; the root again."""
+    seed = 0
+    for label, count in enumerate(counts):
+        for _ in range(count):
+            name = f"n{label:08d}/n{label:08d}_{seed:04d}.JPEG"
+            save(root / split / name, picture(seed, 40 + seed % 7, 60 - seed % 5))
+            seed += 1
+    return root
+
+
+def make_slow_tree(root: Path, count: int = 200) -> Path:
+    """A tree of one big picture under many names: seconds of work, an instant to make."""
+    first = root / "train" / "a" / "0.jpg"
+    save(first, picture(0, 1200, 1200))
+    for number in range(1, count):
+        os.link(first, first.with_name(f"{number}.jpg"))
+    return root
+
+
+class Deadly(ImageFolderTree):
+    """Reading kills the process, as the kernel does when memory is short."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)

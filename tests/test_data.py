@@ -1,0 +1,228 @@
+"""Loaders: the same batches everywhere, every picture once, an error instead of a hang."""
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import write_ffcv
+from ffcv_imnet import data, decoders, distributed, shapes
+from ffcv_imnet.beton import manifest_path, read_tables
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.schedules import EpochPlan, plan_run
+from ffcv_imnet.settings import Settings
+from tests.conftest import SmallData
+
+ALONE = distributed.World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def world(rank: int, size: int) -> distributed.World:
+    """A place in a world that is not connected: loaders do not talk."""
+    return dataclasses.replace(ALONE, rank=rank, size=size)
+
+
+def train_batches(
+    settings: Settings, small: SmallData, where: distributed.World = ALONE, epoch: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, where)
+    plan = plan_run(settings, small.train_samples)[epoch]
+    return [(images.clone(), labels.clone()) for images, labels in loader.epoch(plan)]
+
+
+def test_batches_do_not_depend_on_workers_or_world(small: SmallData, tmp_path: Path) -> None:
+    reference = train_batches(small.settings(tmp_path), small)
+    assert len(reference) == 6
+    two_threads = small.settings(tmp_path, data__num_workers=min(2, distributed.usable_cores()))
+    for (images, labels), (again, labels_again) in zip(
+        reference, train_batches(two_threads, small), strict=True
+    ):
+        assert torch.equal(images, again) and torch.equal(labels, labels_again)
+    halves = [train_batches(small.settings(tmp_path), small, world(rank, 2)) for rank in (0, 1)]
+    for (images, labels), first, second in zip(reference, *halves, strict=True):
+        assert torch.equal(images, torch.cat([first[0], second[0]]))
+        assert torch.equal(labels, torch.cat([first[1], second[1]]))
+
+
+def test_batches_are_uint8_and_channels_last(small: SmallData, tmp_path: Path) -> None:
+    images, labels = train_batches(small.settings(tmp_path), small)[0]
+    assert images.dtype == torch.uint8 and images.shape == (16, 3, 32, 32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64 and labels.shape == (16,)
+
+
+def test_epochs_and_seeds_differ_and_repeat(small: SmallData, tmp_path: Path) -> None:
+    def first(epoch: int, seed: int) -> Tensor:
+        settings = small.settings(tmp_path, training__seed=seed)
+        return train_batches(settings, small, epoch=epoch)[0][0]
+
+    a, b, c, again = first(0, 0), first(1, 0), first(0, 1), first(0, 0)
+    assert torch.equal(a, again)
+    assert not torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_one_loader_goes_through_resolutions_and_crop_scales(
+    small: SmallData, tmp_path: Path
+) -> None:
+    settings = small.settings(tmp_path, augmentation__flip=False)
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
+    for side, scale in ((32, (0.9, 1.0)), (48, (0.1, 0.2)), (32, (0.9, 1.0))):
+        plan = EpochPlan(0, side, 16, 6, scale, 0.1, 0.1)
+        images = next(iter(loader.epoch(plan)))[0]
+        assert images.shape == (16, 3, side, side)
+        if side == 32 and scale[0] == 0.9:
+            kept = images.clone()
+    fresh = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
+    again = next(iter(fresh.epoch(EpochPlan(0, 32, 16, 6, (0.9, 1.0), 0.1, 0.1))))[0]
+    assert torch.equal(kept, again)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
+    """Stored without compression, so that pixels can be compared exactly."""
+    root = tmp_path_factory.mktemp("raw")
+    shapes.write_tree(root / "images", train_per_class=2, val_per_class=1)
+    for split in ("train", "val"):
+        folder = ["--data_dir", str(root / "images"), "--out_dir", str(root), "--num_workers", "1"]
+        assert write_ffcv.main(["--split", split, *folder, "--compress_probability", "0"]) == 0
+    return SmallData(root / "train.beton", root / "val.beton", 20, 10)
+
+
+def stored_picture(path: Path, sample: int) -> np.ndarray:
+    tables = read_tables(path)
+    height, width = int(tables.heights[sample]), int(tables.widths[sample])
+    offset = int(tables.pointers[sample])
+    return np.fromfile(path, np.uint8, height * width * 3, offset=offset).reshape(height, width, 3)
+
+
+def test_pixels_are_the_crop_resized_and_mirrored(raw: SmallData, tmp_path: Path) -> None:
+    settings = raw.settings(tmp_path, training__seed=5, training__batch_size=20)
+    plan = plan_run(settings, 20)[1]
+    loader = data.TrainLoader(str(raw.train), 20, settings, ALONE)
+    images = next(iter(loader.epoch(plan)))[0]
+    order = data.epoch_order(20, 5, 1)
+    scale, ratio = (np.array(pair) for pair in ((0.08, 1.0), (0.75, 4 / 3)))
+    for slot, sample in enumerate(order):
+        picture = stored_picture(raw.train, sample)
+        top, left, h, w = decoders.random_crop(*picture.shape[:2], 5, 1, sample, scale, ratio)
+        expected = cv2.resize(
+            picture[top : top + h, left : left + w], (32, 32), interpolation=cv2.INTER_AREA
+        )
+        if decoders.mirrored(5, 1, sample):
+            expected = expected[:, ::-1]
+        ours = images[slot].permute(1, 2, 0).numpy()
+        # FFCV links the system's OpenCV, this test pip's: they may round differently.
+        assert np.abs(ours.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_validation_counts_every_picture_once(small: SmallData, tmp_path: Path) -> None:
+    for size in (1, 2, 4):
+        labels = []
+        for rank in range(size):
+            loader = data.ValLoader(
+                str(small.val), small.val_samples, small.settings(tmp_path), world(rank, size)
+            )
+            for images, batch_labels in loader.batches():
+                assert len(images) == len(batch_labels) == loader.local_batch
+                labels += batch_labels[batch_labels != data.PADDING].tolist()
+        assert sorted(labels) == sorted(read_tables(small.val).labels.tolist())
+
+
+def test_a_last_batch_of_one(small: SmallData, tmp_path: Path) -> None:
+    settings = small.settings(tmp_path, validation__batch_size=32)
+    loader = data.ValLoader(str(small.val), 33, settings, ALONE)
+    counts = [int((labels != data.PADDING).sum()) for _, labels in loader.batches()]
+    assert counts == [32, 1]
+
+
+def test_more_processes_than_pictures(small: SmallData, tmp_path: Path) -> None:
+    loader = data.ValLoader(str(small.val), 3, small.settings(tmp_path), world(3, 4))
+    assert list(loader.batches()) == []
+
+
+def test_leaving_an_epoch_ends_its_thread(small: SmallData, tmp_path: Path) -> None:
+    settings = small.settings(tmp_path)
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
+    plan = plan_run(settings, small.train_samples)[0]
+    threads = threading.active_count()
+    for _ in range(3):
+        batches = loader.epoch(plan)
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
+
+
+def test_torch_keeps_its_threads(small: SmallData, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    settings = small.settings(tmp_path, data__num_workers=1)
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
+    assert torch.get_num_threads() == 2
+    for _ in loader.epoch(plan_run(settings, small.train_samples)[0]):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 2
+
+
+def damage(small: SmallData, folder: Path, sample: int) -> SmallData:
+    """A copy of the data with one JPEG's bytes overwritten; header and tables are untouched."""
+    path = folder / "train.beton"
+    content = bytearray(small.train.read_bytes())
+    start = int(read_tables(small.train).pointers[sample])
+    content[start : start + 200] = bytes(200)
+    path.write_bytes(content)
+    manifest_path(path).write_text(manifest_path(small.train).read_text())
+    return dataclasses.replace(small, train=path)
+
+
+def test_a_damaged_jpeg_is_named(small: SmallData, tmp_path: Path) -> None:
+    damaged = damage(small, tmp_path, sample=int(data.epoch_order(100, 0, 1)[3]))
+    data.check_data(damaged.settings(tmp_path))  # its tables are whole
+    with pytest.raises(RunError, match=rf"sample {data.epoch_order(100, 0, 1)[3]} is damaged"):
+        train_batches(damaged.settings(tmp_path), damaged)
+
+
+def test_an_error_in_the_loaders_thread_ends_the_epoch(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr(data._Epoch, "run_pipeline", fail)
+    started = time.monotonic()
+    with pytest.raises(RunError, match="no memory left"):
+        train_batches(small.settings(tmp_path), small)
+    assert time.monotonic() - started < 20
+
+
+def test_classes_must_agree(small: SmallData, tmp_path: Path) -> None:
+    shapes.write_tree(tmp_path / "images", train_per_class=1, val_per_class=1)
+    (tmp_path / "images/val" / shapes.CLASSES[2]).rename(tmp_path / "images/val/zebra")
+    options = ["--data_dir", str(tmp_path / "images"), "--out_dir", str(tmp_path)]
+    assert write_ffcv.main(["--split", "val", "--num_workers", "1", *options]) == 0
+    settings = small.settings(tmp_path, data__val_dataset=tmp_path / "val.beton")
+    with pytest.raises(UsageError, match=r"differ in their classes: class 2 is '.*' in one and"):
+        data.check_data(settings)
+
+
+def test_missing_data(small: SmallData, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere.*train\.beton"):
+        data.check_data(small.settings(tmp_path, data__train_dataset="nowhere/train.beton"))
+
+
+def test_batch_that_the_world_does_not_divide(small: SmallData, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the nearest that does is 15"):
+        data.local_batch_size(small.settings(tmp_path), world(0, 3))
+
+
+def test_more_workers_than_cores(small: SmallData, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.num_workers 4096 is more than the \d+ cores"):
+        data.workers_of(small.settings(tmp_path, data__num_workers=4096), ALONE)
+    shared = dataclasses.replace(ALONE, local_size=1000)
+    default = dataclasses.replace(small.settings(tmp_path).data, num_workers=None)
+    settings = dataclasses.replace(small.settings(tmp_path), data=default)
+    assert data.workers_of(settings, shared) == 1
+    assert data.workers_of(settings, ALONE) == distributed.usable_cores()

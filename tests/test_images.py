@@ -1,0 +1,268 @@
+"""Sources and pixels: against torchvision's ImageFolder and Pillow."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pictures import make_tree, picture, save
+from PIL import Image, ImageOps
+
+from ffcv_imnet.errors import UsageError
+from ffcv_imnet.images.encode import PixelSettings, as_jpeg, encode_image
+from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.pixels import BadImage, decode_rgb, encode_jpeg, shrink, target_size
+from ffcv_imnet.stored import Stored
+
+
+def file_of(image: Image.Image, kind: str, **how: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+def reference(data: bytes) -> NDArray[np.uint8]:
+    """What is right by definition, by Pillow."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of palettes with transparency
+        return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+def rotated(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return file_of(Image.fromarray(picture(3)), "JPEG", exif=exif.tobytes())
+
+
+def transparent() -> Image.Image:
+    image = Image.fromarray(picture(4)).convert("RGBA")
+    image.putalpha(Image.fromarray(picture(5)[:, :, 0]))
+    return image
+
+
+RGB = Image.fromarray(picture(1))
+KINDS = {
+    "rgb": file_of(RGB, "JPEG"),
+    "grayscale": file_of(RGB.convert("L"), "JPEG"),
+    "cmyk": file_of(RGB.convert("CMYK"), "JPEG"),
+    "palette": file_of(RGB.convert("P"), "PNG"),
+    "palette with transparency": file_of(RGB.convert("P"), "PNG", transparency=b"\x00\x80"),
+    "rgba": file_of(transparent(), "PNG"),
+    "gray with alpha": file_of(transparent().convert("LA"), "PNG"),
+    "one bit": file_of(RGB.convert("1"), "PNG"),
+    "png": file_of(RGB, "PNG"),
+    "bmp": file_of(RGB, "BMP"),
+    "ppm": file_of(RGB, "PPM"),
+    "tiff": file_of(RGB, "TIFF"),
+    "webp": file_of(RGB, "WEBP"),
+    **{f"orientation {value}": rotated(value) for value in range(1, 9)},
+    "orientation 9": rotated(9),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoded_as_pillow_does(kind: str) -> None:
+    pixels = decode_rgb(KINDS[kind])
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3
+    assert np.array_equal(pixels, reference(KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_within_the_bound_of_jpeg(kind: str, tmp_path: Path) -> None:
+    # All of them under a name ending in .JPEG: the content counts, not the name.
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.JPEG").write_bytes(KINDS[kind])
+    tree = ImageFolderTree(tmp_path)
+    raw = encode_image(tree, 0, 0, PixelSettings(compress_probability=0), 1 << 23)
+    jpeg = encode_image(tree, 0, 0, PixelSettings(), 1 << 23)
+    assert isinstance(raw, Stored) and isinstance(jpeg, Stored)
+    right = reference(KINDS[kind])
+    assert (raw.height, raw.width) == (jpeg.height, jpeg.width) == right.shape[:2]
+    assert raw.data == right.tobytes()
+    # Mean absolute error: smooth pictures lose 2.5 of 256 levels at most; dithered ones (palette,
+    # one bit) are all edges, whose colour JPEG halves.
+    error = np.abs(decode_rgb(jpeg.data).astype(int) - right).mean()
+    dithered = kind.startswith(("palette", "one bit"))
+    assert error < (16 if dithered else 2.5)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_16_bit_is_scaled_first(orientation: int) -> None:
+    wide = np.linspace(0, 65535, 40 * 30).astype(np.uint16).reshape(30, 40)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    right = np.rint(wide / 257).astype(np.uint8)
+    right = np.rot90(right, -1) if orientation == 6 else right
+    for kind in ("PNG", "PPM", "TIFF"):
+        how = {"exif": exif} if kind == "PNG" else {}
+        if orientation != 1 and not how:
+            continue
+        pixels = decode_rgb(file_of(Image.fromarray(wide), kind, **how))
+        assert np.array_equal(pixels, np.repeat(right[:, :, None], 3, axis=2)), kind
+
+
+@pytest.mark.parametrize(
+    "block", [b"Exif\0\0", b"Exif\0\0garbage!", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
+def test_damaged_exif_does_not_lose_the_image(block: bytes) -> None:
+    pixels = decode_rgb(file_of(RGB, "JPEG", exif=block))
+    assert np.array_equal(pixels, decode_rgb(KINDS["rgb"]))
+
+
+def test_orientation_counts_even_if_the_rest_of_exif_is_damaged() -> None:
+    # Tag 0x0112 in order, then one whose value lies beyond the block.
+    entries = b"\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00" + (
+        b"\x0e\x01\x02\x00\xff\x00\x00\x00\xff\xff\x00\x00"
+    )
+    block = b"Exif\0\0II*\0\x08\0\0\0\x02\x00" + entries + b"\0\0\0\0"
+    pixels = decode_rgb(file_of(RGB, "JPEG", exif=block))
+    assert np.array_equal(pixels, np.rot90(decode_rgb(KINDS["rgb"]), -1))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (KINDS["rgb"][: len(KINDS["rgb"]) // 2], "truncated"),
+        (KINDS["png"][: len(KINDS["png"]) // 2], "truncated"),
+        (b"<html>404</html>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    ],
+)
+def test_undecodable_has_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImage, match=f"(?i){reason}"):
+        decode_rgb(data)
+
+
+def area_mean(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.float64]:
+    height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
+    return pixels.reshape(height, factor, width, factor, 3).mean(axis=(1, 3))
+
+
+def test_shrinking_averages_areas() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 144, 3), dtype=np.uint8)
+    small = shrink(pixels, 48, None)
+    assert np.abs(small - area_mean(pixels, 3)).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "shorter", "wanted"),
+    [
+        ((375, 500), 400, None, (300, 400)),
+        ((1333, 1000), 400, None, (400, 300)),
+        ((300, 200), 400, None, (300, 200)),  # never enlarged
+        ((375, 500), None, 256, (256, 341)),
+        ((200, 1000), None, 256, (200, 1000)),
+        ((1, 5000), 400, None, (1, 400)),  # no side vanishes
+        ((375, 500), None, None, (375, 500)),
+    ],
+)
+def test_target_size(
+    given: tuple[int, int], longest: int | None, shorter: int | None, wanted: tuple[int, int]
+) -> None:
+    assert target_size(*given, longest, shorter) == wanted
+    assert shrink(np.zeros((*given, 3), np.uint8), longest, shorter).shape == (*wanted, 3)
+
+
+def test_jpeg_quality_counts() -> None:
+    pixels = picture(2)
+    assert len(encode_jpeg(pixels, 30)) < len(encode_jpeg(pixels, 95))
+
+
+def test_choice_of_jpeg_is_seeded() -> None:
+    first = [as_jpeg(0, index, 0.25) for index in range(4000)]
+    assert first == [as_jpeg(0, index, 0.25) for index in range(4000)]
+    assert first != [as_jpeg(1, index, 0.25) for index in range(4000)]
+    assert abs(np.mean(first) - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
+    assert all(as_jpeg(0, index, 1.0) for index in range(1000))
+    assert not any(as_jpeg(0, index, 0.0) for index in range(1000))
+
+
+def test_image_larger_than_a_page_is_bad(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "x.png", picture(0, 100, 100))
+    bad = encode_image(
+        ImageFolderTree(tmp_path), 0, 0, PixelSettings(compress_probability=0), 20_000
+    )
+    assert not isinstance(bad, Stored) and "more than a page" in bad.reason
+
+
+def test_workers_import_neither_torch_nor_ffcv() -> None:
+    code = (
+        "import sys, ffcv_imnet.images.encode, ffcv_imnet.images.folder, write_ffcv\n"
+        "sys.exit(', '.join({'torch', 'ffcv', 'numba'} & set(sys.modules)) or 0)"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+# --------------------------------------------------------------------------- ImageFolder trees
+
+
+def test_same_order_and_labels_as_torchvision(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    root = make_tree(tmp_path) / "train"
+    save(root / "n00000001" / "b" / "deep.PNG", picture(1))
+    save(root / "n00000001" / "b-b" / "deep.jpeg", picture(1))
+    save(root / "n00000001" / "Zebra.webp", picture(1))
+    (root / "n00000001" / "notes.txt").write_text("not an image")
+    (root / "list.jpg").write_text("beside the classes")
+    (tmp_path / "elsewhere").mkdir()
+    save(tmp_path / "elsewhere" / "linked.bmp", picture(2))
+    (root / "z").symlink_to(tmp_path / "elsewhere")
+    tree, theirs = ImageFolderTree(root), ImageFolder(root)
+    assert list(tree.classes) == theirs.classes
+    assert [str(root / tree.name(i)) for i in range(len(tree))] == [p for p, _ in theirs.samples]
+    assert tree.labels.tolist() == theirs.targets
+    assert tree.ignored == 1
+    data, label = tree.read(len(tree) - 1)
+    assert data == (root / "z" / "linked.bmp").read_bytes() and label == theirs.targets[-1]
+
+
+def test_subset_is_small_and_reads_the_same(tmp_path: Path) -> None:
+    tree = ImageFolderTree(make_tree(tmp_path) / "train")
+    part = pickle.loads(pickle.dumps(tree.subset([7, 2])))
+    assert [part.name(0), part.name(1)] == [tree.name(7), tree.name(2)]
+    assert part.read(0) == tree.read(7) and part.classes == tree.classes
+    assert len(pickle.dumps(part)) < 1500
+
+
+def test_fingerprint_notices_changes(tmp_path: Path) -> None:
+    root = make_tree(tmp_path) / "train"
+    before = ImageFolderTree(root).fingerprint()
+    assert ImageFolderTree(root).fingerprint() == before
+    image = root / ImageFolderTree(root).name(0)
+    os.utime(image, (1, 1))
+    touched = ImageFolderTree(root).fingerprint()
+    image.unlink()
+    assert len({before, touched, ImageFolderTree(root).fingerprint()}) == 3
+
+
+def test_pipe_is_unreadable_not_a_hang(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "x.jpg")
+    bad = encode_image(ImageFolderTree(tmp_path), 0, 0, PixelSettings(), 1 << 23)
+    assert not isinstance(bad, Stored) and bad.reason == "not a regular file"
+
+
+def test_wrong_folders_are_explained(tmp_path: Path) -> None:
+    make_tree(tmp_path, split="Train")
+    with pytest.raises(UsageError, match=r"no folder 'train'.*holds Train \(did you mean Train"):
+        ImageFolderTree(tmp_path / "train")
+    with pytest.raises(UsageError, match=r"nowhere does not exist: expected"):
+        ImageFolderTree(tmp_path / "nowhere" / "train")
+    (tmp_path / "Train" / "empty").mkdir()
+    with pytest.raises(UsageError, match="hold no image: empty"):
+        ImageFolderTree(tmp_path / "Train")
+    flat = tmp_path / "Train" / "n00000000"
+    with pytest.raises(UsageError, match="no class folders but 5 images side by side"):
+        ImageFolderTree(flat)
+    (tmp_path / "none" / "a").mkdir(parents=True)
+    with pytest.raises(UsageError, match="no images in any of the 1 class folders"):
+        ImageFolderTree(tmp_path / "none")

@@ -1,0 +1,124 @@
+"""Networks against hand-computed examples and torchvision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from ffcv_imnet import models
+from ffcv_imnet.errors import UsageError
+from ffcv_imnet.models import blurpool, registry
+from ffcv_imnet.optim import build_ema, build_optimizer, parameter_groups
+from ffcv_imnet.settings import load
+
+
+def test_blurpool_by_hand() -> None:
+    conv = nn.Conv2d(16, 1, 3, stride=2, padding=1, bias=False)
+    nn.init.zeros_(conv.weight)
+    conv.weight.data[0, 0, 1, 1] = 1.0  # the identity on channel 0: what is left is the blur
+    x = torch.zeros(1, 16, 4, 4)
+    x[0, 0] = torch.arange(16.0).view(4, 4)
+    # Blurred at (0, 0): (4*0 + 2*1 + 2*4 + 5) / 16 with zeros outside, and so on.
+    expected = torch.tensor([[15 / 16, 33 / 16], [(4 * 8 + 2 * (4 + 12 + 9) + 5 + 13) / 16, 10.0]])
+    expected[0, 1] = (4 * 2 + 2 * (1 + 3 + 6) + 5 + 7) / 16
+    assert torch.allclose(blurpool.BlurConv2d(conv)(x)[0, 0], expected)
+
+
+def test_blur_takes_the_stride_of_a_1x1_convolution() -> None:
+    conv = nn.Conv2d(16, 8, 1, stride=2, bias=False)
+    weight, x = conv.weight.detach().clone(), torch.randn(2, 16, 7, 9)
+    blurred = blurpool.BlurConv2d(nn.Conv2d(16, 16, 3)).kernel
+    plain = F.conv2d(F.conv2d(x, blurred, padding=1, groups=16), weight, stride=2)
+    assert torch.allclose(blurpool.BlurConv2d(conv)(x), plain, atol=1e-6)
+
+
+def test_blurpool_stands_where_the_recipe_says() -> None:
+    plain = torchvision.models.resnet18()
+    strided = [
+        name
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2) and module.in_channels >= 16
+    ]
+    assert "conv1" not in strided and len(strided) == 6
+    network = registry.build("resnet18", 1000, False)
+    blurpool.apply_blurpool(network)
+    blurred = [n for n, m in network.named_modules() if isinstance(m, blurpool.BlurConv2d)]
+    assert blurred == strided
+
+
+@pytest.mark.parametrize("name", sorted(registry.REGISTRY))
+def test_networks_take_uint8_and_give_logits(name: str) -> None:
+    model = models.build_model(load(model__arch=name), classes=7)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert model(pixels).shape == (2, 7)
+
+
+def test_without_blurpool_torchvision_loads_it() -> None:
+    model = models.build_model(load(training__use_blurpool=False), classes=1000).eval()
+    theirs = torchvision.models.resnet18()
+    theirs.load_state_dict(model[1].state_dict())
+    theirs.eval()
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    normalized = torchvision.transforms.functional.normalize(pixels / 255, mean, std)
+    assert torch.allclose(model(pixels), theirs(normalized), atol=1e-4)
+
+
+def test_zero_gamma_makes_blocks_the_identity() -> None:
+    network = registry.build("resnet18", 10, True)
+    assert all(float(block.bn2.weight.abs().sum()) == 0 for block in network.layer3)
+    assert float(registry.build("resnet18", 10, False).layer3[0].bn2.weight.abs().sum()) > 0
+
+
+def test_the_seed_gives_the_weights() -> None:
+    a, b, c = (models.build_model(load(training__seed=seed), 10) for seed in (1, 1, 2))
+    weights = [model[1].conv1.weight for model in (a, b, c)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_unknown_network() -> None:
+    with pytest.raises(UsageError, match=r"did you mean resnet18\?"):
+        registry.build("resnet_18", 10, False)
+
+
+def test_parameter_groups_partition_the_network() -> None:
+    model = models.build_model(load(), 10)
+    decayed, plain = (group["params"] for group in parameter_groups(model, 1e-4))
+    assert isinstance(decayed, list) and isinstance(plain, list)
+    assert len({id(p) for p in [*decayed, *plain]}) == len(list(model.parameters()))
+    ours = {id(p) for p in plain}
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # downsample's too, whose name says nothing
+            assert id(module.weight) in ours and id(module.bias) in ours
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert id(module.weight) not in ours
+            assert module.bias is None or id(module.bias) in ours
+
+
+def test_sgd_by_hand() -> None:
+    model = nn.Linear(1, 1)
+    settings = load(training__momentum=0.5, training__weight_decay=0.1, training__nesterov=True)
+    optimizer = build_optimizer(model, settings.training)
+    weight, bias = float(model.weight), float(model.bias)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.2
+    model(torch.tensor([[3.0]])).sum().backward()
+    optimizer.step()
+    # First step: the momentum buffer is the gradient, Nesterov adds half of it once more.
+    assert float(model.weight) == pytest.approx(weight - 0.2 * 1.5 * (3 + 0.1 * weight))
+    assert float(model.bias) == pytest.approx(bias - 0.2 * 1.5 * 1)
+
+
+def test_ema_by_hand() -> None:
+    model = nn.BatchNorm1d(1)
+    ema = build_ema(model, 0.9)
+    assert ema is not None and build_ema(model, 0.0) is None
+    values = [1.0, 2.0, 5.0]
+    for value in values:
+        model.weight.data.fill_(value)
+        model.running_mean.fill_(10 * value)  # type: ignore[union-attr, operator]
+        ema.update_parameters(model)
+    expected = 0.9 * (0.9 * 1.0 + 0.1 * 2.0) + 0.1 * 5.0
+    assert float(ema.module.weight) == pytest.approx(expected)
+    assert float(ema.module.running_mean) == pytest.approx(10 * expected)

@@ -1,0 +1,93 @@
+"""The JSON epoch log: written, read, cut off, damaged."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from ffcv_imnet import records
+from ffcv_imnet.errors import RunError, UsageError
+
+HEADER = records.Header(
+    settings={"lr": {"lr": 0.5}},
+    manifests={"train": {"samples": 3}},
+    versions={"torch": "2"},
+    device="cpu",
+    precision="fp32",
+    world_size=1,
+    started="2026-01-01T00:00:00+00:00",
+)
+EPOCH = records.Epoch(
+    epoch=0,
+    resolution=160,
+    batch_size=8,
+    lr=0.1,
+    train_loss=1.5,
+    val_loss=1.25,
+    top_1=0.5,
+    top_5=0.75,
+    ema_top_1=0.625,
+    images_per_second=100.0,
+    train_seconds=1.0,
+    loader_seconds=0.1,
+    val_seconds=0.5,
+    elapsed_seconds=2.0,
+)
+REACHED = records.Reached(top_1=0.625, by="ema_top_1", epoch=0, elapsed_seconds=2.0)
+SUMMARY = records.Summary(
+    reached=REACHED, best_top_1=0.625, best_epoch=0, epochs=1, elapsed_seconds=2.0
+)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for record in (HEADER, EPOCH, HEADER, SUMMARY):
+        records.append(path, record)
+    assert records.read_log(path) == records.Log([HEADER, HEADER], [EPOCH], SUMMARY)
+    assert records.read_log(tmp_path) == records.read_log(path)
+
+
+def test_absent_not_null() -> None:
+    line = records.to_line(EPOCH)
+    assert "null" not in line
+    assert "tta_top_1" not in json.loads(line) and json.loads(line)["ema_top_1"] == 0.625
+
+
+def test_not_a_number_is_no_json() -> None:
+    with pytest.raises(ValueError):
+        records.to_line(records.Epoch(**{**EPOCH.__dict__, "val_loss": float("nan")}))
+
+
+def test_line_cut_off_in_writing_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(records.to_line(HEADER) + records.to_line(EPOCH)[:40])
+    assert records.read_log(path) == records.Log([HEADER], [], None)
+
+
+@pytest.mark.parametrize("line", ["{not json}\n", '{"type": "poch"}\n', "[1]\n", "{}\n"])
+def test_damaged_line_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(records.to_line(HEADER) + line)
+    with pytest.raises(RunError, match="line 2"):
+        records.read_log(path)
+
+
+def test_missing_log(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such log"):
+        records.read_log(tmp_path)
+
+
+def test_rewrite_replaces_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    records.rewrite(path, [HEADER, EPOCH, EPOCH])
+    records.rewrite(path, [HEADER, EPOCH])
+    assert len(records.read_log(path).epochs) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_readme_shows_the_schema() -> None:
+    readme = Path("README.md").read_text()
+    for kind in (records.Header, records.Epoch, records.Summary, records.Reached):
+        for field in fields(kind):
+            assert f"`{field.name}`" in readme, f"README.md does not explain {field.name}"

@@ -1,0 +1,151 @@
+"""Settings: one clear line for every mistake, and none of fastargs' surprises."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ffcv_imnet import settings as s
+from ffcv_imnet.errors import UsageError
+
+RECIPES = sorted(Path("rn_configs").glob("*.yaml"))
+
+
+def test_defaults() -> None:
+    assert s.parse([]).settings == s.Settings()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_loads_and_feeds_itself_back(path: Path, tmp_path: Path) -> None:
+    settings = s.load(path)
+    again = tmp_path / "config.yaml"
+    again.write_text(s.to_yaml(settings))
+    assert s.load(again) == settings
+
+
+def test_the_recipes_that_the_readme_names_exist() -> None:
+    assert {"rn18_16ep", "rn50_16ep", "imagenette_5ep", "demo"} <= {p.stem for p in RECIPES}
+
+
+@pytest.mark.parametrize("name", ["rn18_16ep", "rn50_16ep"])
+def test_the_public_recipes(name: str) -> None:
+    settings = s.load(f"rn_configs/{name}.yaml")
+    training = settings.training
+    batch, lr, decay = {"rn18_16ep": (1024, 0.5, 5e-5), "rn50_16ep": (4096, 1.7, 1e-4)}[name]
+    assert (training.batch_size, settings.lr.lr, training.weight_decay) == (batch, lr, decay)
+    assert (training.epochs, training.momentum, training.label_smoothing) == (16, 0.9, 0.1)
+    assert training.use_blurpool and training.stop_at == 0.65
+    assert settings.lr.lr_peak_epoch == 2
+    assert settings.validation.resolution == 256 and settings.validation.lr_tta
+    assert settings.validation.crop_ratio == 224 / 256
+    assert settings.data.train_dataset == "data/beton/train.beton"
+
+
+def test_later_wins(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("lr: {lr: 1.0, lr_peak_epoch: 3}\n")
+    second.write_text("lr.lr: 2.0\n")
+    settings = s.load(first, second)
+    assert (settings.lr.lr, settings.lr.lr_peak_epoch) == (2.0, 3.0)
+    assert s.load(first, second, lr__lr=3).lr.lr == 3.0
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("--lr.lrr=1", "unknown option --lr.lrr (did you mean lr.lr?)"),
+        ("--lr.p=1", "unknown option --lr.p"),  # fastargs takes it for lr.lr_peak_epoch
+        ("--training.lr=1", "(did you mean lr.lr?)"),
+        ("--conf=x.yaml", "unknown option --conf (did you mean config?)"),
+        ("--resum=auto", "(did you mean resume?)"),
+        ("--lr.lr=fast", "lr.lr must be a number"),
+        ("--lr.lr=nan", "lr.lr must be a number"),
+        ("--lr.lr=-1", "lr.lr must be a number of at least"),
+        ("--training.epochs=1.5", "training.epochs must be an integer"),
+        ("--training.epochs=0", "of at least 1"),
+        ("--training.use_blurpool=maybe", "must be true or false"),
+        ("--training.precision=fp8", "one of auto, fp32, bf16, fp16"),
+        ("--augmentation.crop_scale=1,0.2", "two numbers"),
+        ("--augmentation.crop_scale=0.2", "two numbers"),
+        ("--logging.folder=", "logging.folder must be a text"),
+        ("--lr.lr", "expected one argument"),
+        ("stray", "unexpected word 'stray'"),
+        ("--config=rn_configs/rn18_16epp.yaml", "(did you mean rn18_16ep.yaml?)"),
+    ],
+)
+def test_mistakes_on_the_command_line(argument: str, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        s.parse([argument])
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lr: {lrr: 1}", "unknown setting 'lr.lrr' (did you mean lr.lr?)"),
+        ("training: {lr: 1}", "(did you mean lr.lr?)"),
+        ("lr: 0.5", "unknown setting 'lr'"),
+        ("lr: {lr: yes}", "lr.lr must be a number"),
+        ("lr: {lr: 1}\nlr: {lr: 2}", "the key 'lr' stands twice"),
+        ("lr: {lr: 1", "not a YAML file"),
+        ("- 1", "holds no settings"),
+        ("training: {use_blurpool: 2}", "must be true or false"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        s.load(path)
+    assert says in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--resolution.min_res=192", "--resolution.max_res=160"],
+        ["--resolution.start_ramp=5", "--resolution.end_ramp=4"],
+        ["--training.epochs=1"],  # the warm-up is two epochs long
+        ["--training.nesterov=true", "--training.momentum=0"],
+        ["--training.stop_when_reached=true"],
+    ],
+)
+def test_settings_that_clash(arguments: list[str]) -> None:
+    with pytest.raises(UsageError):
+        s.parse(arguments)
+
+
+def test_words_for_a_switch() -> None:
+    for word in ("false", "False", "0", "no", "off"):
+        assert s.load(training__use_blurpool=word).training.use_blurpool is False
+    for word in ("true", "True", "1", "yes", "on"):
+        assert s.load(training__use_blurpool=word).training.use_blurpool is True
+
+
+def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("lr.lr", "99")
+    monkeypatch.setenv("lr", "99")
+    assert s.load().lr.lr == s.Settings().lr.lr
+
+
+def test_yaml_numbers_without_a_point(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("training: {weight_decay: 5e-5, seed: 9007199254740993}")
+    assert isinstance(yaml.safe_load(path.read_text())["training"]["weight_decay"], str)
+    settings = s.load(path)
+    assert settings.training.weight_decay == 5e-5
+    assert settings.training.seed == 9007199254740993  # does not fit a float
+
+
+def test_differences_leave_out_what_does_not_shape_the_result() -> None:
+    ours = s.to_dict(s.load(lr__lr=1, data__num_workers=1, logging__folder="a"))
+    theirs = s.to_dict(s.load(lr__lr=2, logging__folder="b"))
+    assert s.differences(ours, theirs) == ["lr.lr 2.0 -> 1.0"]
+
+
+def test_the_help_names_every_setting() -> None:
+    text = s.help_text()
+    for section, values in s.to_dict(s.Settings()).items():
+        for name in values:
+            assert f"--{section}.{name} " in text

@@ -1,0 +1,359 @@
+"""Whole runs: the log, resuming, stopping, and what a user may do wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_imagenet
+from ffcv_imnet import checkpoint
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.records import Epoch, Log, read_log
+from ffcv_imnet.run_folder import RunFolder
+from ffcv_imnet.settings import Settings, load, to_yaml
+from ffcv_imnet.training import choose_precision
+from tests.conftest import SmallData
+from tests.test_data import damage
+
+TIMED = {"images_per_second", "train_seconds", "loader_seconds", "val_seconds", "elapsed_seconds"}
+
+
+def run(settings: Settings, resume: str | None = None) -> int:
+    return train_imagenet.train(settings, resume, time.perf_counter())
+
+
+def results(log: Log) -> list[dict[str, object]]:
+    """What must not depend on the clock."""
+    return [{k: v for k, v in vars(epoch).items() if k not in TIMED} for epoch in log.epochs]
+
+
+def tensors(value: object) -> Iterator[torch.Tensor]:
+    """All tensors of a checkpoint, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from tensors(value[key])
+    elif isinstance(value, list):
+        for item in value:
+            yield from tensors(item)
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    pairs = zip(tensors(checkpoint.load(a)), tensors(checkpoint.load(b)), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+FULL = {
+    "training__epochs": 3,
+    "training__ema_decay": 0.9,
+    "validation__lr_tta": True,
+    "training__nesterov": True,
+    "model__zero_gamma": True,
+    "resolution__max_res": 64,
+    "resolution__start_ramp": 1,
+    "resolution__end_ramp": 2,
+    "training__stop_at": 0.0001,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs with everything on, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run(small.settings(folder, **FULL)) == 0
+    return folder
+
+
+def test_the_run_folder(whole: Path, small: SmallData) -> None:
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"log.jsonl", "config.yaml", "classes.txt", "last.pt", "best.pt"}
+    assert load(whole / "config.yaml") == small.settings(whole, **FULL)
+    assert len((whole / "classes.txt").read_text().splitlines()) == 10
+
+
+def test_the_log(whole: Path) -> None:
+    log = read_log(whole)
+    (header,) = log.headers
+    assert header.settings["training"]["epochs"] == 3
+    assert header.manifests["val"]["samples"] == 33
+    assert header.manifests["train"]["content_checksum"].startswith("sha256:")
+    assert header.versions["torch"] == torch.__version__.split("+")[0]
+    assert [epoch.resolution for epoch in log.epochs] == [32, 32, 64]
+    for epoch in log.epochs:
+        for name in ("top_1", "top_5", "ema_top_1", "tta_top_1", "ema_tta_top_5"):
+            assert 0 <= getattr(epoch, name) <= 1
+            assert round(getattr(epoch, name) * 33, 6).is_integer()  # of 33 pictures
+        assert epoch.top_1 <= epoch.top_5
+        assert epoch.loader_seconds <= epoch.train_seconds <= epoch.elapsed_seconds
+    assert log.summary is not None and log.summary.epochs == 3
+    best = max(max(e.top_1, e.ema_top_1 or 0) for e in log.epochs)
+    assert log.summary.best_top_1 == best
+    reached = next(e for e in log.epochs if max(e.top_1, e.ema_top_1 or 0) >= 0.0001)
+    assert log.summary.reached is not None and log.summary.reached.epoch == reached.epoch
+    assert "null" not in (whole / "log.jsonl").read_text()
+
+
+def test_best_is_the_best_epoch(whole: Path) -> None:
+    summary = read_log(whole).summary
+    assert summary is not None
+    kept = checkpoint.load(whole / "best.pt")["run"]["records"]
+    assert sum(record["type"] == "epoch" for record in kept) == summary.best_epoch + 1
+
+
+def test_resumed_equals_never_stopped(
+    whole: Path, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by SIGTERM within the second epoch, cut off in its log, resumed: bit for bit."""
+    save = RunFolder.save
+
+    def save_then_signal(self: RunFolder, learner: checkpoint.Learner) -> None:
+        save(self, learner)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = small.settings(tmp_path / "run", **FULL)
+    monkeypatch.setattr(RunFolder, "save", save_then_signal)
+    assert run(settings) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert len(read_log(tmp_path / "run").epochs) == 1
+    with (tmp_path / "run/log.jsonl").open("a") as log:
+        log.write('{"type": "epoch", "epo')  # as a kill in mid-write would leave it
+    assert run(settings, "auto") == 0
+    log = read_log(tmp_path / "run")
+    assert [header.first_epoch for header in log.headers] == [0, 1]
+    assert results(log) == results(read_log(whole))
+    assert same_weights(tmp_path / "run/last.pt", whole / "last.pt")
+    elapsed = [epoch.elapsed_seconds for epoch in log.epochs]
+    assert elapsed == sorted(elapsed)
+
+
+def test_resume_from_a_named_checkpoint(whole: Path, small: SmallData, tmp_path: Path) -> None:
+    """From the middle of another run, into a new folder."""
+    state = checkpoint.load(whole / "last.pt")
+    two_epochs = [r for r in state["run"]["records"] if r.get("epoch", 0) < 2]
+    state["run"]["records"] = two_epochs
+    checkpoint.save(state, tmp_path / "middle.pt")
+    settings = small.settings(tmp_path / "run", **FULL)
+    assert run(settings, str(tmp_path / "middle.pt")) == 0
+    assert len(read_log(tmp_path / "run").epochs) == 3
+    with pytest.raises(UsageError, match="holds another run than --resume"):
+        run(settings, str(whole / "last.pt"))
+
+
+def test_resume_auto(
+    whole: Path, small: SmallData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small.settings(whole, **FULL)
+    before = (whole / "log.jsonl").read_bytes()
+    assert run(settings, "auto") == 0
+    assert "finished" in capsys.readouterr().out
+    assert (whole / "log.jsonl").read_bytes() == before
+    with pytest.raises(UsageError, match="holds a run already"):
+        run(settings)
+    with pytest.raises(UsageError, match=r"other settings \(lr.lr 0.05 -> 0.06\)"):
+        run(small.settings(whole, **FULL, lr__lr=0.06), "auto")
+
+
+def test_resume_on_other_data(whole: Path, small: SmallData, tmp_path: Path) -> None:
+    shutil.copy(small.val, tmp_path / "val.beton")
+    text = json.loads(small.val.with_suffix(".json").read_text())
+    text["content_checksum"] = "sha256:0"
+    (tmp_path / "val.json").write_text(json.dumps(text))
+    settings = small.settings(whole, **FULL, data__val_dataset=tmp_path / "val.beton")
+    with pytest.raises(UsageError, match="other data"):
+        run(settings, "auto")
+
+
+def test_damaged_checkpoint(whole: Path, small: SmallData, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes((whole / "last.pt").read_bytes()[:100_000])
+    with pytest.raises(RunError, match=r"bad\.pt: not a readable checkpoint"):
+        run(small.settings(tmp_path / "run", **FULL), str(bad))
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        run(small.settings(tmp_path / "run", **FULL), str(tmp_path / "none.pt"))
+
+
+def test_a_lost_loss_ends_the_run_and_keeps_the_checkpoint(
+    small: SmallData, tmp_path: Path
+) -> None:
+    """The rate rises without bound in the second epoch."""
+    settings = small.settings(tmp_path / "run", lr__lr=1e30, training__momentum=0)
+    with pytest.raises(RunError, match=r"became NaN or infinite in epoch 0, step \d+"):
+        run(settings)
+    assert not (tmp_path / "run/last.pt").exists()
+    assert read_log(tmp_path / "run").epochs == []
+
+
+def test_the_target_can_end_the_run(small: SmallData, tmp_path: Path) -> None:
+    settings = small.settings(
+        tmp_path / "run", training__stop_at=1e-6, training__stop_when_reached=True, lr__lr=1e-6
+    )
+    assert run(settings) == 0
+    log = read_log(tmp_path / "run")
+    assert len(log.epochs) == 1 and log.summary is not None and log.summary.reached is not None
+    assert run(settings, "auto") == 0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_mixed_precision(precision: str, small: SmallData, tmp_path: Path) -> None:
+    """The one code path with autocast on, and with loss scaling for fp16."""
+    settings = small.settings(
+        tmp_path / "run", training__precision=precision, training__epochs=1
+    )
+    assert run(settings) == 0
+    log = read_log(tmp_path / "run")
+    assert log.headers[0].precision == precision
+    scaler = checkpoint.load(tmp_path / "run/last.pt")["scaler"]
+    assert ("scale" in scaler) == (precision == "fp16")
+
+
+def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for capability, best in (((6, 1), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda _, found=capability: found
+        )
+        assert choose_precision("auto", gpu) == best
+    for able, best in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=able: found)
+        assert choose_precision("auto", cpu) == best
+    assert choose_precision("fp16", cpu) == "fp16"
+
+
+def test_compiled_graphs_are_one_for_each_shape(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dynamo's "eager" backend, so that no C++ is built: the graphs are counted, not timed."""
+    from ffcv_imnet import training
+
+    graphs: list[torch.Size] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(next(x.shape for x in inputs if x.dtype == torch.uint8))
+        return graph.forward
+
+    monkeypatch.setattr(
+        training,
+        "compile_static",
+        lambda module: torch.compile(module, dynamic=False, backend=backend),
+    )
+    settings = small.settings(
+        tmp_path / "run",
+        training__compile=True,
+        training__epochs=3,
+        resolution__max_res=64,
+        resolution__start_ramp=1,
+        resolution__end_ramp=2,
+        validation__resolution=48,
+    )
+    torch._dynamo.reset()
+    assert run(settings) == 0
+    sides = sorted(shape[-1] for shape in graphs)
+    assert sides == [32, 48, 64], "one graph a resolution, none for the last batch"
+
+
+# ---- as a user would, from the command line ----------------------------------------------------
+
+
+def command(*arguments: object, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "train_imagenet.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_dry_run_needs_no_data() -> None:
+    started = time.monotonic()
+    done = command("--config", "rn_configs/rn18_16ep.yaml", "--dry_run", "--lr.lr=0.25")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "1,281,167 training images (ImageNet's number" in done.stdout
+    assert "lr: {lr: 0.25" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()[-16:]]
+    assert [int(row[1]) for row in rows] == [160] * 12 + [192] * 4
+    assert time.monotonic() - started < 30
+
+
+def test_dry_run_takes_the_number_from_a_manifest(small: SmallData, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(to_yaml(small.settings(tmp_path)))
+    done = command("--config", config, "--dry_run")
+    assert "100 training images" in done.stdout and done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--lr.lrr=1"], 2, "did you mean lr.lr?"),
+        (["--config", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
+        (["--data.train_dataset=nowhere/train.beton"], 2, "write_ffcv.py --split train"),
+        (["--training.batch_size=1024"], 2, "larger than the 100 training images"),
+        (["--data.num_workers=4096"], 2, "4096 is more than"),
+        (["--model.arch=resnet19"], 2, "did you mean resnet18?"),
+        (["--logging.folder={file}"], 2, "is a file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], status: int, says: str, small: SmallData, tmp_path: Path
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(to_yaml(small.settings(tmp_path / "run")))
+    done = command("--config", config, *(word.format(file=config) for word in arguments))
+    assert done.returncode == status
+    assert done.stderr.startswith("error: ") and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_failed_work_is_status_1(small: SmallData, tmp_path: Path) -> None:
+    damaged = damage(small, tmp_path, sample=5)
+    config = tmp_path / "c.yaml"
+    config.write_text(to_yaml(damaged.settings(tmp_path / "run", training__batch_size=100)))
+    done = command("--config", config)
+    assert done.returncode == 1
+    assert "sample 5 is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_killed_in_mid_epoch_and_resumed(
+    whole: Path, small: SmallData, tmp_path: Path
+) -> None:
+    """SIGKILL, which nothing can catch, at whatever point after the first epoch's line."""
+    config = tmp_path / "c.yaml"
+    config.write_text(to_yaml(small.settings(tmp_path / "run", **FULL)))
+    words = [sys.executable, "train_imagenet.py", "--config", str(config)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 0"):
+                process.kill()
+    done = command("--config", config, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert results(read_log(tmp_path / "run")) == results(read_log(whole))
+
+
+def test_two_processes(small: SmallData, tmp_path: Path) -> None:
+    """torchrun, gloo: the same batches, the same number of pictures, one log."""
+    config = tmp_path / "c.yaml"
+    settings = small.settings(tmp_path / "run", training__epochs=2, training__ema_decay=0.5)
+    config.write_text(to_yaml(settings))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, "train_imagenet.py", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    log = read_log(tmp_path / "run")
+    assert log.headers[0].world_size == 2 and len(log.epochs) == 2 and log.summary is not None
+    assert all(isinstance(epoch, Epoch) for epoch in log.epochs)
+    assert all(round(epoch.top_1 * 33, 6).is_integer() for epoch in log.epochs)

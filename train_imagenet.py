@@ -1,0 +1,182 @@
+"""Train a classifier on .beton files: settings -> world -> data -> model -> optimizer -> plan -> loop.
+
+    python train_imagenet.py --config rn_configs/rn18_16ep.yaml
+    python train_imagenet.py --config rn_configs/rn18_16ep.yaml --resume auto
+    torchrun --nproc_per_node=8 train_imagenet.py --config rn_configs/rn50_16ep.yaml
+
+`--dry_run` prints settings and plan; `--help` lists every setting.
+"""
+
+import datetime
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ffcv_imnet.beton import Manifest, manifest_path
+from ffcv_imnet.errors import run_main
+from ffcv_imnet.records import Epoch, Header, Summary
+from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, plan_run
+from ffcv_imnet.settings import Settings, parse, to_dict, to_yaml
+
+
+def main() -> int:
+    """Exit status: 0 trained, 1 the work failed, 2 wrong usage, 128 + n ended by signal n."""
+    started = time.perf_counter()
+    command = parse()
+    if command.dry_run:
+        return dry_run(command.settings)
+    return train(command.settings, command.resume, started)
+
+
+def dry_run(settings: Settings) -> int:
+    """Print what a run would do: every setting, every epoch. Needs neither data nor torch."""
+    manifest = manifest_path(Path(settings.data.train_dataset))
+    if manifest.is_file():
+        images, source = Manifest.load(manifest).samples, str(manifest)
+    else:
+        images, source = IMAGENET_TRAIN_IMAGES, f"ImageNet's number, as {manifest} does not exist"
+    plans = plan_run(settings, images)
+    print(to_yaml(settings))
+    print(f"{images:,} training images ({source})\n")
+    columns = "epoch", "px", "batch", "steps", "images", "crop scale", "lr start", "lr end"
+    rows = [
+        (
+            p.epoch,
+            p.resolution,
+            p.batch_size,
+            p.steps,
+            f"{p.images:,}",
+            "{:g}-{:g}".format(*p.crop_scale),
+            f"{p.lr_start:.5f}",
+            f"{p.lr_end:.5f}",
+        )
+        for p in plans
+    ]
+    print(tabulate(rows, columns, disable_numparse=True, stralign="right"))
+    return 0
+
+
+def train(settings: Settings, resume: str | None, started: float) -> int:
+    """One run, or the rest of one."""
+    # Here and not above: a wrong setting is said at once, before seconds of imports.
+    from ffcv_imnet import checkpoint, provenance
+    from ffcv_imnet.data import TrainLoader, ValLoader, check_data
+    from ffcv_imnet.distributed import Interrupted, StopSignal, connect, describe_world, disconnect
+    from ffcv_imnet.evaluation import validate
+    from ffcv_imnet.run_folder import open_run
+    from ffcv_imnet.training import build_learner, epoch_record, train_epoch
+
+    world = describe_world()
+    train_set, val_set = check_data(settings)
+    plans = plan_run(settings, train_set.samples)
+    run = open_run(settings, resume, train_set, val_set)
+    if run.finished:
+        print(f"{run.path}: the run is finished after {len(run.epochs)} epochs; nothing to do")
+        return 0
+    first = len(run.epochs)
+    before = run.epochs[-1].elapsed_seconds if first else 0.0
+
+    connect(world)
+    stop = StopSignal()
+    train_loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
+    val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world)
+    learner = build_learner(settings, len(train_set.classes), world)
+    if run.state is not None:
+        checkpoint.restore(learner, run.state, run.path)
+        run.state = None  # hundreds of megabytes that are no longer needed
+    header = Header(
+        settings=to_dict(settings),
+        manifests={
+            "train": manifest_summary(settings.data.train_dataset, train_set),
+            "val": manifest_summary(settings.data.val_dataset, val_set),
+        },
+        versions=provenance.versions(),
+        device=world.device_name(),
+        precision=learner.precision,
+        world_size=world.size,
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        git_commit=provenance.git_commit(),
+        first_epoch=first,
+    )
+    if world.is_main:
+        run.start(header)
+        print(f"{run.path}: {header.device}, {header.precision}, world size {world.size}")
+
+    try:
+        for plan in plans[first:]:
+            trained = train_epoch(learner, train_loader, plan, settings, world, stop)
+            validation_started = time.perf_counter()
+            plain, ema = validate(learner, val_loader, world, settings.validation.lr_tta, stop)
+            now = time.perf_counter()
+            epoch = epoch_record(
+                plan,
+                trained,
+                plain,
+                ema,
+                val_seconds=now - validation_started,
+                elapsed_seconds=before + now - started,
+                peak_memory_bytes=world.peak_memory(),
+            )
+            run.records.append(epoch)
+            if world.is_main:
+                run.save(learner)
+                print(describe(epoch, settings.training.epochs), flush=True)
+            if settings.training.stop_when_reached and run.reached():
+                break
+    except Interrupted as end:
+        if world.is_main:
+            name = signal.Signals(end.signal).name
+            print(f"stopped by {name}; --resume auto goes on from epoch {len(run.epochs)}")
+        disconnect(world)
+        return 128 + end.signal
+    disconnect(world)
+    if world.is_main:
+        print(describe_end(run.finish(), settings))
+    return 0
+
+
+def manifest_summary(path: str, manifest: Manifest) -> dict[str, Any]:
+    """What the log says of a data set."""
+    return {
+        "path": path,
+        "samples": manifest.samples,
+        "classes": len(manifest.classes),
+        "content_checksum": manifest.content_checksum,
+    }
+
+
+def describe(epoch: Epoch, epochs: int) -> str:
+    """One line for a person."""
+    ema = f"  ema_top_1 {epoch.ema_top_1:.4f}" if epoch.ema_top_1 is not None else ""
+    return (
+        f"epoch {epoch.epoch} (of 0-{epochs - 1})  {epoch.resolution} px  "
+        f"train_loss {epoch.train_loss:.3f}  val_loss {epoch.val_loss:.3f}  "
+        f"top_1 {epoch.top_1:.4f}  top_5 {epoch.top_5:.4f}{ema}  "
+        f"{epoch.images_per_second:,.0f} img/s  {epoch.elapsed_seconds:,.0f} s"
+    )
+
+
+def describe_end(summary: Summary, settings: Settings) -> str:
+    """The result in a line or two."""
+    text = (
+        f"best top-1 {summary.best_top_1:.4f} after epoch {summary.best_epoch}; "
+        f"{summary.epochs} epochs in {summary.elapsed_seconds:,.0f} s; "
+        f"log: {settings.logging.folder}/log.jsonl"
+    )
+    target = settings.training.stop_at
+    if summary.reached is not None:
+        hit = summary.reached
+        text += (
+            f"\ntarget {target:g} reached: {hit.by} {hit.top_1:.4f} after "
+            f"{hit.epoch + 1} epochs and {hit.elapsed_seconds:,.0f} s"
+        )
+    elif target:
+        text += f"\ntarget {target:g} was not reached"
+    return text
+
+
+if __name__ == "__main__":
+    run_main(main)
