@@ -1,6 +1,6 @@
 """FFCV loaders: the same batches at any number of threads and processes, and never a hang."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from queue import Empty, Full
@@ -12,6 +12,7 @@ from ffcv.fields.basics import IntDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_imnet.beton import Manifest, check_beton
@@ -21,6 +22,8 @@ from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.schedules import EpochPlan
 from ffcv_imnet.settings import Settings
 
+Batches = Generator[tuple[Tensor, Tensor], None, None]
+Indices = NDArray[np.int64]
 PADDING = -1  # label of a picture that only fills up the last validation batch
 
 
@@ -83,14 +86,12 @@ def workers_of(settings: Settings, world: World) -> int:
     return workers
 
 
-def epoch_order(samples: int, seed: int, epoch: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def epoch_order(samples: int, seed: int, epoch: int) -> Indices:
     """One permutation of all samples, the same on every process. Shape (samples,), int64."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
 
 
-def share_of_order(
-    order: "np.ndarray[Any, np.dtype[np.int64]]", local_batch: int, rank: int, size: int
-) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def share_of_order(order: Indices, local_batch: int, rank: int, size: int) -> Indices:
     """What `rank` of `size` trains on: its slice of every global batch; the rest that fills none is dropped."""
     steps = len(order) // (local_batch * size)
     batches = order[: steps * local_batch * size].reshape(steps, size, local_batch)
@@ -100,7 +101,7 @@ def share_of_order(
 class _Epoch(EpochIterator):
     """FFCV's iterator with an end for every case: an error in its thread, a consumer that leaves."""
 
-    def __init__(self, loader: Loader, order: "np.ndarray[Any, Any]") -> None:
+    def __init__(self, loader: Loader, order: Indices) -> None:
         self.error: BaseException | None = None
         super().__init__(loader, order)
 
@@ -161,9 +162,7 @@ class _OrderedLoader(Loader):
         torch.set_num_threads(threads)  # FFCV sets it for the whole process
         self.decoder = decoder
 
-    def batches(
-        self, order: "np.ndarray[Any, Any]", device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Indices, device: torch.device) -> Batches:
         """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.
 
         A batch is valid until the next one is taken.
@@ -230,7 +229,7 @@ class TrainLoader:
             settings.data.batches_ahead,
         )
 
-    def epoch(self, plan: EpochPlan) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, plan: EpochPlan) -> Batches:
         """This process's batches of one epoch; see `_OrderedLoader.batches`."""
         self.decoder.control["epoch"] = plan.epoch
         self.decoder.control["scale"] = plan.crop_scale
@@ -257,7 +256,7 @@ class ValLoader:
             settings.data.batches_ahead,
         )
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Batches:
         """As training batches; the last is filled up with black pictures labelled `PADDING`."""
         order = np.arange(self.world.rank, self.samples, self.world.size)
         with closing(self.loader.batches(order, self.world.device)) as batches:

@@ -27,8 +27,11 @@ ATTEMPTS = 10  # to fit a box of random area and aspect ratio, as torchvision an
 
 
 @njit(nogil=True, cache=True)
-def philox(key: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
-    """Philox4x32-10: four random 32-bit words for a 64-bit key and a counter of four 32-bit words."""
+def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32-10: four random 32-bit words for a 64-bit key and a counter of four 32-bit words.
+
+    Integers in, `uint64` out.
+    """
     k0, k1 = np.uint64(key) & MASK, np.uint64(key) >> HALF
     x0, x1, x2, x3 = np.uint64(c0), np.uint64(c1), np.uint64(c2), np.uint64(c3)
     for _ in range(10):
@@ -90,7 +93,7 @@ def mirror(image: Any) -> None:
 
 
 @intrinsic
-def _pointer(typing: Any, address: Any) -> Any:  # type: ignore[misc]
+def _pointer(typing: Any, address: Any) -> Any:
     """An address as a pointer: compiled code sees what the host changes after its compilation."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -154,8 +157,9 @@ class CropDecoder(SimpleRGBImageDecoder):
 
         def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
             for slot in loop(len(indices)):
-                words = carray(_pointer(control_at), WORDS, np.uint64)
-                numbers = carray(_pointer(control_at), WORDS, np.float64)
+                control = _pointer(control_at)  # type: ignore[call-arg]  # numba adds the first
+                words = carray(control, WORDS, np.uint64)
+                numbers = carray(control, WORDS, np.float64)
                 sample = indices[slot]
                 field = metadata[sample]
                 stored = read(field["data_ptr"], storage)
@@ -163,9 +167,8 @@ class CropDecoder(SimpleRGBImageDecoder):
                 pixels = stored
                 if field["mode"] == jpeg:
                     thread = get_thread_id() if parallel else 0
-                    pixels = carray(
-                        _pointer(scratch_at + thread * stride), height * width * 3, np.uint8
-                    )
+                    scratch = _pointer(scratch_at + thread * stride)  # type: ignore[call-arg]
+                    pixels = carray(scratch, height * width * 3, np.uint8)
                     status = ctypes_imdecode(
                         stored.ctypes.data,
                         stored.size,

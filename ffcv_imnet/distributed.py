@@ -48,9 +48,10 @@ class World:
         if self.size > 1:
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    for buffer in (module.running_mean, module.running_var):
-                        dist.all_reduce(buffer)
-                        buffer /= self.size
+                    for buffer in module.buffers(recurse=False):
+                        if buffer.is_floating_point():  # not the number of batches seen
+                            dist.all_reduce(buffer)
+                            buffer /= self.size
 
     def device_name(self) -> str:
         """The accelerator's or the processor's name."""

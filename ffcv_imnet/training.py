@@ -3,7 +3,7 @@
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo
@@ -48,7 +48,7 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     device = world.device
     torch.backends.cudnn.benchmark = True  # shapes change once a resolution, not once a step
     torch.set_float32_matmul_precision("high")
-    model = build_model(settings, classes).to(device, memory_format=torch.channels_last)
+    model = build_model(settings, classes).to(device).to(memory_format=torch.channels_last)
     ema = build_ema(model, training.ema_decay)
     precision = choose_precision(training.precision, device)
 
@@ -58,7 +58,8 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
         forward = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    judge, ema_judge = model, ema.module if ema is not None else None
+    judge: nn.Module = model
+    ema_judge = ema.module if ema is not None else None
     if training.compile:
         # One graph for each resolution, in training and in evaluation: static shapes are faster.
         resolutions = {resolution(settings, epoch) for epoch in range(training.epochs)}
@@ -79,7 +80,7 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
 
 def compile_static(module: nn.Module) -> nn.Module:
     """`torch.compile` that makes a new graph for a new shape instead of a dynamic one."""
-    return torch.compile(module, dynamic=False)
+    return cast(nn.Module, torch.compile(module, dynamic=False))
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ def test_pixels_are_the_crop_resized_and_mirrored(raw: SmallData, tmp_path: Path
     scale, ratio = (np.array(pair) for pair in ((0.08, 1.0), (0.75, 4 / 3)))
     for slot, sample in enumerate(order):
         picture = stored_picture(raw.train, sample)
-        top, left, h, w = decoders.random_crop(*picture.shape[:2], 5, 1, sample, scale, ratio)
+        height, width, _ = picture.shape
+        top, left, h, w = decoders.random_crop(height, width, 5, 1, sample, scale, ratio)
         expected = cv2.resize(
             picture[top : top + h, left : left + w], (32, 32), interpolation=cv2.INTER_AREA
         )
@@ -153,7 +154,7 @@ def test_leaving_an_epoch_ends_its_thread(small: SmallData, tmp_path: Path) -> N
     for _ in range(3):
         batches = loader.epoch(plan)
         next(batches)
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     assert threading.active_count() == threads
 
 

@@ -42,7 +42,13 @@ def plain_philox(key: int, *counter: int) -> tuple[int, ...]:
 
 
 def plain_crop(
-    height: int, width: int, seed: int, epoch: int, sample: int, scale: list[float], ratio: list[float]
+    height: int,
+    width: int,
+    seed: int,
+    epoch: int,
+    sample: int,
+    scale: list[float],
+    ratio: list[float],
 ) -> tuple[int, int, int, int]:
     for attempt in range(1, 11):
         words = plain_philox(seed, sample, epoch, attempt, 0)

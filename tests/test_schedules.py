@@ -1,5 +1,7 @@
 """Schedules as tables."""
 
+import itertools
+
 import pytest
 
 from ffcv_imnet import schedules
@@ -55,7 +57,7 @@ def test_plan_is_the_schedule() -> None:
     assert [plan.epoch for plan in plans] == list(range(16))
     assert all(plan.steps == 1251 and plan.images == 1251 * 1024 for plan in plans)
     assert max(plan.lr_end for plan in plans) == pytest.approx(0.5, rel=1e-3)
-    for plan, after in zip(plans, plans[1:], strict=False):
+    for plan, after in itertools.pairwise(plans):
         assert plan.lr_end == pytest.approx(after.lr_start, abs=0.5 / 2 / 1251)
 
 

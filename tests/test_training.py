@@ -124,8 +124,8 @@ def test_resumed_equals_never_stopped(
     assert run(settings) == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert len(read_log(tmp_path / "run").epochs) == 1
-    with (tmp_path / "run/log.jsonl").open("a") as log:
-        log.write('{"type": "epoch", "epo')  # as a kill in mid-write would leave it
+    with (tmp_path / "run/log.jsonl").open("a") as file:
+        file.write('{"type": "epoch", "epo')  # as a kill in mid-write would leave it
     assert run(settings, "auto") == 0
     log = read_log(tmp_path / "run")
     assert [header.first_epoch for header in log.headers] == [0, 1]
@@ -148,9 +148,7 @@ def test_resume_from_a_named_checkpoint(whole: Path, small: SmallData, tmp_path:
         run(settings, str(whole / "last.pt"))
 
 
-def test_resume_auto(
-    whole: Path, small: SmallData, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_auto(whole: Path, small: SmallData, capsys: pytest.CaptureFixture[str]) -> None:
     settings = small.settings(whole, **FULL)
     before = (whole / "log.jsonl").read_bytes()
     assert run(settings, "auto") == 0
@@ -184,7 +182,6 @@ def test_damaged_checkpoint(whole: Path, small: SmallData, tmp_path: Path) -> No
 def test_a_lost_loss_ends_the_run_and_keeps_the_checkpoint(
     small: SmallData, tmp_path: Path
 ) -> None:
-    """The rate rises without bound in the second epoch."""
     settings = small.settings(tmp_path / "run", lr__lr=1e30, training__momentum=0)
     with pytest.raises(RunError, match=r"became NaN or infinite in epoch 0, step \d+"):
         run(settings)
@@ -205,9 +202,7 @@ def test_the_target_can_end_the_run(small: SmallData, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_mixed_precision(precision: str, small: SmallData, tmp_path: Path) -> None:
     """The one code path with autocast on, and with loss scaling for fp16."""
-    settings = small.settings(
-        tmp_path / "run", training__precision=precision, training__epochs=1
-    )
+    settings = small.settings(tmp_path / "run", training__precision=precision, training__epochs=1)
     assert run(settings) == 0
     log = read_log(tmp_path / "run")
     assert log.headers[0].precision == precision
@@ -217,10 +212,13 @@ def test_mixed_precision(precision: str, small: SmallData, tmp_path: Path) -> No
 
 def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    for capability, best in (((6, 1), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
-        monkeypatch.setattr(
-            torch.cuda, "get_device_capability", lambda _, found=capability: found
-        )
+    for capability, best in (
+        ((6, 1), "fp32"),
+        ((7, 5), "fp16"),
+        ((8, 0), "bf16"),
+        ((9, 0), "bf16"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert choose_precision("auto", gpu) == best
     for able, best in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=able: found)
@@ -265,7 +263,7 @@ def test_compiled_graphs_are_one_for_each_shape(
 
 def command(*arguments: object, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "train_imagenet.py", *map(str, arguments)],
+        [sys.executable, "-m", "tests.networks", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -323,13 +321,11 @@ def test_failed_work_is_status_1(small: SmallData, tmp_path: Path) -> None:
     assert "sample 5 is damaged" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_killed_in_mid_epoch_and_resumed(
-    whole: Path, small: SmallData, tmp_path: Path
-) -> None:
+def test_killed_in_mid_epoch_and_resumed(whole: Path, small: SmallData, tmp_path: Path) -> None:
     """SIGKILL, which nothing can catch, at whatever point after the first epoch's line."""
     config = tmp_path / "c.yaml"
     config.write_text(to_yaml(small.settings(tmp_path / "run", **FULL)))
-    words = [sys.executable, "train_imagenet.py", "--config", str(config)]
+    words = [sys.executable, "-m", "tests.networks", "--config", str(config)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -343,7 +339,9 @@ def test_killed_in_mid_epoch_and_resumed(
 def test_two_processes(small: SmallData, tmp_path: Path) -> None:
     """torchrun, gloo: the same batches, the same number of pictures, one log."""
     config = tmp_path / "c.yaml"
-    settings = small.settings(tmp_path / "run", training__epochs=2, training__ema_decay=0.5)
+    settings = small.settings(
+        tmp_path / "run", model__arch="resnet18", training__ema_decay=0.5, training__batch_size=32
+    )
     config.write_text(to_yaml(settings))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
