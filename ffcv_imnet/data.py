@@ -98,6 +98,11 @@ def share_of_order(order: Indices, local_batch: int, rank: int, size: int) -> In
     return batches[:, rank].reshape(-1)
 
 
+def copy_event(device: torch.device) -> torch.cuda.Event | None:
+    """What tells when a copy to `device` is done; None where `device` reads the host's memory."""
+    return torch.cuda.Event() if device.type == "cuda" else None
+
+
 class _Epoch(EpochIterator):
     """FFCV's iterator with an end for every case: an error in its thread, a consumer that leaves."""
 
@@ -171,7 +176,7 @@ class _OrderedLoader(Loader):
             RunError: a stored image did not decode, or the loader's thread failed.
         """
         threads = torch.get_num_threads()
-        copied = torch.cuda.Event() if device.type == "cuda" else None
+        copied = copy_event(device)
         epoch = _Epoch(self, order)
         try:
             for images, labels in epoch:

@@ -157,7 +157,7 @@ class CropDecoder(SimpleRGBImageDecoder):
 
         def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
             for slot in loop(len(indices)):
-                control = _pointer(control_at)  # type: ignore[call-arg]  # numba adds the first
+                control: Any = _pointer(control_at)  # type: ignore[call-arg]  # numba adds one
                 words = carray(control, WORDS, np.uint64)
                 numbers = carray(control, WORDS, np.float64)
                 sample = indices[slot]
@@ -167,7 +167,7 @@ class CropDecoder(SimpleRGBImageDecoder):
                 pixels = stored
                 if field["mode"] == jpeg:
                     thread = get_thread_id() if parallel else 0
-                    scratch = _pointer(scratch_at + thread * stride)  # type: ignore[call-arg]
+                    scratch: Any = _pointer(scratch_at + thread * stride)
                     pixels = carray(scratch, height * width * 3, np.uint8)
                     status = ctypes_imdecode(
                         stored.ctypes.data,

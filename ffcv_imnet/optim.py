@@ -22,14 +22,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 def build_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
     """SGD over `parameter_groups`; the loop sets its rate at every step."""
-    on_gpu = next(model.parameters()).is_cuda
     return torch.optim.SGD(
         parameter_groups(model, settings.weight_decay),
         lr=0.0,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
-        # The fused step reads fp16's overflow flag on the device; the others make the host wait.
-        fused=on_gpu,
+        fused=True,  # reads fp16's overflow flag on the device; the others make the host wait
     )
 
 

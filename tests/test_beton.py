@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pictures import picture
 
 from ffcv_imnet import beton
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.images.pixels import encode_jpeg
 from ffcv_imnet.stored import JPEG, RAW, Stored, sample_digest
+from tests.pictures import picture
 
 LABELS = [0, 0, 1, 2, 2, 2, 1]
 SMALL_PAGE = 1 << 15
@@ -294,3 +294,21 @@ def test_left_over_manifest_of_another_file_is_not_taken(copy: Path) -> None:
     )
     assert not beton.repair_beton(copy)
     assert beton.check_beton(copy) == right
+
+
+def test_the_layout_is_ffcvs_own() -> None:
+    """Every dtype, version and descriptor that beton.py spells out, against ffcv's modules."""
+    from ffcv import types
+    from ffcv.fields import IntField, RGBImageField
+
+    layout = beton._layout()
+    fields = {"image": RGBImageField(), "label": IntField()}
+    assert layout.version == types.CURRENT_VERSION
+    assert layout.header == types.HeaderType
+    assert layout.allocation == types.ALLOC_TABLE_TYPE
+    assert layout.metadata == types.get_metadata_type(list(fields.values()))
+    assert layout.descriptors.dtype == types.FieldDescType
+    for row, (name, field) in zip(layout.descriptors, fields.items(), strict=True):
+        assert types.TYPE_ID_HANDLER[int(row["type_id"])] is type(field)
+        assert bytes(row["name"]).rstrip(b"\0").decode() == name
+        assert not row["arguments"].any() and not field.to_binary()["f0"].any()

@@ -199,6 +199,29 @@ def test_an_error_in_the_loaders_thread_ends_the_epoch(
     assert time.monotonic() - started < 20
 
 
+def test_a_copy_is_waited_for_before_the_next_batch_is_taken(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens on a GPU, with torch's meta device and an event that keeps a diary."""
+    diary: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            diary.append("record")
+
+        def synchronize(self) -> None:
+            diary.append("synchronize")
+
+    monkeypatch.setattr(data, "copy_event", lambda device: Event())
+    meta = dataclasses.replace(ALONE, device=torch.device("meta"))
+    settings = small.settings(tmp_path)
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, meta)
+    for images, labels in loader.epoch(plan_run(settings, small.train_samples)[0]):
+        assert images.device.type == labels.device.type == "meta"
+        diary.append("step")
+    assert diary == ["record", "step", "synchronize"] * 6
+
+
 def test_classes_must_agree(small: SmallData, tmp_path: Path) -> None:
     shapes.write_tree(tmp_path / "images", train_per_class=1, val_per_class=1)
     (tmp_path / "images/val" / shapes.CLASSES[2]).rename(tmp_path / "images/val/zebra")

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pictures import make_tree, picture, save
 from PIL import Image, ImageOps
 
 from ffcv_imnet.errors import UsageError
@@ -19,6 +18,7 @@ from ffcv_imnet.images.encode import PixelSettings, as_jpeg, encode_image
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.pixels import BadImage, decode_rgb, encode_jpeg, shrink, target_size
 from ffcv_imnet.stored import Stored
+from tests.pictures import make_tree, picture, save
 
 
 def file_of(image: Image.Image, kind: str, **how: object) -> bytes:

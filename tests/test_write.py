@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import Deadly, make_slow_tree, make_tree, picture, save
 
 import write_ffcv
 from ffcv_imnet import beton
@@ -24,6 +23,7 @@ from ffcv_imnet.images.encode import PixelSettings, encode_all
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.pixels import decode_rgb
 from ffcv_imnet.stored import RAW
+from tests.pictures import Deadly, make_slow_tree, make_tree, picture, save
 
 ROOT = Path(__file__).parents[1]
 

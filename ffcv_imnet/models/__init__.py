@@ -16,6 +16,9 @@ STD = (58.395, 57.12, 57.375)
 class Normalize(nn.Module):
     """uint8 pixels to zero mean and unit variance, so that loaders move one byte a channel."""
 
+    mean: Tensor  # (1, 3, 1, 1)
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)

@@ -14,6 +14,8 @@ class BlurConv2d(nn.Module):
     looks at every second blurred pixel only, so there the blur itself takes the stride.
     """
 
+    kernel: Tensor  # (C, 1, 3, 3)
+
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
@@ -21,7 +23,7 @@ class BlurConv2d(nn.Module):
         kernel = torch.outer(line, line) / 16
         kernel = kernel.expand(conv.in_channels, 1, 3, 3).contiguous()
         self.register_buffer("kernel", kernel, persistent=False)
-        self.stride = (1, 1)
+        self.stride: tuple[int, ...] = (1, 1)
         if conv.kernel_size == (1, 1):
             self.stride, conv.stride = conv.stride, (1, 1)
 

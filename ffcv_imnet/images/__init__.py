@@ -1,0 +1,52 @@
+"""Where the photographs come from, and what is stored of each.
+
+`ImageSource` is all the writer knows of a source. `folder.py` has the ImageFolder tree, `pixels.py`
+turns encoded bytes into RGB pixels, `encode.py` into what a .beton stores, in worker processes.
+Nothing in here imports torch or ffcv: a worker must start in a fraction of a second.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
+
+
+class ImageSource(Protocol):
+    """An indexable set of labelled images, in the order in which they will be stored.
+
+    The writer never sends a whole source to a worker, only `subset`s of a few images, so a source
+    may be large but each part of it must pickle to little: paths or offsets, not open files.
+    """
+
+    @property
+    def where(self) -> str:
+        """What messages call the source: a folder, an archive."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names; a label is an index into them."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(len,) class index of every image."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes | Pixels, int]:
+        """The encoded file (or RGB pixels) of image `index`, and its label.
+
+        Raises:
+            OSError: it cannot be read; the message is the reason that the user will see.
+        """
+
+    def name(self, index: int) -> str:
+        """What messages and the manifest call image `index`; unique, with forward slashes."""
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
+        """A source of these images alone, in this order, with the same classes."""
+
+    def fingerprint(self) -> str:
+        """Changes when an image is added, removed, renamed or modified; reads no image."""

@@ -1,0 +1,129 @@
+"""Encoded bytes to upright RGB pixels, smaller pixels, and JPEG again.
+
+The reference for decoding is `ImageOps.exif_transpose(image).convert("RGB")` in Pillow, whatever
+the file's extension says; 16-bit grayscale, which `convert` would clip to white, is scaled first.
+"""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ffcv_imnet.images import Pixels
+
+# Photographs only. Pillow would otherwise run Ghostscript on an EPS that is named .jpg.
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {  # its values, as ImageOps.exif_transpose undoes them
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LONGEST = 65535  # ffcv stores width and height in 16 bits
+
+
+class BadImage(Exception):
+    """This image cannot be stored; the message is the reason in a few words."""
+
+
+def decode_rgb(data: bytes) -> Pixels:
+    """Decode a whole image file.
+
+    Returns:
+        (height, width, 3) uint8, RGB, upright.
+
+    Raises:
+        BadImage: empty, truncated, of no format that we read, or otherwise undecodable.
+    """
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF and palettes are ordinary here
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image.load()
+            image = _eight_bit(_upright(image))
+            # `convert` copies even where it has nothing to do: a tenth of a small JPEG's time.
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image ({', '.join(FORMATS)}), or its start is damaged") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImage(reason) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """`ImageOps.exif_transpose` without writing EXIF back, which is where damaged EXIF raises.
+
+    An orientation that can be read is applied even if the rest of the block is broken, as any
+    viewer does; one that cannot be read leaves the pixels as they lie.
+    """
+    try:
+        method = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # the parser raises SyntaxError, struct.error, ValueError, OverflowError...
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grayscale (I;16*, and I holding 16 bits) scaled to 8 bits; others unchanged.
+
+    The full range is scaled, never the image's own: its brightness would then depend on its
+    brightest pixel.
+    """
+    if not image.mode.startswith("I"):
+        return image
+    wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def target_size(
+    height: int, width: int, max_resolution: int | None, short_side: int | None
+) -> tuple[int, int]:
+    """(height, width) after shrinking; never larger than given, no side below one pixel."""
+    reference, target = height, height
+    if max_resolution is not None:
+        reference, target = max(height, width), max_resolution
+    elif short_side is not None:
+        reference, target = min(height, width), short_side
+    if target >= reference:
+        return height, width
+    # Whole numbers: 400 / 1333 * 1333 is not 400 in floating point.
+    return (
+        max(1, (height * target + reference // 2) // reference),
+        max(1, (width * target + reference // 2) // reference),
+    )
+
+
+def shrink(rgb: Pixels, max_resolution: int | None, short_side: int | None) -> Pixels:
+    """Resize by area averaging (OpenCV INTER_AREA, as ffcv) so that the longest side is at most
+    `max_resolution`, or the shorter one at most `short_side`; None for both leaves it as it is."""
+    height, width = target_size(rgb.shape[0], rgb.shape[1], max_resolution, short_side)
+    if (height, width) == rgb.shape[:2]:
+        return rgb
+    small = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA)
+    return small.astype(np.uint8, copy=False)
+
+
+def encode_jpeg(rgb: Pixels, quality: int) -> bytes:
+    """JPEG (4:2:0) of (height, width, 3) uint8 RGB.
+
+    Raises:
+        BadImage: a side is longer than JPEG allows.
+    """
+    bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+    try:
+        done, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    except cv2.error:
+        done = False
+    if not done:
+        raise BadImage(f"{rgb.shape[1]} x {rgb.shape[0]} pixels cannot be stored as JPEG")
+    return data.tobytes()

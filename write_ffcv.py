@@ -1,0 +1,600 @@
+"""Photographs to a .beton for FFCV, with a manifest beside it: one command a split.
+
+The recipe: find the images; say what will be written and whether it fits; decode, shrink and
+encode them in worker processes; lay the file out in order under a temporary name; verify it; put
+it in place. The same images and settings give the same bytes, whatever the number of workers.
+"""
+
+import argparse
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import cv2
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from ffcv_imnet import beton
+from ffcv_imnet.errors import RunError, UsageError, nearest, run_main
+from ffcv_imnet.images import ImageSource
+from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image, one_thread
+from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.progress import Progress
+from ffcv_imnet.stored import Stored
+
+ESTIMATE_FROM = 64  # images encoded beforehand to foretell size and time
+VERIFIED = 64  # images encoded again afterwards, to compare with what the disk gives back
+TRAINING_RATE = 1000  # images/s of training, for the disk's read rate when RAM is too small
+TABLES = 48  # bytes a sample of metadata and allocation table
+EXAMPLES = """examples:
+  python write_ffcv.py --split train
+  python write_ffcv.py --split val --data_dir /data/imagenet --out_dir /data/beton
+  python write_ffcv.py --split train --short_side 256 --compress_probability 0.5
+  python write_ffcv.py --split train --subset 10000 --out_dir data/beton_small
+"""
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with one line instead of the usage text, naming the option that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message + " (--help lists the options)")
+
+
+def in_range(kind: type, low: float, high: float = float("inf")) -> Any:
+    """An argparse type: a number of `kind` from `low` to `high`."""
+
+    def convert(text: str) -> Any:
+        with suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        span = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
+        number = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {number} {span}")
+
+    return convert
+
+
+def side(text: str) -> int:
+    """An argparse type: a length in pixels; 0 or none leaves the images' own size."""
+    return 0 if text.lower() == "none" else int(in_range(int, 0)(text))
+
+
+def split_name(text: str) -> str:
+    """An argparse type: train or val."""
+    if text not in ("train", "val"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither train nor val{nearest(text, ('train', 'val'))}"
+        )
+    return text
+
+
+def build_parser() -> Parser:
+    """The command line, each option declared once."""
+    parser = Parser(
+        prog="write_ffcv.py",
+        description="Write an ImageFolder tree (DATA_DIR/SPLIT/<class>/*.jpg) as\n"
+        "OUT_DIR/SPLIT.beton for FFCV, at reduced resolution, with its manifest\n"
+        "OUT_DIR/SPLIT.json.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--split", type=split_name, required=True, metavar="{train,val}", help="which one to write")
+    add(
+        "--data_dir",
+        type=Path,
+        default=Path("data/imagenet"),
+        metavar="DIR",
+        help="holds train/ and val/, one folder a class in each (default: %(default)s)",
+    )
+    add(
+        "--out_dir",
+        type=Path,
+        default=Path("data/beton"),
+        metavar="DIR",
+        help="where the .beton and its manifest go (default: %(default)s)",
+    )
+    add(
+        "--max_resolution",
+        type=side,
+        metavar="PIXELS",
+        help="shrink to this longest side; 0: do not (default: 400)",
+    )
+    add(
+        "--short_side",
+        type=side,
+        metavar="PIXELS",
+        help="shrink to this shorter side instead; 0: do not",
+    )
+    add(
+        "--jpeg_quality",
+        type=in_range(int, 1, 100),
+        default=90,
+        metavar="1..100",
+        help="(default: %(default)s)",
+    )
+    add(
+        "--compress_probability",
+        type=in_range(float, 0, 1),
+        default=1.0,
+        metavar="0..1",
+        help="this part of the images is stored as JPEG, the rest as raw pixels, which load faster"
+        " and take about ten times the space (default: %(default)s)",
+    )
+    add(
+        "--num_workers",
+        type=in_range(int, 1),
+        metavar="N",
+        help="encoding processes (default: all cores this process may use)",
+    )
+    add(
+        "--subset",
+        type=in_range(int, 1),
+        metavar="N",
+        help="only N images, drawn evenly over the classes",
+    )
+    add(
+        "--seed",
+        type=in_range(int, 0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="of --subset and --compress_probability (default: %(default)s)",
+    )
+    add("--skip_bad", action="store_true", help="leave unreadable images out instead of failing")
+    add("--force", action="store_true", help="replace a .beton that was written otherwise")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line as typed values, `max_resolution` and `short_side` as None where unused.
+
+    Raises:
+        UsageError: an option is unknown, missing, misspelt or impossible.
+    """
+    parser = build_parser()
+    args = sys.argv[1:] if argv is None else argv
+    known = [option for action in parser._actions for option in action.option_strings]
+    for given in (arg.split("=")[0] for arg in args if arg.startswith("--")):
+        # Looked at first: argparse would rather complain that --split is missing.
+        if given not in known:
+            raise UsageError(f"unknown option {given}{nearest(given, known)}")
+    options, extra = parser.parse_known_args(args)
+    if extra:
+        raise UsageError(f"{extra[0]!r} is not an option (--help lists the options)")
+    if options.max_resolution and options.short_side:
+        raise UsageError("--max_resolution and --short_side exclude each other: give one of them")
+    if options.max_resolution is None and not options.short_side:
+        options.max_resolution = 400
+    options.max_resolution = options.max_resolution or None
+    options.short_side = options.short_side or None
+    cores = len(os.sched_getaffinity(0))
+    if options.num_workers is None:
+        options.num_workers = cores
+    if options.num_workers > cores:
+        raise UsageError(
+            f"--num_workers {options.num_workers} is more than the {cores} cores that"
+            " this process may use"
+        )
+    return options
+
+
+# ------------------------------------------------------------------------ what will be written
+
+
+def even_subset(
+    labels: NDArray[np.int64], classes: int, count: int, seed: int
+) -> NDArray[np.int64]:
+    """Indices of `count` images, sorted; classes' counts differ by at most one.
+
+    Raises:
+        UsageError: there are not that many images, or not in every class, or fewer than classes.
+    """
+    if count > len(labels):
+        raise UsageError(f"--subset {count:,} is more than the {len(labels):,} images there are")
+    if count < classes:
+        raise UsageError(f"--subset {count:,} leaves some of the {classes:,} classes empty")
+    rng = np.random.default_rng(seed)
+    have = np.bincount(labels, minlength=classes)
+    each, more = divmod(count, classes)
+    # One image more for `more` classes, chosen by lot among those that have it.
+    lot = rng.permutation(classes)
+    quota = np.full(classes, each)
+    quota[lot[np.argsort(have[lot] <= each, kind="stable")][:more]] += 1
+    if (have < quota).any():
+        most = int(classes * have.min() + (have > have.min()).sum())
+        raise UsageError(
+            f"--subset {count:,} cannot be even: the smallest class has only"
+            f" {have.min():,} images, so at most {most:,} can be drawn"
+        )
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(have)[:-1])
+    drawn = [rng.permutation(group)[:n] for group, n in zip(by_class, quota, strict=True)]
+    return np.sort(np.concatenate(drawn))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One split to write: where from, where to, how."""
+
+    split: str
+    path: Path
+    source: ImageSource
+    settings: PixelSettings
+    recorded: dict[str, Any]  # the settings that decide the content, as the manifest holds them
+    origin: dict[str, Any]  # the source, as the manifest holds it
+    num_workers: int
+    skip_bad: bool
+
+
+def plan(options: argparse.Namespace) -> Job:
+    """Find the images and choose among them.
+
+    Raises:
+        UsageError: the source is not as it should be, or --subset cannot be drawn from it.
+    """
+    settings = PixelSettings(
+        max_resolution=options.max_resolution,
+        short_side=options.short_side,
+        jpeg_quality=options.jpeg_quality,
+        compress_probability=options.compress_probability,
+        seed=options.seed,
+    )
+    tree = ImageFolderTree(options.data_dir / options.split)
+    origin = {
+        "kind": "folder",
+        "fingerprint": tree.fingerprint(),
+        "images": len(tree),
+        "ignored_files": tree.ignored,
+    }
+    source = tree
+    if options.subset is not None:
+        chosen = even_subset(tree.labels, len(tree.classes), options.subset, options.seed)
+        source = tree.subset(chosen)
+    return Job(
+        split=options.split,
+        path=options.out_dir / f"{options.split}.beton",
+        source=source,
+        settings=settings,
+        recorded={**asdict(settings), "subset": options.subset},
+        origin=origin,
+        num_workers=options.num_workers,
+        skip_bad=options.skip_bad,
+    )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a few images, encoded beforehand, promise for all."""
+
+    bytes: int
+    seconds: float  # of one process
+
+
+def forecast(source: ImageSource, settings: PixelSettings) -> Forecast:
+    """Encode a seeded sample of `source` and extrapolate; unreadable images are passed over."""
+    count = min(ESTIMATE_FROM, len(source))
+    chosen = np.random.default_rng(settings.seed).choice(len(source), count, replace=False)
+    sizes = []
+    started = time.perf_counter()
+    for index in np.sort(chosen).tolist():
+        done = encode_image(source, index, index, settings, beton.PAGE_SIZE)
+        if isinstance(done, Stored):
+            sizes.append(len(done.data))
+    seconds = (time.perf_counter() - started) / count
+    mean = sum(sizes) / max(1, len(sizes))
+    # Pages start on their own boundary: up to a page in front of the first.
+    total = int(mean * len(source)) + TABLES * len(source) + beton.PAGE_SIZE
+    return Forecast(total, seconds * len(source))
+
+
+def available_memory() -> int | None:
+    """Bytes that the page cache may still take, within a container's limit; None if unknown."""
+    with suppress(OSError, AttributeError, ValueError):
+        meminfo = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo).group(1)) * 1024  # type: ignore[union-attr]
+        with suppress(OSError, ValueError):  # "max" where there is no limit
+            free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return free
+    return None
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that disks are sold in."""
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 1000 or unit == "GB":
+            break
+    return f"{count:,.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def announce(job: Job) -> None:
+    """Print what is about to happen.
+
+    Raises:
+        UsageError: it does not fit on the disk.
+    """
+    source, folder = job.source, job.path.parent
+    expected = forecast(source, job.settings)
+    free = shutil.disk_usage(folder).free
+    ignored = job.origin["ignored_files"]
+    print(
+        f"{source.where}: {len(source):,} images of {len(source.classes):,} classes"
+        + (f" ({ignored:,} files are no images and are ignored)" if ignored else "")
+    )
+    print(
+        f"expected: {size(expected.bytes)} ({size(free)} free in {folder}),"
+        f" {duration(expected.seconds / job.num_workers)} with {job.num_workers} worker(s)"
+    )
+    memory = available_memory()
+    if memory is not None and expected.bytes > memory:
+        rate = TRAINING_RATE * expected.bytes / len(source)
+        print(
+            f"this is more than the {size(memory)} of memory available here: at {TRAINING_RATE:,}"
+            f" images/s training would read {size(rate)}/s from the disk"
+        )
+    sys.stdout.flush()
+    if expected.bytes > free:
+        raise UsageError(
+            f"about {size(expected.bytes)} will not fit into the {size(free)} free in {folder}:"
+            " make room, choose another --out_dir, or store less (--max_resolution,"
+            " --jpeg_quality, --subset)"
+        )
+
+
+# ------------------------------------------------------------------------------ already there
+
+
+def differences(job: Job, said: beton.Manifest) -> list[str]:
+    """How the file that is there differs from the one that is asked for, in words."""
+    found = [
+        f"{name} is {said.settings.get(name)}, not {wanted}"
+        for name, wanted in job.recorded.items()
+        if said.settings.get(name) != wanted
+    ]
+    if said.source.get("fingerprint") != job.origin["fingerprint"]:
+        found.append("the source images are others or were modified")
+    if said.skipped and not job.skip_bad:
+        found.append(f"it lacks {len(said.skipped):,} unreadable images (--skip_bad accepts that)")
+    return found
+
+
+def up_to_date(job: Job) -> bool:
+    """Whether the file is there and is what would be written.
+
+    Raises:
+        UsageError: something else is there, which only --force may replace.
+    """
+    path = job.path
+    if beton.repair_beton(path):
+        print(f"{path}: the last run was stopped before its manifest was in place; done now")
+    if not path.exists():
+        return False
+    try:
+        found = differences(job, beton.check_beton(path))
+    except (RunError, UsageError) as error:
+        found = [str(error).split(":")[0]]
+    if found:
+        raise UsageError(
+            f"{path} is there already and differs: {'; '.join(found)}; --force replaces it"
+        )
+    return True
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[BinaryIO]:
+    """`path` open for writing under its temporary name, which is removed if anything goes wrong.
+
+    Raises:
+        UsageError: it cannot be created, or another process is writing it.
+        RunError: writing fails, for instance because the disk is full.
+    """
+    partial = beton.partial_path(path)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("ab", buffering=0)
+    except OSError as error:
+        raise UsageError(f"{partial} cannot be written: {error.strerror}") from None
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another write_ffcv.py is writing {path}") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            with partial.open("r+b", buffering=1 << 20) as out:
+                out.truncate()  # what a killed run left
+                yield out
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            beton.partial_path(beton.manifest_path(path)).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise RunError(f"{path} could not be written: {error.strerror or error}") from None
+            raise
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of writing all images."""
+
+    kept: NDArray[np.int64]  # their indices in the source, in stored order
+    bad: list[Bad]
+    content_checksum: str
+    tables_checksum: str
+
+
+def write_samples(file: BinaryIO, job: Job) -> Written:
+    """Encode all of the source and lay it out in `file`, in the order of the source.
+
+    Raises:
+        RunError: a worker died, or images are unreadable (all of them listed on stderr), or none
+            is left of a class.
+    """
+    count = len(job.source)
+    writer = beton.BetonWriter(file, count)
+    content = hashlib.sha256()
+    bad: list[Bad] = []
+    kept = np.ones(count, dtype=bool)
+    index = 0
+    started = time.perf_counter()
+    with (
+        closing(encode_all(job.source, job.settings, writer.page_size, job.num_workers)) as chunks,
+        Progress(count, "writing") as progress,
+    ):
+        for chunk in chunks:
+            for done in chunk:
+                if isinstance(done, Bad):
+                    kept[index] = False
+                    bad.append(done)
+                elif job.skip_bad or not bad:  # else it goes on only to find all that are bad
+                    writer.add(done)
+                    content.update(done.digest)
+                index += 1
+            progress.update(len(chunk), f"{len(bad):,} unreadable" if bad else "")
+    report_bad(job, kept, bad)
+    tables_checksum = writer.finish()
+    rate = count / (time.perf_counter() - started)
+    print(f"encoded and on the disk at {rate:,.0f} images/s; verifying", flush=True)
+    return Written(np.flatnonzero(kept), bad, f"sha256:{content.hexdigest()}", tables_checksum)
+
+
+def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
+    """List all unreadable images on stderr.
+
+    Raises:
+        RunError: there are some and they may not be skipped, or a class has no others.
+    """
+    source = job.source
+    for image in bad:
+        print(f"unreadable: {source.where}/{image.name}: {image.reason}", file=sys.stderr)
+    if bad and not job.skip_bad:
+        raise RunError(
+            f"{len(bad):,} of {len(source):,} images are unreadable (listed above) and nothing was"
+            " written: mend or remove them, or go on without them by --skip_bad"
+        )
+    left = np.bincount(source.labels[kept], minlength=len(source.classes))
+    if not left.all():
+        raise RunError(f"no image of class {source.classes[int(np.argmin(left))]} is readable")
+
+
+def versions() -> dict[str, str]:
+    """What the stored bytes may depend on. ffcv's own `__version__` is not its version."""
+    return {
+        "ffcv": importlib.metadata.version("ffcv"),
+        "opencv": cv2.__version__,
+        "pillow": PIL.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(file: BinaryIO, job: Job) -> beton.Manifest:
+    """Write `file`, whose name is still the temporary one, and its manifest; verify both."""
+    done = write_samples(file, job)
+    counts = np.bincount(job.source.labels[done.kept], minlength=len(job.source.classes))
+    manifest = beton.Manifest(
+        format=beton.MANIFEST_FORMAT,
+        split=job.split,
+        samples=len(done.kept),
+        classes=tuple(job.source.classes),
+        class_counts=tuple(counts.tolist()),
+        bytes=os.fstat(file.fileno()).st_size,
+        content_checksum=done.content_checksum,
+        tables_checksum=done.tables_checksum,
+        settings=job.recorded,
+        source=job.origin,
+        skipped=tuple({"path": image.name, "reason": image.reason} for image in done.bad),
+        versions=versions(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    waiting = beton.partial_path(beton.manifest_path(job.path))
+    manifest.save(waiting)
+    expected = encoded_again(job, done.kept)
+    beton.verify_beton(beton.partial_path(job.path), expected, manifest=waiting)
+    return manifest
+
+
+def encoded_again(job: Job, kept: NDArray[np.int64]) -> dict[int, bytes]:
+    """Digests, by stored index, of a seeded choice of images read from the source once more."""
+    count = min(VERIFIED, len(kept))
+    chosen = np.random.default_rng(job.settings.seed).choice(len(kept), count, replace=False)
+    digests = {}
+    for stored in chosen.tolist():
+        number = int(kept[stored])
+        done = encode_image(job.source, number, number, job.settings, beton.PAGE_SIZE)
+        if isinstance(done, Bad):
+            raise RunError(f"{job.source.where}/{done.name} is no longer readable: {done.reason}")
+        digests[stored] = done.digest
+    return digests
+
+
+# --------------------------------------------------------------------------------- the recipe
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that the temporary file is removed, and exits with 143."""
+
+    def leave(*_: object) -> NoReturn:
+        print("terminated", file=sys.stderr, flush=True)
+        sys.exit(143)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write one split. Exit status 0; see ffcv_imnet/errors.py for the others."""
+    options = parse(argv)
+    job = plan(options)
+    if not options.force and up_to_date(job):
+        print(f"{job.path} is up to date")
+        return 0
+    one_thread()
+    with sigterm_exits():
+        with partial_file(job.path) as file:
+            announce(job)
+            manifest = write(file, job)
+        # Outside that block: once the first of the two has its name, nothing may be removed.
+        beton.commit_beton(job.path)
+    print(
+        f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
+        f" {size(manifest.bytes)}, {manifest.content_checksum}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
