@@ -32,7 +32,10 @@ def main() -> int:
 
 
 def dry_run(settings: Settings) -> int:
-    """Print what a run would do: every setting, every epoch. Needs neither data nor torch."""
+    """Print what a run would do: every setting, every epoch. Needs neither data nor a GPU."""
+    from ffcv_imnet.models.registry import check_arch
+
+    check_arch(settings.model.arch)
     manifest = manifest_path(Path(settings.data.train_dataset))
     if manifest.is_file():
         images, source = Manifest.load(manifest).samples, str(manifest)
@@ -66,9 +69,11 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     from ffcv_imnet.data import TrainLoader, ValLoader, check_data
     from ffcv_imnet.distributed import Interrupted, StopSignal, connect, describe_world, disconnect
     from ffcv_imnet.evaluation import validate
+    from ffcv_imnet.models.registry import check_arch
     from ffcv_imnet.run_folder import open_run
     from ffcv_imnet.training import build_learner, epoch_record, train_epoch
 
+    check_arch(settings.model.arch)
     world = describe_world()
     train_set, val_set = check_data(settings)
     plans = plan_run(settings, train_set.samples)

@@ -1,0 +1,27 @@
+# The commands of a newcomer. Everything runs from the repository's root, in .venv.
+PYTHON ?=
+python := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 12
+
+setup:  ## install what is missing: system packages where it may, .venv, pinned Python packages
+	@PYTHON='$(PYTHON)' bash setup.sh
+
+demo: setup  ## the whole path on a generated data set: write, train, log, table, curve
+	@$(python) -m ffcv_imnet demo
+
+test: setup  ## the tests
+	@$(python) -m pytest
+
+lint: setup  ## style and types
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy
+
+clean:  ## remove caches and the demo's files (not .venv, not your data, not your runs)
+	rm -rf data/demo .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -path ./data -prune -o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf

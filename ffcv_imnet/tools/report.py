@@ -1,0 +1,235 @@
+"""Show runs: their epochs as a table, their curves as a PNG.
+
+python -m ffcv_imnet report RUN                      writes RUN/curve.png
+python -m ffcv_imnet report RUN RUN --out both.png   lays the curves over each other
+
+RUN is a run's folder or its log.jsonl; a run that still goes on will do.
+"""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from tabulate import tabulate
+
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.records import Log, Reached, read_log
+from ffcv_imnet.tools import ToolParser
+
+# Kept apart by colour and by pattern: the plain weights' curve is the thick one.
+SCORES = {
+    "top_1": "top-1",
+    "ema_top_1": "top-1, EMA",
+    "tta_top_1": "top-1, flip TTA",
+    "ema_tta_top_1": "top-1, EMA + flip TTA",
+}
+PATTERNS = dict(zip(SCORES, ("-", "--", ":", "-."), strict=True))
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+INK, FAINT = "#333333", "#8a8a8a"
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def table(log: Log) -> str:
+    """One row an epoch; the columns of EMA and TTA only where some epoch has them."""
+    columns: dict[str, str] = {
+        "epoch": "d", "resolution": "d", "lr": ".4f", "train_loss": ".3f", "val_loss": ".3f",
+        "top_1": ".4f", "top_5": ".4f", "ema_top_1": ".4f", "tta_top_1": ".4f",
+        "ema_tta_top_1": ".4f", "images_per_second": ",.0f", "elapsed_seconds": ",.0f",
+    }  # fmt: skip
+    shown = [c for c in columns if any(getattr(epoch, c) is not None for epoch in log.epochs)]
+    titles = {"resolution": "px", "images_per_second": "img/s", "elapsed_seconds": "elapsed s"}
+    rows = [
+        ["" if (v := getattr(epoch, c)) is None else format(v, columns[c]) for c in shown]
+        for epoch in log.epochs
+    ]
+    headers = [titles.get(c, c) for c in shown]
+    return tabulate(rows, headers, disable_numparse=True, stralign="right")
+
+
+def target(log: Log) -> float:
+    """`training.stop_at` of the run, 0 if it has none."""
+    settings = log.headers[-1].settings if log.headers else {}
+    return float(settings.get("training", {}).get("stop_at", 0.0))
+
+
+def reached(log: Log) -> Reached | None:
+    """When the target was reached: as the summary says, or, in a run that goes on, from its epochs."""
+    if log.summary is not None:
+        return log.summary.reached
+    for epoch in log.epochs if target(log) else []:
+        by = "ema_top_1" if (epoch.ema_top_1 or 0.0) > epoch.top_1 else "top_1"
+        if (top_1 := getattr(epoch, by)) >= target(log):
+            elapsed = epoch.elapsed_seconds
+            return Reached(top_1=top_1, by=by, epoch=epoch.epoch, elapsed_seconds=elapsed)
+    return None
+
+
+def best(log: Log) -> tuple[float, int]:
+    """The best single-view top-1, of the weights or of their average, and its epoch."""
+    top_1, epoch = max((max(e.top_1, e.ema_top_1 or 0.0), -e.epoch) for e in log.epochs)
+    return top_1, -epoch
+
+
+def verdict(log: Log) -> str:
+    """What came of the run, in a sentence or two."""
+    top_1, epoch = best(log)
+    state = "finished" if log.summary else "not finished"
+    text = f"best top-1 {top_1:.4f} after epoch {epoch}; {len(log.epochs)} epochs, {state}."
+    if hit := reached(log):
+        return (
+            f"{text} Target {target(log):g} reached: {hit.by} {hit.top_1:.4f} after epoch {hit.epoch},"
+            f" {hit.elapsed_seconds:,.0f} s."
+        )
+    return f"{text} Target {target(log):g} not reached." if target(log) else f"{text} No target."
+
+
+def origin(log: Log) -> str:
+    """Where and from what the run was made."""
+    if not log.headers:
+        return "no header"
+    header = log.headers[-1]
+    model = header.settings.get("model", {}).get("arch", "?")
+    resumed = f", {len(log.headers) - 1} x resumed" if len(log.headers) > 1 else ""
+    return (
+        f"{model} on {header.device}, {header.precision}, world size {header.world_size}, "
+        f"commit {(header.git_commit or 'unknown')[:12]}{resumed}"
+    )
+
+
+# ---- the picture --------------------------------------------------------------------------------
+
+
+def plot(logs: dict[str, Log], path: Path) -> None:
+    """Top-1, loss and the plan (resolution, learning rate) over the epochs, as a PNG at `path`."""
+    figure = Figure(figsize=(8, 8.5), layout="constrained", facecolor="white")
+    top, loss, plan = figure.subplots(3, 1, sharex=True, height_ratios=(5, 4, 3))
+    for axes in (top, loss, plan):
+        _dress(axes)
+    rate = plan.twinx()
+    _dress(rate)
+    rate.grid(False)
+    for (name, log), colour in zip(logs.items(), _colours(len(logs)), strict=True):
+        _plot_scores(top, log, colour, name if len(logs) > 1 else "")
+        _plot_losses(loss, log, colour)
+        _plot_plan(plan, rate, log, colour)
+    _name_axes(figure, top, loss, plan, rate)
+    if len(logs) == 1:
+        name, log = next(iter(logs.items()))
+        figure.suptitle(
+            f"{Path(name).name}\n{origin(log)}", fontsize=10, color=INK, x=0.01, ha="left"
+        )
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(path)
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _dress(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(True, color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _plot_scores(axes: Axes, log: Log, colour: str, name: str) -> None:
+    for field, label in SCORES.items():
+        points = [(e.epoch, v) for e in log.epochs if (v := getattr(e, field)) is not None]
+        if not points:
+            continue
+        plain = field == "top_1"
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            linestyle=PATTERNS[field],
+            linewidth=2.2 if plain else 1.4,
+            marker="o" if plain and len(points) < 40 else None,
+            markersize=4,
+            label=f"{name}: {label}" if name else label,
+        )
+    if goal := target(log):
+        axes.axhline(goal, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(
+            f"target {goal:.0%}", (1, goal), xycoords=("axes fraction", "data"), fontsize=9,
+            color=FAINT, ha="right", va="bottom", xytext=(-2, 2), textcoords="offset points",
+        )  # fmt: skip
+    top_1, epoch = best(log)
+    axes.annotate(
+        f"{top_1:.1%}", (epoch, top_1), fontsize=9, color=colour, weight="bold", ha="center",
+        va="bottom", xytext=(0, 6), textcoords="offset points",
+    )  # fmt: skip
+
+
+def _plot_losses(axes: Axes, log: Log, colour: str) -> None:
+    epochs = [e.epoch for e in log.epochs]
+    marker = "o" if len(epochs) < 40 else None
+    axes.plot(epochs, [e.val_loss for e in log.epochs], color=colour, linewidth=2.2, marker=marker,
+              markersize=4)  # fmt: skip
+    axes.plot(epochs, [e.train_loss for e in log.epochs], color=colour, linewidth=1.4,
+              linestyle="--")  # fmt: skip
+
+
+def _plot_plan(plan: Axes, rate: Axes, log: Log, colour: str) -> None:
+    epochs = [e.epoch for e in log.epochs]
+    plan.step(epochs, [e.resolution for e in log.epochs], where="mid", color=colour, linewidth=2.2)
+    rate.plot(epochs, [e.lr for e in log.epochs], color=colour, linewidth=1.4, linestyle="--")
+
+
+def _name_axes(figure: Figure, top: Axes, loss: Axes, plan: Axes, rate: Axes) -> None:
+    """Titles, legends and scales; curves of several runs share a colour per run."""
+    low, high = top.get_ylim()
+    top.set_ylim(max(0.0, low), min(1.0, high + 0.08 * (high - low)) if high < 1 else 1.02)
+    top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    top.set_title("Validation accuracy", loc="left", fontsize=11, color=INK)
+    top.legend(loc="lower right", fontsize=9, frameon=False)
+    loss.set_title("Loss", loc="left", fontsize=11, color=INK)
+    kinds = [
+        Line2D([], [], color=INK, linewidth=2.2, label="validation (cross-entropy)"),
+        Line2D([], [], color=INK, linewidth=1.4, linestyle="--", label="training objective"),
+    ]
+    loss.legend(handles=kinds, loc="upper right", fontsize=9, frameon=False)
+    plan.set_title("Plan", loc="left", fontsize=11, color=INK)
+    plan.set_ylabel("resolution, px  (solid)", fontsize=9, color=INK)
+    plan.set_xlabel("epoch", fontsize=9, color=INK)
+    plan.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plan.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 4, 8, 10]))
+    rate.set_ylabel("lr at the epoch's end  (dashed)", fontsize=9, color=INK)
+    rate.set_ylim(bottom=0)
+    figure.align_ylabels([plan])
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Print each run's table and write the picture."""
+    parser = ToolParser("report", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder or log")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: RUN/curve.png")
+    options = parser.parse_args(argv)
+    out: Path | None = options.out
+    if out is None and len(options.runs) > 1:
+        raise UsageError("several runs make one picture: name it with --out FILE.png")
+    if out is not None and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: name a .png file in a folder that exists")
+
+    logs: dict[str, Log] = {}
+    for run in options.runs:
+        folder = run if run.is_dir() else run.parent
+        log = read_log(run)
+        if not log.epochs:
+            raise RunError(f"{run}: no epoch has been logged yet")
+        logs[str(folder)] = log
+        print(f"{folder}: {origin(log)}\n\n{table(log)}\n\n{verdict(log)}")
+        out = out or folder / "curve.png"
+    assert out is not None  # one run at least
+    plot(logs, out)
+    print(f"curve: {out}")
+    return 0

@@ -1,0 +1,203 @@
+"""What gets installed is what is declared, and a file imports only from the floors below its own."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "ffcv_imnet"
+# What a package of the index is imported as, where the two names differ.
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python": "cv2"}
+# Ours, from the lowest floor up (README.md draws it). A package stands for all its modules.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "progress", "settings", "schedules", "records"),
+    ("images", "beton", "stored", "decoders", "models", "optim", "checkpoint", "distributed",
+     "provenance", "shapes"),
+    ("data", "run_folder"),
+    ("training", "evaluation"),
+    ("tools", "__main__"),
+    ("write_ffcv", "train_imagenet"),
+)  # fmt: skip
+
+
+def project() -> dict[str, list[Requirement]]:
+    """Requirements of pyproject.toml: `dependencies` and `dev`."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {
+        "dependencies": table["dependencies"],
+        "dev": table["optional-dependencies"]["dev"],
+    }
+    return {name: [Requirement(line) for line in lines] for name, lines in groups.items()}
+
+
+def pins() -> dict[str, Version]:
+    """The lock: version by canonical name."""
+    found: dict[str, Version] = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            found[canonicalize_name(name)] = Version(version)
+    return found
+
+
+def sources() -> list[Path]:
+    """Every Python file of the project."""
+    return [*ROOT.glob("*.py"), *(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+
+
+def imports(path: Path) -> set[str]:
+    """Full dotted names that `path` imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    """The module of ours that `path` belongs to: `models` for ffcv_imnet/models/resnet.py."""
+    relative = path.relative_to(ROOT)
+    return relative.parts[1].removesuffix(".py") if relative.parts[0] == PACKAGE else relative.stem
+
+
+def ours(path: Path) -> set[str]:
+    """Rooms of ours that `path` imports."""
+    scripts = FLOORS[-1]
+    names: set[str] = set()
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == PACKAGE and len(parts) > 1:
+            names.add(parts[1])
+        elif parts[0] in scripts:
+            names.add(parts[0])
+    return names
+
+
+# ---- lock, pyproject, environment ---------------------------------------------------------------
+
+
+def test_every_requirement_is_pinned_at_a_version_that_satisfies_it() -> None:
+    locked = pins()
+    for requirement in [r for group in project().values() for r in group]:
+        version = locked.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} is not in requirements.lock"
+        assert version in requirement.specifier, f"{requirement} but the lock has {version}"
+
+
+def test_the_lock_is_sorted_pins_without_addresses() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"://|--|\bfile:|@", text)
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in lines)
+    assert lines == sorted(lines, key=str.lower)
+    assert len(pins()) == len(lines)
+
+
+def test_the_lock_is_closed() -> None:
+    """Everything that the locked packages require here is locked too, at a version that fits."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    locked = pins()
+    for name in locked:
+        try:
+            requires = distribution(name).requires or []
+        except PackageNotFoundError:
+            pytest.fail(f"{name} is locked but not installed: make setup")
+        for requirement in map(Requirement, requires):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                version = locked.get(canonicalize_name(requirement.name))
+                assert version is not None, f"{name} requires {requirement}, which is not locked"
+                assert version in requirement.specifier, f"{name}: {requirement}, not {version}"
+
+
+def test_conda_users_get_the_same() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *system, pip = environment["dependencies"]
+    assert pip == {"pip": ["-r requirements.lock"]}
+    names = {re.split(r"[ =<>]", entry)[0] for entry in system}
+    # What ffcv's build needs besides Python (its notes on conda).
+    assert {"python", "pip", "cxx-compiler", "pkg-config", "opencv", "libjpeg-turbo"} <= names
+    python = next(entry for entry in system if entry.startswith("python "))
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert table["requires-python"] == ">=3.11" and ">=3.11" in python
+
+
+def test_every_import_is_declared() -> None:
+    names = [canonicalize_name(r.name) for r in project()["dependencies"]]
+    runtime = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+    declared_here = {PACKAGE, *FLOORS[-1], "tests"}
+    for path in sources():
+        # packaging comes with pytest
+        extra = {"pytest", "packaging", "conftest"} if "tests" in path.parts else set()
+        top = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        missing = top - runtime - declared_here - extra
+        assert not missing, (
+            f"{path.relative_to(ROOT)} imports {sorted(missing)}, not in pyproject.toml"
+        )
+
+
+# ---- floors -------------------------------------------------------------------------------------
+
+
+def test_every_module_has_a_floor() -> None:
+    known = {name for floor in FLOORS for name in floor}
+    rooms = {room(path) for path in sources() if "tests" not in path.parts} - {"__init__"}
+    assert rooms <= known, f"name the floor of {sorted(rooms - known)} in FLOORS"
+
+
+@pytest.mark.parametrize("level", range(len(FLOORS)))
+def test_a_file_imports_only_from_its_floor_or_below(level: int) -> None:
+    allowed = {name for floor in FLOORS[: level + 1] for name in floor} - set(FLOORS[-1])
+    for path in sources():
+        if "tests" not in path.parts and room(path) in FLOORS[level]:
+            above = ours(path) - allowed
+            assert not above, (
+                f"{path.relative_to(ROOT)} imports {sorted(above)} from a higher floor"
+            )
+
+
+def users(package: str) -> set[str]:
+    """Rooms that import `package`, tests aside."""
+    return {
+        room(path)
+        for path in sources()
+        if "tests" not in path.parts and package in {name.split(".")[0] for name in imports(path)}
+    }
+
+
+def test_who_may_import_what() -> None:
+    assert users("fastargs") <= {"settings"}
+    assert users("ffcv") <= {"beton", "decoders", "data"}
+    assert not users("torch") & set(FLOORS[0]) and not users("ffcv") & set(FLOORS[0])
+    for path in sources():
+        if "tests" not in path.parts and room(path) != "tools":
+            assert "tools" not in ours(path), f"{path.relative_to(ROOT)} imports a tool"
+
+
+def test_floor_0_runs_without_torch_and_ffcv() -> None:
+    """Imported for real, in a Python that has neither."""
+    import subprocess
+
+    code = "import sys; sys.modules.update(torch=None, ffcv=None)\n"
+    code += "".join(f"import {PACKAGE}.{name}\n" for name in FLOORS[0])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_names_a_package_index_or_a_private_path() -> None:
+    files = [*sources(), *ROOT.glob("*.y*ml"), *ROOT.glob("rn_configs/*"), ROOT / "setup.sh"]
+    for path in [*files, ROOT / "Makefile", ROOT / "pyproject.toml"]:
+        if path == Path(__file__):
+            continue
+        assert not re.search(r"index-url|find-links|\.\./shared", path.read_text(encoding="utf-8"))
