@@ -2,6 +2,10 @@
 PYTHON ?=
 python := .venv/bin/python
 
+# torch's threads wait for each other by spinning, for milliseconds, before they sleep. Beside any
+# other busy process that cost a factor of ten and more on two cores; sleeping at once costs little.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint clean
 

@@ -31,8 +31,10 @@ from numpy.typing import NDArray
 from ffcv_imnet import beton
 from ffcv_imnet.errors import RunError, UsageError, nearest, run_main
 from ffcv_imnet.images import ImageSource
-from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image, one_thread
-from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
+from ffcv_imnet.images.parallel import one_thread
+from ffcv_imnet.images.parquet import ParquetShards
+from ffcv_imnet.images.sources import even_subset, open_source
 from ffcv_imnet.progress import Progress
 from ffcv_imnet.stored import Stored
 
@@ -43,6 +45,9 @@ TABLES = 48  # bytes a sample of metadata and allocation table
 EXAMPLES = """examples:
   python write_ffcv.py --split train
   python write_ffcv.py --split val --data_dir /data/imagenet --out_dir /data/beton
+  python write_ffcv.py --split train --tar ILSVRC2012_img_train.tar
+  python write_ffcv.py --split val --tar ILSVRC2012_img_val.tar --val_labels LOC_val_solution.csv
+  python write_ffcv.py --split train --parquet imagenet-1k/data
   python write_ffcv.py --split train --short_side 256 --compress_probability 0.5
   python write_ffcv.py --split train --subset 10000 --out_dir data/beton_small
 """
@@ -90,9 +95,10 @@ def build_parser() -> Parser:
     """The command line, each option declared once."""
     parser = Parser(
         prog="write_ffcv.py",
-        description="Write an ImageFolder tree (DATA_DIR/SPLIT/<class>/*.jpg) as\n"
-        "OUT_DIR/SPLIT.beton for FFCV, at reduced resolution, with its manifest\n"
-        "OUT_DIR/SPLIT.json.",
+        description="Write an ImageFolder tree (DATA_DIR/SPLIT/<class>/*.jpg), Kaggle's layout,\n"
+        "ImageNet's tars or parquet shards as OUT_DIR/SPLIT.beton for FFCV, at reduced\n"
+        "resolution, with its manifest OUT_DIR/SPLIT.json. The same photographs are\n"
+        "stored alike, whichever way they come.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -104,7 +110,27 @@ def build_parser() -> Parser:
         type=Path,
         default=Path("data/imagenet"),
         metavar="DIR",
-        help="holds train/ and val/, one folder a class in each (default: %(default)s)",
+        help="holds train/ and val/, one folder a class in each, or Kaggle's layout"
+        " (default: %(default)s)",
+    )
+    add(
+        "--tar",
+        type=Path,
+        metavar="FILE",
+        help="read ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar in place instead",
+    )
+    add(
+        "--parquet",
+        type=Path,
+        metavar="DIR",
+        help="read the Hugging Face hub's SPLIT-*.parquet instead (needs pyarrow)",
+    )
+    add(
+        "--val_labels",
+        type=Path,
+        metavar="FILE",
+        help="classes of validation images that lie side by side: LOC_val_solution.csv, the devkit's"
+        " .tar.gz, or a text with an image and a class a line (Kaggle's layout has its own)",
     )
     add(
         "--out_dir",
@@ -200,36 +226,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------ what will be written
 
 
-def even_subset(
-    labels: NDArray[np.int64], classes: int, count: int, seed: int
-) -> NDArray[np.int64]:
-    """Indices of `count` images, sorted; classes' counts differ by at most one.
-
-    Raises:
-        UsageError: there are not that many images, or not in every class, or fewer than classes.
-    """
-    if count > len(labels):
-        raise UsageError(f"--subset {count:,} is more than the {len(labels):,} images there are")
-    if count < classes:
-        raise UsageError(f"--subset {count:,} leaves some of the {classes:,} classes empty")
-    rng = np.random.default_rng(seed)
-    have = np.bincount(labels, minlength=classes)
-    each, more = divmod(count, classes)
-    # One image more for `more` classes, chosen by lot among those that have it.
-    lot = rng.permutation(classes)
-    quota = np.full(classes, each)
-    quota[lot[np.argsort(have[lot] <= each, kind="stable")][:more]] += 1
-    if (have < quota).any():
-        most = int(classes * have.min() + (have > have.min()).sum())
-        raise UsageError(
-            f"--subset {count:,} cannot be even: the smallest class has only"
-            f" {have.min():,} images, so at most {most:,} can be drawn"
-        )
-    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(have)[:-1])
-    drawn = [rng.permutation(group)[:n] for group, n in zip(by_class, quota, strict=True)]
-    return np.sort(np.concatenate(drawn))
-
-
 @dataclass(frozen=True)
 class Job:
     """One split to write: where from, where to, how."""
@@ -257,17 +253,22 @@ def plan(options: argparse.Namespace) -> Job:
         compress_probability=options.compress_probability,
         seed=options.seed,
     )
-    tree = ImageFolderTree(options.data_dir / options.split)
+    source = open_source(
+        options.split,
+        options.data_dir,
+        tar=options.tar,
+        parquet=options.parquet,
+        val_labels=options.val_labels,
+    )
     origin = {
-        "kind": "folder",
-        "fingerprint": tree.fingerprint(),
-        "images": len(tree),
-        "ignored_files": tree.ignored,
+        "kind": source.kind,
+        "fingerprint": source.fingerprint(),
+        "images": len(source),
+        "ignored_files": source.ignored,
     }
-    source = tree
     if options.subset is not None:
-        chosen = even_subset(tree.labels, len(tree.classes), options.subset, options.seed)
-        source = tree.subset(chosen)
+        chosen = even_subset(source.labels, len(source.classes), options.subset, options.seed)
+        source = source.subset(chosen)
     return Job(
         split=options.split,
         path=options.out_dir / f"{options.split}.beton",
@@ -453,7 +454,7 @@ class Written:
 
 
 def write_samples(file: BinaryIO, job: Job) -> Written:
-    """Encode all of the source and lay it out in `file`, in the order of the source.
+    """Encode all of the source and lay it out in `file`, numbered in the order of the source.
 
     Raises:
         RunError: a worker died, or images are unreadable (all of them listed on stderr), or none
@@ -461,30 +462,38 @@ def write_samples(file: BinaryIO, job: Job) -> Written:
     """
     count = len(job.source)
     writer = beton.BetonWriter(file, count)
-    content = hashlib.sha256()
+    digests = np.zeros((count, 32), np.uint8)
     bad: list[Bad] = []
     kept = np.ones(count, dtype=bool)
-    index = 0
+    order = reading_order(job.source)
+    indices = iter(order.tolist())
     started = time.perf_counter()
-    with (
-        closing(encode_all(job.source, job.settings, writer.page_size, job.num_workers)) as chunks,
-        Progress(count, "writing") as progress,
-    ):
+    encoded = encode_all(job.source, job.settings, writer.page_size, job.num_workers, order)
+    with closing(encoded) as chunks, Progress(count, "writing") as progress:
         for chunk in chunks:
             for done in chunk:
+                index = next(indices)
                 if isinstance(done, Bad):
                     kept[index] = False
                     bad.append(done)
                 elif job.skip_bad or not bad:  # else it goes on only to find all that are bad
-                    writer.add(done)
-                    content.update(done.digest)
-                index += 1
+                    writer.add(done, index)
+                    digests[index] = np.frombuffer(done.digest, np.uint8)
             progress.update(len(chunk), f"{len(bad):,} unreadable" if bad else "")
     report_bad(job, kept, bad)
     tables_checksum = writer.finish()
     rate = count / (time.perf_counter() - started)
     print(f"encoded and on the disk at {rate:,.0f} images/s; verifying", flush=True)
-    return Written(np.flatnonzero(kept), bad, f"sha256:{content.hexdigest()}", tables_checksum)
+    content = hashlib.sha256(digests[kept].data).hexdigest()
+    return Written(np.flatnonzero(kept), bad, f"sha256:{content}", tables_checksum)
+
+
+def reading_order(source: ImageSource) -> NDArray[np.int64]:
+    """The order in which images are read and laid out: theirs, or where a shard must be
+    decompressed for them, that of the shards. Their numbers in the file are the same either way."""
+    if isinstance(source, ParquetShards):
+        return source.reading_order()
+    return np.arange(len(source))
 
 
 def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:

@@ -144,7 +144,7 @@ def _layout() -> _Layout:
 
 
 class BetonWriter:
-    """Writes samples in order into an open, empty file. `finish` makes it a valid .beton.
+    """Writes samples into an open, empty file. `finish` makes it a valid .beton.
 
     Until then the header's pointer to the allocation table is 0, by which `check_beton` knows a
     file that was cut short.
@@ -169,24 +169,30 @@ class BetonWriter:
         self.end = -(-front // page_size) * page_size  # pages are aligned in the file
         file.seek(self.end)
 
-    def add(self, sample: Stored) -> None:
-        """Append one sample, whose data must fit a page."""
+    def add(self, sample: Stored, index: int | None = None) -> None:
+        """Append one sample, whose data must fit a page, as number `index` (default: the next).
+
+        Numbers that never come are closed up by `finish`.
+        """
+        index = self.samples if index is None else index
         size = len(sample.data)
         if self.end % self.page_size + size > self.page_size:
             self.end += -self.end % self.page_size
             self.file.seek(self.end)  # leaves a hole of zeros
-        row = self.metadata[self.samples]
+        row = self.metadata[index]
         row["f0"] = (sample.mode, sample.width, sample.height, self.end)
         row["f1"] = sample.label
-        self.allocations[self.samples] = (self.samples, self.end, size)
+        self.allocations[index] = (index, self.end, size)
         self.file.write(sample.data)
         self.end += size
         self.samples += 1
 
     def finish(self) -> str:
         """Write the tables, force the file to the disk, set the pointer; the tables' checksum."""
-        self.metadata = self.metadata[: self.samples]
-        self.allocations = self.allocations[: self.samples]
+        written = self.allocations["size"] > 0
+        self.metadata = _rows(self.metadata, written)
+        self.allocations = _rows(self.allocations, written)
+        self.allocations["sample_id"] = np.arange(self.samples)
         self.file.write(self.allocations.tobytes())
         self.header["num_samples"] = self.samples
         descriptors = _layout().descriptors.tobytes()
@@ -201,6 +207,13 @@ class BetonWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         return _checksum(self.header, descriptors, self.metadata, self.allocations)
+
+
+def _rows(table: NDArray[Any], chosen: NDArray[np.bool_]) -> NDArray[Any]:
+    # As bytes: numpy does not copy what lies between aligned fields, and the file must not depend
+    # on what lay in memory.
+    rows = table.view(np.uint8).reshape(len(table), table.itemsize)[chosen]
+    return rows.reshape(-1).view(table.dtype)
 
 
 def _checksum(*parts: NDArray[Any] | bytes) -> str:
@@ -383,10 +396,13 @@ def _verify_tables(path: Path, tables: Tables, classes: int) -> None:
     pointers, sizes = tables.pointers.astype(np.int64), tables.sizes.astype(np.int64)
     raw_sizes = tables.heights.astype(np.int64) * tables.widths * 3
     last = pointers + sizes - 1
+    by_place = np.argsort(pointers, kind="stable")
+    overlaps = np.zeros(len(pointers), bool)
+    overlaps[by_place[1:]] = pointers[by_place[1:]] <= last[by_place[:-1]]
     faults = {
         "lies outside the data": (pointers < tables.start) | (last >= tables.end),
         "crosses a page": pointers // tables.page_size != last // tables.page_size,
-        "overlaps the one before": np.append(False, pointers[1:] <= last[:-1]),
+        "overlaps the one before": overlaps,
         "is empty": (sizes == 0) | (tables.heights == 0) | (tables.widths == 0),
         "has a label out of range": (tables.labels < 0) | (tables.labels >= classes),
         "has an unknown storage mode": tables.modes > RAW,

@@ -56,7 +56,7 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     if world.size > 1:
         # Statistics are made equal once an epoch (World.share), not broadcast at every step.
         forward = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
     judge: nn.Module = model
     ema_judge = ema.module if ema is not None else None

@@ -46,14 +46,14 @@ def test_a_shape_may_be_lighter_or_darker_than_what_lies_behind_it() -> None:
 
 
 def test_a_linear_classifier_on_pixels_cannot() -> None:
-    """Ridge regression, in closed form, over strengths: chance is 0.10, 0.13 was seen at its best."""
+    """Ridge regression, in closed form, over strengths: chance is 0.10; 0.17 was seen at its best."""
     train, labels = pixels(0, 80, 16)
     val, answers = pixels(1, 40, 16)
     wanted = np.eye(len(CLASSES))[labels] - 1 / len(CLASSES)
     for strength in (10.0, 1000.0):
         inverse = np.linalg.inv(train.T @ train + strength * np.eye(train.shape[1]))
         guesses = (val @ (inverse @ train.T @ wanted)).argmax(axis=1)
-        assert (guesses == answers).mean() < 0.2
+        assert (guesses == answers).mean() < 0.25
 
 
 def test_the_tree_is_an_image_folder(tmp_path: Path) -> None:

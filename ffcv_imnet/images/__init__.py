@@ -1,7 +1,9 @@
 """Where the photographs come from, and what is stored of each.
 
-`ImageSource` is all the writer knows of a source. `folder.py` has the ImageFolder tree, `pixels.py`
-turns encoded bytes into RGB pixels, `encode.py` into what a .beton stores, in worker processes.
+`ImageSource` is all the writer knows of a source. `sources.py` picks one: `folder.py` has the
+ImageFolder tree, `kaggle.py` Kaggle's layout, `tar.py` ImageNet's archives, `parquet.py` the hub's
+shards; `labels.py` reads who belongs where in a flat validation set. `pixels.py` turns encoded bytes
+into RGB pixels, `encode.py` into what a .beton stores, `parallel.py` does it in worker processes.
 Nothing in here imports torch or ffcv: a worker must start in a fraction of a second.
 """
 
@@ -24,6 +26,14 @@ class ImageSource(Protocol):
     @property
     def where(self) -> str:
         """What messages call the source: a folder, an archive."""
+
+    @property
+    def kind(self) -> str:
+        """What the manifest calls this sort of source."""
+
+    @property
+    def ignored(self) -> int:
+        """Files that are no images by their extension."""
 
     @property
     def classes(self) -> Sequence[str]:

@@ -4,28 +4,20 @@ ffcv's own writer is not used: a bad sample or a killed worker makes it wait for
 layout of its file depends on timing.
 """
 
+import functools
 import hashlib
-import multiprocessing
-import os
-import signal
 import struct
-import threading
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
-from ffcv_imnet.errors import RunError
 from ffcv_imnet.images import ImageSource
+from ffcv_imnet.images.parallel import in_order
 from ffcv_imnet.images.pixels import LONGEST, BadImage, decode_rgb, encode_jpeg, shrink
 from ffcv_imnet.stored import JPEG, RAW, Stored, sample_digest
-
-CHUNK = 16  # images a task: enough to hide its cost, few enough to keep the window small
-WINDOW = 16  # tasks in flight at least: results are taken in order, and one may be all huge photos
 
 
 @dataclass(frozen=True)
@@ -88,74 +80,22 @@ def encode_image(
 
 
 def encode_chunk(
-    part: ImageSource, first: int, settings: PixelSettings, limit: int
+    part: ImageSource, numbers: NDArray[np.int64], settings: PixelSettings, limit: int
 ) -> list[Stored | Bad]:
-    """`encode_image` for all of `part`, whose images are number `first` and on in the order."""
-    return [encode_image(part, i, first + i, settings, limit) for i in range(len(part))]
+    """`encode_image` for all of `part`, whose images have these numbers in the whole order."""
+    return [
+        encode_image(part, index, number, settings, limit)
+        for index, number in enumerate(numbers.tolist())
+    ]
 
 
 def encode_all(
-    source: ImageSource, settings: PixelSettings, limit: int, num_workers: int
+    source: ImageSource,
+    settings: PixelSettings,
+    limit: int,
+    num_workers: int,
+    order: NDArray[np.int64] | None = None,
 ) -> Generator[list[Stored | Bad], None, None]:
-    """All images of `source` in order, a few at a time, encoded by `num_workers` processes.
-
-    Memory is bounded by the window of chunks in flight. Close the iterator to stop early: its
-    workers are then killed, whatever they are doing.
-
-    Raises:
-        RunError: a worker died or ran out of memory.
-    """
-    others = set(multiprocessing.active_children())
-    # spawn: the caller may have threads, and a forked copy of a held lock never opens.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
-    pending: deque[Future[list[Stored | Bad]]] = deque()
-    starts = iter(range(0, len(source), CHUNK))
-    finished = False
-
-    def submit(count: int) -> None:
-        for _, first in zip(range(count), starts, strict=False):
-            part = source.subset(np.arange(first, min(first + CHUNK, len(source))))
-            pending.append(pool.submit(encode_chunk, part, first, settings, limit))
-
-    try:
-        # Workers start here and inherit the mask, so Ctrl-C reaches this process alone.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            submit(max(WINDOW, 3 * num_workers))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        while pending:
-            chunk = pending.popleft().result()
-            submit(1)
-            yield chunk
-        finished = True
-    except (BrokenProcessPool, MemoryError):
-        raise RunError(
-            "a worker process died while encoding, probably for want of memory:"
-            f" try fewer than --num_workers {num_workers}"
-        ) from None
-    finally:
-        if not finished:
-            for process in set(multiprocessing.active_children()) - others:
-                process.kill()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def one_thread() -> None:
-    """One thread for OpenCV in this process: the workers are the parallelism."""
-    cv2.setNumThreads(0)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    one_thread()
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    # A killed parent leaves no end-of-file on the pool's queues: its workers would stay for ever.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    """All images of `source`, in `order` if one is given; see `parallel.in_order`."""
+    work = functools.partial(encode_chunk, settings=settings, limit=limit)
+    return in_order(source, work, num_workers, order)

@@ -26,6 +26,8 @@ class ImageFolderTree:
         UsageError: `root` is missing, has no class folders, or one of them holds no image.
     """
 
+    kind = "folder"
+
     def __init__(self, root: Path) -> None:
         _check_root(root)
         self.where = str(root)

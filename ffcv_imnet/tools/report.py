@@ -116,7 +116,13 @@ def plot(logs: dict[str, Log], path: Path) -> None:
         _plot_scores(top, log, colour, name if len(logs) > 1 else "")
         _plot_losses(loss, log, colour)
         _plot_plan(plan, rate, log, colour)
+    for goal in sorted({target(log) for log in logs.values()} - {0.0}):
+        _plot_target(top, goal)
     _name_axes(figure, top, loss, plan, rate)
+    sides = sorted({epoch.resolution for log in logs.values() for epoch in log.epochs})
+    if len(sides) <= 8:
+        plan.set_yticks(sides)
+    plan.margins(y=0.15)
     if len(logs) == 1:
         name, log = next(iter(logs.items()))
         figure.suptitle(
@@ -145,6 +151,7 @@ def _plot_scores(axes: Axes, log: Log, colour: str, name: str) -> None:
         if not points:
             continue
         plain = field == "top_1"
+        label = f"{label}, best {max(v for _, v in points):.1%}"
         axes.plot(
             *zip(*points, strict=True),
             color=colour,
@@ -154,16 +161,13 @@ def _plot_scores(axes: Axes, log: Log, colour: str, name: str) -> None:
             markersize=4,
             label=f"{name}: {label}" if name else label,
         )
-    if goal := target(log):
-        axes.axhline(goal, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(
-            f"target {goal:.0%}", (1, goal), xycoords=("axes fraction", "data"), fontsize=9,
-            color=FAINT, ha="right", va="bottom", xytext=(-2, 2), textcoords="offset points",
-        )  # fmt: skip
-    top_1, epoch = best(log)
+
+
+def _plot_target(axes: Axes, goal: float) -> None:
+    axes.axhline(goal, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
-        f"{top_1:.1%}", (epoch, top_1), fontsize=9, color=colour, weight="bold", ha="center",
-        va="bottom", xytext=(0, 6), textcoords="offset points",
+        f"target {goal:.0%}", (0, goal), xycoords=("axes fraction", "data"), fontsize=9,
+        color=FAINT, va="bottom", xytext=(4, 2), textcoords="offset points",
     )  # fmt: skip
 
 
@@ -199,7 +203,6 @@ def _name_axes(figure: Figure, top: Axes, loss: Axes, plan: Axes, rate: Axes) ->
     plan.set_ylabel("resolution, px  (solid)", fontsize=9, color=INK)
     plan.set_xlabel("epoch", fontsize=9, color=INK)
     plan.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plan.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 4, 8, 10]))
     rate.set_ylabel("lr at the epoch's end  (dashed)", fontsize=9, color=INK)
     rate.set_ylim(bottom=0)
     figure.align_ylabels([plan])

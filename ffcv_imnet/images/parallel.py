@@ -1,0 +1,100 @@
+"""Work on all images of a source in worker processes, the results handed back in order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ffcv_imnet.errors import RunError
+from ffcv_imnet.images import ImageSource
+
+CHUNK = 16  # images a task: enough to hide its cost, few enough to keep the window small
+WINDOW = 16  # tasks in flight at least: results are taken in order, and one may be all huge photos
+
+T = TypeVar("T")
+
+
+def in_order(
+    source: ImageSource,
+    work: Callable[[ImageSource, NDArray[np.int64]], list[T]],
+    num_workers: int,
+    order: NDArray[np.int64] | None = None,
+) -> Generator[list[T], None, None]:
+    """`work(part, indices)` for a few images of `source` at a time, by `num_workers` processes.
+
+    Memory is bounded by the window of chunks in flight. Close the iterator to stop early: its
+    workers are then killed, whatever they are doing.
+
+    Args:
+        source: the images.
+        work: can be pickled; `indices` are the places in `source` of the images of `part`.
+        num_workers: processes.
+        order: indices in the order in which they are worked on; all, as they stand, by default.
+
+    Raises:
+        RunError: a worker died or ran out of memory.
+    """
+    order = np.arange(len(source)) if order is None else order
+    others = set(multiprocessing.active_children())
+    # spawn: the caller may have threads, and a forked copy of a held lock never opens.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+    pending: deque[Future[list[T]]] = deque()
+    starts = iter(range(0, len(order), CHUNK))
+    finished = False
+
+    def submit(count: int) -> None:
+        for _, first in zip(range(count), starts, strict=False):
+            indices = order[first : first + CHUNK]
+            pending.append(pool.submit(work, source.subset(indices), indices))
+
+    try:
+        # Workers start here and inherit the mask, so Ctrl-C reaches this process alone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            submit(max(WINDOW, 3 * num_workers))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while pending:
+            chunk = pending.popleft().result()
+            submit(1)
+            yield chunk
+        finished = True
+    except (BrokenProcessPool, MemoryError):
+        raise RunError(
+            "a worker process died, probably for want of memory:"
+            f" try fewer than --num_workers {num_workers}"
+        ) from None
+    finally:
+        if not finished:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def one_thread() -> None:
+    """One thread for OpenCV in this process: the workers are the parallelism."""
+    cv2.setNumThreads(0)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    one_thread()
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    # A killed parent leaves no end-of-file on the pool's queues: its workers would stay for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

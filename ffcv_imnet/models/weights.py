@@ -1,0 +1,361 @@
+"""Weights of every kind that we judge, as one thing: a network from raw pixels to logits.
+
+This project's checkpoints, state dicts of torchvision, timm and ours (.pt, .pth, .safetensors), and
+ONNX files.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+
+from ffcv_imnet import checkpoint
+from ffcv_imnet.errors import RunError, UsageError, nearest
+from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
+from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
+from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite
+from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
+from ffcv_imnet.models.onnx_network import OnnxNetwork, reason_of
+from ffcv_imnet.models.registry import REGISTRY, build
+from ffcv_imnet.settings import Settings, flatten, load
+
+assert "efficientnet_lite0" in REGISTRY, efficientnet_lite  # imported to be registered
+
+Channels = tuple[float, ...]  # three numbers, in units of 0 to 255
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Weights in working order.
+
+    `model` takes uint8 (or float) pixels 0 to 255, (N, 3, H, W), and gives logits (N, outputs). Of a
+    torch network it is `Sequential(Normalize, network)`.
+    """
+
+    model: nn.Module
+    outputs: int
+    classes: tuple[str, ...] | None  # names in index order, where the file or its folder has them
+    how: Preprocess  # what the weights were validated with, else torchvision's
+    origin: str  # for people: what was loaded
+    settings: Settings | None = None  # of the run, where these are a checkpoint's
+    arch: str | None = None
+
+    @property
+    def uses_blurpool(self) -> bool:
+        """Whether a fixed blur stands before its strided convolutions."""
+        return any(isinstance(module, BlurConv2d) for module in self.model.modules())
+
+
+def load_network(
+    path: Path,
+    *,
+    arch: str | None = None,
+    plain: bool = False,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+) -> Network:
+    """Read weights, on the CPU, in evaluation mode; runs nothing that the file holds.
+
+    Args:
+        arch: of a state dict: a name of this project's registry, of torchvision or timm. By
+            default the network of the registry whose parameters have these names and shapes.
+        plain: of a checkpoint with averaged weights, take the plain ones.
+        mean, std: of the pixels, 0 to 255. Default: ImageNet's; for ONNX: raw pixels go in.
+
+    Raises:
+        UsageError: no such file, or it needs (or forbids) one of the options.
+        RunError: the file is damaged or is not what it is taken for.
+    """
+    if not path.is_file():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UsageError(f"--weights {path}: no such file{nearest(path.name, names)}")
+    if path.suffix == ".onnx":
+        network = _from_onnx(path, mean, std)
+    elif path.suffix == ".safetensors":
+        state, notes = _read_safetensors(path)
+        mean, std = (given or notes.get(key) for given, key in ((mean, "mean"), (std, "std")))
+        network = _from_state(path, state, arch or notes.get("arch"), mean, std)
+        network = _with_notes(network, notes)
+    else:
+        content = _read_torch(path)
+        if isinstance(content, dict) and "run" in content and "format" in content:
+            if arch or mean or std:
+                raise UsageError(
+                    f"{path} is a checkpoint and knows its network: leave out --arch, --mean, --std"
+                )
+            network = _from_checkpoint(path, plain)
+        else:
+            network = _from_state(path, _tensors(path, content), arch, mean, std)
+    network.model.eval().requires_grad_(False)
+    _check_finite(path, network.model)
+    return network
+
+
+# ---- readers ------------------------------------------------------------------------------------
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        raise RunError(f"{path}: not a readable file of weights ({reason_of(error)})") from error
+
+
+def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise UsageError(
+            ".safetensors files need safetensors: pip install 'ffcv-imnet[export]'"
+        ) from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found = file.metadata() or {}
+            notes = {key: json.loads(found["ffcv_imnet." + key]) for key in
+                     (k.removeprefix("ffcv_imnet.") for k in found if k.startswith("ffcv_imnet."))}  # fmt: skip
+    except Exception as error:
+        raise RunError(f"{path}: not a readable safetensors file ({reason_of(error)})") from error
+    return state, notes
+
+
+def _tensors(path: Path, content: Any) -> State:
+    """The state dict in a file, under the keys and prefixes that training scripts wrap it in."""
+    for key in ("state_dict_ema", "state_dict", "model_ema", "model", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise RunError(f"{path}: holds neither a checkpoint of this project nor a state dict")
+    if not content:
+        raise RunError(f"{path}: the state dict is empty")
+    for prefix in ("module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return content
+
+
+def _check_finite(path: Path, model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise RunError(f"{path}: {name} holds NaN or infinite values, the weights are lost")
+
+
+# ---- kinds --------------------------------------------------------------------------------------
+
+
+def _from_checkpoint(path: Path, plain: bool) -> Network:
+    state = checkpoint.load(path)
+    try:
+        run, weights, average = state["run"], state["model"], state["ema"]
+        settings = load(**{k.replace(".", "__"): v for k, v in flatten(run["settings"]).items()})
+        classes = tuple(run["classes"])
+        epochs = sum(record.get("type") == "epoch" for record in run["records"])
+        use_average = average is not None and not plain
+        if use_average:  # AveragedModel's: a counter, and the network under `module`
+            weights = {
+                k.removeprefix("module."): v for k, v in average.items() if k != "n_averaged"
+            }
+        model = build_model(settings, len(classes))
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunError(
+            f"{path}: a checkpoint whose parts do not fit each other ({reason_of(error)})"
+        ) from error
+    kind = "averaged (EMA) weights" if use_average else "weights"
+    how = Preprocess(settings.validation.resolution, settings.validation.crop_ratio)
+    origin = f"{kind} of {settings.model.arch} after {epochs} epochs, {len(classes)} classes"
+    return Network(model, len(classes), classes, how, origin, settings, settings.model.arch)
+
+
+def _from_onnx(path: Path, mean: Channels | None, std: Channels | None) -> Network:
+    if (mean is None) != (std is None):
+        raise UsageError("an ONNX file needs both of --mean and --std, or neither (raw pixels)")
+    model = OnnxNetwork(path, mean, std)
+    notes = {key.removeprefix("ffcv_imnet."): value for key, value in model.metadata().items()}
+    how = Preprocess(model.resolution or Preprocess().resolution)
+    network = Network(model, model.outputs, None, how, f"ONNX, {model.outputs} classes")
+    return _with_notes(network, notes)
+
+
+def _with_notes(network: Network, notes: dict[str, Any]) -> Network:
+    """What `export` wrote beside the numbers."""
+    how = {k: notes[k] for k in ("resolution", "crop_ratio", "interpolation") if k in notes}
+    classes = tuple(notes["classes"]) if "classes" in notes else network.classes
+    return replace(network, classes=classes, how=replace(network.how, **how))
+
+
+def _from_state(
+    path: Path, state: State, arch: str | None, mean: Channels | None, std: Channels | None
+) -> Network:
+    candidates = [arch] if arch else sorted(REGISTRY)
+    for name in candidates:
+        for blurpool in (False, True):
+            constructor = _constructor(name, blurpool)
+            outputs = _outputs_of(constructor, state)
+            if outputs is None:
+                continue
+            network = constructor(outputs)
+            missing = _mismatch(network, state)
+            if missing is None:
+                network.load_state_dict(state)
+                model = nn.Sequential(normalize(mean or MEAN, std or STD), network)
+                origin = f"state dict of {name}{' with BlurPool' if blurpool else ''}"
+                return Network(
+                    model, outputs, None, Preprocess(), f"{origin}, {outputs} classes", arch=name
+                )
+    if not arch:
+        raise UsageError(
+            f"{path}: a state dict of none of {', '.join(candidates)}; name its network with --arch "
+            "(this project's, torchvision's or timm's)"
+        )
+    why = _mismatch(_constructor(arch, False)(1), state)
+    raise RunError(f"{path}: the state dict does not fit {arch}: {why}")
+
+
+def _constructor(name: str, blurpool: bool) -> Callable[[int], nn.Module]:
+    """Makes the network for a number of classes. Raises UsageError for a name nobody knows."""
+    if name in REGISTRY:
+        make: Callable[[int], nn.Module] = lambda classes: build(name, classes, False)  # noqa: E731
+    elif name in tv.list_models(module=tv):
+        make = lambda classes: tv.get_model(name, weights=None, num_classes=classes)  # noqa: E731
+    else:
+        make = _timm_constructor(name)
+    if not blurpool:
+        return make
+
+    def blurred(classes: int) -> nn.Module:
+        network = make(classes)
+        apply_blurpool(network)
+        return network
+
+    return blurred
+
+
+def _timm_constructor(name: str) -> Callable[[int], nn.Module]:
+    known = [*REGISTRY, *tv.list_models(module=tv)]
+    try:
+        timm = importlib.import_module("timm")  # by hand: it is no dependency of this project
+    except ImportError:
+        raise UsageError(
+            f"--arch {name}: known neither here nor to torchvision{nearest(name, known)}; "
+            "for timm's networks: pip install timm"
+        ) from None
+    if name not in timm.list_models():
+        known += timm.list_models()
+        raise UsageError(f"--arch {name}: no network of that name{nearest(name, known)}")
+    return lambda classes: timm.create_model(name, num_classes=classes)
+
+
+def _outputs_of(constructor: Callable[[int], nn.Module], state: State) -> int | None:
+    """The length of the network's last parameter, the classifier's bias, in the state dict."""
+    with torch.device("meta"):
+        last = list(constructor(2).state_dict())[-1]
+    return len(state[last]) if last in state and state[last].ndim else None
+
+
+def _mismatch(network: nn.Module, state: State) -> str | None:
+    """The first difference in names and shapes, in a few words; None if there is none."""
+    counter = "num_batches_tracked"  # absent from old files, of no use here
+    want = {k: tuple(v.shape) for k, v in network.state_dict().items() if counter not in k}
+    have = {k: tuple(v.shape) for k, v in state.items() if counter not in k}
+    for name, shape in want.items():
+        if name not in have:
+            return f"{name} is missing"
+        if have[name] != shape:
+            return f"{name} has shape {have[name]}, expected {shape}"
+    extra = next((name for name in have if name not in want), None)
+    return None if extra is None else f"{extra} belongs to another network"
+
+
+def normalize(mean: Channels, std: Channels) -> Normalize:
+    """The first layer of every network, for any mean and standard deviation of 0 to 255."""
+    layer = Normalize()
+    layer.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
+    layer.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
+    return layer
+
+
+# ---- options and classes ------------------------------------------------------------------------
+
+
+def parse_channels(text: str | None, option: str) -> Channels | None:
+    """`127` or `123.675,116.28,103.53` as three numbers. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3) or not all(-1e4 < value < 1e4 for value in values):
+        raise UsageError(f"{option} {text}: expected a number, or three separated by commas")
+    if option == "--std" and min(values) < 1:
+        raise UsageError(
+            f"{option} {text}: in units of pixels from 0 to 255 (torchvision's 0.229 is 58.395)"
+        )
+    return values * 3 if len(values) == 1 else values
+
+
+def parse_preprocess(
+    network: Network, resolution: int | None, crop_ratio: float | None, interpolation: str | None
+) -> Preprocess:
+    """The network's own preprocessing with what the command line changes. Raises UsageError."""
+    how = network.how
+    fixed = network.model.resolution if isinstance(network.model, OnnxNetwork) else None
+    if fixed and resolution not in (None, fixed):
+        raise UsageError(f"--resolution {resolution}: this ONNX file takes {fixed} px only")
+    if resolution is not None and not 8 <= resolution <= 4096:
+        raise UsageError(f"--resolution {resolution}: expected 8 to 4096 px")
+    if crop_ratio is not None and not 0.01 <= crop_ratio <= 1:
+        raise UsageError(f"--crop_ratio {crop_ratio:g}: expected 0.01 to 1")
+    if interpolation is not None and interpolation not in INTERPOLATIONS:
+        known = ", ".join(INTERPOLATIONS)
+        raise UsageError(f"--interpolation {interpolation}: expected one of {known}")
+    return Preprocess(
+        resolution or how.resolution, crop_ratio or how.crop_ratio,
+        interpolation or how.interpolation,
+    )  # fmt: skip
+
+
+def match_classes(network: Network, classes: Sequence[str], where: str) -> list[int]:
+    """The network's output for each class of a data set.
+
+    By name where the network has names; a network of 1,000 outputs without names has ImageNet's; else
+    in index order, if there are as many. ImageNet networks may so be judged on some of its classes.
+
+    Raises:
+        UsageError: the classes do not fit.
+    """
+    imagenet = tuple(imagenet_names()) if network.outputs == CLASSES else None
+    names = network.classes or imagenet
+    if names is not None:
+        index = {name: i for i, name in enumerate(names)}
+        strangers = [name for name in classes if name not in index]
+        if not strangers:
+            return [index[name] for name in classes]
+        if network.classes is not None:
+            raise UsageError(
+                f"{where} has {len(classes):,} classes and the network {network.outputs:,}, "
+                f"{strangers[0]!r} is not among them{nearest(strangers[0], names)}"
+            )
+    if len(classes) != network.outputs:
+        raise UsageError(
+            f"{where} has {len(classes):,} classes and the network {network.outputs:,}"
+        )
+    return list(range(network.outputs))
+
+
+def class_names(network: Network) -> tuple[str, ...]:
+    """The network's classes; ImageNet's for 1,000 without names; else numbers."""
+    if network.classes is not None:
+        return network.classes
+    if network.outputs == CLASSES:
+        return tuple(imagenet_names())
+    return tuple(str(index) for index in range(network.outputs))

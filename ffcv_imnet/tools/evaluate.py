@@ -1,0 +1,234 @@
+"""Judge weights on a .beton or a folder: top-1, top-5, loss, calibration, classes, confusions.
+
+python -m ffcv_imnet evaluate --weights runs/rn18_16ep/best.pt --data data/beton/val.beton
+python -m ffcv_imnet evaluate --weights model.onnx --data data/imagenet/val --out judged.json
+torchrun --nproc_per_node=2 -m ffcv_imnet evaluate --weights W --data DATA
+
+Weights are a checkpoint of this project, a state dict (torchvision, timm) or an ONNX file. By default
+a checkpoint is judged as its run validated it, so that the log's number comes out again; other
+weights as torchvision judges its own: shorter side to 256, centre 224, bilinear.
+"""
+
+import argparse
+import datetime
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from ffcv_imnet import provenance, settings
+from ffcv_imnet.beton import check_beton
+from ffcv_imnet.data import ValLoader, workers_of
+from ffcv_imnet.distributed import World, connect, describe_world, disconnect
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.imagenet import readable
+from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
+from ffcv_imnet.judgement import Loader, judge, score
+from ffcv_imnet.models.onnx_network import OnnxNetwork
+from ffcv_imnet.models.weights import (
+    Network,
+    class_names,
+    load_network,
+    match_classes,
+    parse_channels,
+    parse_preprocess,
+)
+from ffcv_imnet.photos import FolderLoader
+from ffcv_imnet.tools import ToolParser
+from ffcv_imnet.training import choose_precision
+
+BATCH = 256
+SHOWN = 10  # rows of classes and of confusions in the table; the JSON has all
+
+
+def parser() -> ToolParser:
+    """The command line."""
+    options = ToolParser("evaluate", __doc__)
+    add = options.add_argument
+    add("--weights", type=Path, required=True, help="checkpoint, state dict, .safetensors or .onnx")
+    add("--data", type=Path, required=True, help="a .beton, or a folder with a folder a class")
+    add("--resolution", type=int, nargs="+", metavar="PX", help="one or several sides of the input")
+    add("--crop_ratio", type=float, metavar="R", help="that side over the resized shorter side")
+    add("--resize", type=int, metavar="PX", help="that shorter side, instead of --crop_ratio")
+    add("--interpolation", metavar="NAME", help=f"of a folder: {', '.join(INTERPOLATIONS)}")
+    add("--mean", metavar="M", help="one or three numbers, 0 to 255; default: ImageNet's")
+    add("--std", metavar="S", help="likewise")
+    add(
+        "--tta", action="store_true", help="also with logits averaged over picture and mirror image"
+    )
+    add("--arch", metavar="NAME", help="of a state dict: name here, in torchvision or timm")
+    add("--plain", action="store_true", help="the plain weights of a run that averaged them")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"],
+        help="default: as the run trained; fp32 for other weights")  # fmt: skip
+    add(
+        "--batch_size", type=int, metavar="N", help=f"over all processes; default: run's or {BATCH}"
+    )
+    add("--num_workers", type=int, metavar="N", help="decoding threads of one process")
+    add("--out", type=Path, metavar="FILE.json", help="write all numbers as JSON")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """Judge, print the tables, write the JSON. Exit status 0."""
+    options = parser().parse_args(argv)
+    if options.out is not None and not options.out.parent.is_dir():
+        raise UsageError(f"--out {options.out}: the folder {options.out.parent} does not exist")
+    mean, std = parse_channels(options.mean, "--mean"), parse_channels(options.std, "--std")
+    world = describe_world()
+    network = load_network(
+        options.weights, arch=options.arch, plain=options.plain, mean=mean, std=std
+    )
+    hows = preprocessings(network, options)
+    classes, checksum = data_classes(options.data)
+    outputs = match_classes(network, classes, str(options.data))
+    connect(world)
+    precision, dtype = autocast(network, options.precision, world)
+    model = network.model.to(world.device)
+    if not isinstance(model, OnnxNetwork):
+        model = model.to(memory_format=torch.channels_last)
+    names = class_names(network) if network.outputs != len(classes) else unmatched(classes, outputs)
+    views = []
+    try:
+        for how in hows:
+            loader = open_data(options, network, how, world)
+            judged = judge(
+                model, loader, world, dtype, outputs, tta=options.tta, what=f"{how.resolution} px"
+            )
+            for view, outcomes in judged.items():
+                views.append({**asdict(how), "view": view, **score(outcomes, names)})
+    finally:
+        disconnect(world)
+    if not world.is_main:
+        return 0
+    report = {
+        "weights": str(options.weights), "network": network.origin, "data": str(options.data),
+        "content_checksum": checksum, "classes": len(classes), "outputs": network.outputs,
+        "precision": precision, "device": world.device_name(), "world_size": world.size,
+        "versions": provenance.versions(), "git_commit": provenance.git_commit(),
+        "judged": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "views": views,
+    }  # fmt: skip
+    print(describe(report))
+    if options.out is not None:
+        write_json({k: v for k, v in report.items() if v is not None}, options.out)
+    return 0
+
+
+def preprocessings(network: Network, options: argparse.Namespace) -> list[Preprocess]:
+    """One for each resolution asked for. Raises UsageError."""
+    hows = []
+    for resolution in options.resolution or [None]:
+        how = parse_preprocess(network, resolution, options.crop_ratio, options.interpolation)
+        if options.resize is not None:
+            if options.crop_ratio is not None or options.resize < how.resolution:
+                raise UsageError(
+                    f"--resize {options.resize}: at least the resolution {how.resolution}, and "
+                    "without --crop_ratio"
+                )
+            how = replace(how, crop_ratio=how.resolution / options.resize)
+        hows.append(how)
+    if options.interpolation and options.data.suffix == ".beton":
+        raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
+    return hows
+
+
+def data_classes(data: Path) -> tuple[tuple[str, ...], str | None]:
+    """Class names of a .beton (with its content checksum, after a check) or of a folder."""
+    if data.suffix == ".beton":
+        manifest = check_beton(data)
+        return manifest.classes, manifest.content_checksum
+    if data.is_file():
+        raise UsageError(f"--data {data}: expected a .beton or a folder with a folder a class")
+    return ImageFolderTree(data).classes, None
+
+
+def unmatched(classes: tuple[str, ...], outputs: list[int]) -> tuple[str, ...]:
+    """The data's class names in the order of the network's outputs."""
+    return tuple(name for _, name in sorted(zip(outputs, classes, strict=True)))
+
+
+def autocast(network: Network, asked: str | None, world: World) -> tuple[str, torch.dtype]:
+    """Precision by name and as a type, and torch's switches as training sets them."""
+    torch.backends.cudnn.benchmark = True
+    if network.settings is not None:
+        torch.set_float32_matmul_precision("high")
+    asked = asked or (network.settings.training.precision if network.settings else "fp32")
+    if isinstance(network.model, OnnxNetwork):
+        asked = "fp32"
+    precision = choose_precision(asked, world.device)
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return precision, types[precision]
+
+
+def open_data(
+    options: argparse.Namespace, network: Network, how: Preprocess, world: World
+) -> Loader:
+    """The loader of one resolution."""
+    batch = options.batch_size or (
+        network.settings.validation.batch_size if network.settings else BATCH
+    )
+    chosen = {
+        "data__val_dataset": options.data, "validation__batch_size": batch,
+        "validation__resolution": how.resolution, "validation__crop_ratio": repr(how.crop_ratio),
+    }  # fmt: skip
+    if options.num_workers is not None:
+        chosen["data__num_workers"] = options.num_workers
+    loading = settings.load(**chosen)
+    if options.data.suffix != ".beton":
+        return FolderLoader(options.data, how, batch, world, workers_of(loading, world))
+    samples = check_beton(options.data).samples
+    return ValLoader(str(options.data), samples, loading, world)
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report for a person: a row a view, then the first view's classes and confusions."""
+    views = report["views"]
+    columns = "px", "crop ratio", "view", "images", "top-1", "95 %", "top-5", "95 %", "loss", "ECE"
+    rows = [
+        (
+            view["resolution"], f"{view['crop_ratio']:.3g}", view["view"], f"{view['images']:,}",
+            f"{view['top_1']:.4f}", "{:.4f}-{:.4f}".format(*view["top_1_interval"]),
+            f"{view['top_5']:.4f}", "{:.4f}-{:.4f}".format(*view["top_5_interval"]),
+            f"{view['loss']:.4f}", f"{view['ece']:.4f}",
+        )
+        for view in views
+    ]  # fmt: skip
+    first = views[0]
+    worst = sorted(first["per_class"], key=lambda row: row["top_1"])[:SHOWN]
+    classes = [(f"{r['top_1']:.4f}", r["images"], readable(r["class"])) for r in worst]
+    pairs = [
+        (row["images"], readable(row["label"]), readable(row["prediction"]))
+        for row in first["confused"][:SHOWN]
+    ]
+    few = len(first["per_class"]) <= SHOWN
+    return "\n".join(
+        [
+            f"{report['weights']}: {report['network']}",
+            f"{report['data']}: {report['classes']:,} classes; {report['precision']} on "
+            f"{report['device']}, world size {report['world_size']}",
+            "",
+            tabulate(rows, columns, disable_numparse=True, stralign="right"),
+            "",
+            tabulate(classes, ("top-1", "images", "class" if few else f"{SHOWN} worst classes")),
+            "",
+            tabulate(pairs, ("images", "most confused: label", "taken for"))
+            if pairs
+            else "no errors",
+        ]
+    )
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Whole or not at all. Raises RunError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(
+            json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        partial.replace(path)
+    except OSError as error:
+        raise RunError(f"--out {path}: cannot be written ({error.strerror})") from error
+    print(f"\nall numbers: {path}")

@@ -1,0 +1,349 @@
+"""Write weights as one ONNX file that takes raw pixels, checked against PyTorch before it exists.
+
+python -m ffcv_imnet export --weights runs/rn18_16ep/best.pt --out ship/model.onnx --data data/beton/val.beton
+
+Beside it: labels.txt, and model.safetensors, a plain state dict (torchvision's own where the network
+has no BlurPool). The input `input_0` is (batch, 3, side, side), RGB, 0 to 255; the output `output_0`
+is (batch, classes), logits. deploy/README.md goes on from here.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ffcv_imnet import shapes
+from ffcv_imnet.beton import check_beton, read_tables
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.images import Pixels
+from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.imagenet import write_labels
+from ffcv_imnet.images.pixels import BadImage, decode_rgb
+from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess, resize_and_crop
+from ffcv_imnet.models import Normalize
+from ffcv_imnet.models.onnx_network import OnnxNetwork, reason_of
+from ffcv_imnet.models.weights import (
+    Network,
+    class_names,
+    load_network,
+    match_classes,
+    parse_channels,
+    parse_preprocess,
+)
+from ffcv_imnet.stored import JPEG
+from ffcv_imnet.tools import ToolParser
+
+OPSETS = range(11, 21)  # 11: TensorRT 7; 20: the last of the exporter that can also write 13
+TOLERANCE = 1e-4  # largest difference of a logit, over the largest logit (1 at least); fp32
+GENERATED = 64  # pictures, where no photographs are given
+BATCH = 32
+
+
+def parser() -> ToolParser:
+    """The command line."""
+    options = ToolParser("export", __doc__)
+    add = options.add_argument
+    add("--weights", type=Path, required=True, help="checkpoint, state dict or .safetensors")
+    add("--out", type=Path, required=True, metavar="MODEL.onnx", help="what to write")
+    add("--data", type=Path, help="photographs to compare on: .beton or folder; default: generated")
+    add(
+        "--photos",
+        type=int,
+        default=256,
+        metavar="N",
+        help="at most so many (default: %(default)s)",
+    )
+    add(
+        "--opset", type=int, default=13, help="of ONNX (default: %(default)s; TensorRT 8.2's limit)"
+    )
+    add("--input", choices=["float", "uint8"], default="float",
+        help="type of the pixels (default: %(default)s; uint8 needs TensorRT 10)")  # fmt: skip
+    add(
+        "--batch", type=int, default=1, metavar="N", help="static batch size (default: %(default)s)"
+    )
+    add("--dynamic_batch", action="store_true", help="any batch size instead")
+    add("--resolution", type=int, metavar="PX", help="side of the input; default: as validated")
+    add("--crop_ratio", type=float, metavar="R", help="noted for whoever prepares the pixels")
+    add("--interpolation", metavar="NAME", help=f"likewise: {', '.join(INTERPOLATIONS)}")
+    add("--mean", metavar="M", help="of a state dict: one or three numbers, 0 to 255")
+    add("--std", metavar="S", help="likewise")
+    add("--arch", metavar="NAME", help="of a state dict: name here, in torchvision or timm")
+    add("--plain", action="store_true", help="the plain weights of a run that averaged them")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """Export, compare, give the files their names. Exit status 0."""
+    options = parser().parse_args(argv)
+    check_options(options)
+    network = load_network(
+        options.weights, arch=options.arch, plain=options.plain,
+        mean=parse_channels(options.mean, "--mean"), std=parse_channels(options.std, "--std"),
+    )  # fmt: skip
+    if isinstance(network.model, OnnxNetwork):
+        raise UsageError(f"--weights {options.weights} is an ONNX file already")
+    how = parse_preprocess(network, options.resolution, options.crop_ratio, options.interpolation)
+    out: Path = options.out
+    labels = check_labels(out.with_name("labels.txt"), network)
+    print(f"{options.weights}: {network.origin}")
+    pictures = np.stack(list(photographs(options, network, how)))  # before the slow part: all read
+    notes = notes_of(network, how)
+    model_file, weights_file = partial(out), partial(out.with_suffix(".safetensors"))
+    try:
+        write_onnx(network, how, options, notes, model_file)
+        difference = compare(network.model, model_file, pictures)
+        write_safetensors(network, notes, weights_file)
+    except BaseException:
+        model_file.unlink(missing_ok=True)
+        weights_file.unlink(missing_ok=True)
+        raise
+    what = f"photographs of {options.data}" if options.data else "generated pictures"
+    print(
+        f"ONNX Runtime gives PyTorch's logits on {len(pictures)} {what}: largest difference "
+        f"{difference:.1e} (tolerance {TOLERANCE:g}) of the largest logit, all top-1 the same"
+    )
+    if labels is not None:
+        partial_labels = partial(out.with_name("labels.txt"))
+        partial_labels.write_text(labels, encoding="utf-8")
+        partial_labels.replace(out.with_name("labels.txt"))
+    weights_file.replace(out.with_suffix(".safetensors"))
+    model_file.replace(out)
+    describe(out, network, how, options)
+    return 0
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is read. Raises UsageError."""
+    if options.out.suffix != ".onnx" or not options.out.parent.is_dir():
+        raise UsageError(f"--out {options.out}: name an .onnx file in a folder that exists")
+    if options.opset not in OPSETS:
+        raise UsageError(f"--opset {options.opset}: supported are {OPSETS[0]} to {OPSETS[-1]}")
+    if options.batch < 1 or options.photos < 1:
+        raise UsageError("--batch and --photos are at least 1")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'ffcv-imnet[export]'") from None
+
+
+def partial(path: Path) -> Path:
+    """The temporary name of a file that is being written."""
+    return path.with_name(path.name + ".partial")
+
+
+def check_labels(path: Path, network: Network) -> str | None:
+    """The text for labels.txt, None if it is there already. Raises UsageError for another one's."""
+    text = write_labels(class_names(network))
+    if not path.exists():
+        return text
+    if path.read_text(encoding="utf-8") == text:
+        return None
+    raise UsageError(f"{path} has the classes of another network: choose another folder for --out")
+
+
+def notes_of(network: Network, how: Preprocess) -> dict[str, Any]:
+    """What a reader of the files needs besides the numbers; `load_network` reads it back."""
+    layer = network.model[0] if isinstance(network.model, torch.nn.Sequential) else None
+    assert isinstance(layer, Normalize)
+    return {
+        "classes": class_names(network),
+        "arch": network.arch,
+        "blurpool": network.uses_blurpool,
+        "resolution": how.resolution,
+        "crop_ratio": how.crop_ratio,
+        "interpolation": how.interpolation,
+        "mean": layer.mean.flatten().tolist(),
+        "std": layer.std.flatten().tolist(),
+    }
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def write_onnx(
+    network: Network,
+    how: Preprocess,
+    options: argparse.Namespace,
+    notes: dict[str, Any],
+    path: Path,
+) -> None:
+    """The graph with BatchNorm folded, checked by onnx. Raises RunError if it cannot be written.
+
+    By torch's TorchScript exporter: the newer one starts at opset 18 and converts downwards, and
+    needs two more packages.
+    """
+    import onnx
+
+    dtype = torch.uint8 if options.input == "uint8" else torch.float32
+    example = torch.zeros(options.batch, 3, how.resolution, how.resolution, dtype=dtype)
+    axes = {"input_0": {0: "batch"}, "output_0": {0: "batch"}} if options.dynamic_batch else None
+    buffer: Any = io.BytesIO()  # the exporter writes to files too, which its types deny
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated in favour of the other, and traced shapes
+            torch.onnx.export(
+                network.model, (example,), buffer, opset_version=options.opset, dynamo=False,
+                input_names=["input_0"], output_names=["output_0"], dynamic_axes=axes,
+            )  # fmt: skip
+        graph = onnx.load_from_string(buffer.getvalue())
+        constants_to_initializers(graph.graph)
+        for key, value in notes.items():
+            graph.metadata_props.add(key=f"ffcv_imnet.{key}", value=json.dumps(value))
+        onnx.checker.check_model(graph, full_check=True)
+        save(graph.SerializeToString(), path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from error
+    except Exception as error:  # of torch's exporter and onnx's checker, both of many kinds
+        raise RunError(
+            f"{options.weights}: cannot be exported at opset {options.opset} ({reason_of(error)})"
+        ) from error
+
+
+def constants_to_initializers(graph: Any) -> None:
+    """Blur kernels, mean and deviation as weights: the form in which every parser knows them."""
+    for node in [node for node in graph.node if node.op_type == "Constant"]:
+        tensor = next((a.t for a in node.attribute if a.name == "value"), None)
+        if tensor is not None:
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+            graph.node.remove(node)
+
+
+def write_safetensors(network: Network, notes: dict[str, Any], path: Path) -> None:
+    """The state dict without our first layer, under the network's own names."""
+    from safetensors.torch import save as serialise
+
+    assert isinstance(network.model, torch.nn.Sequential)
+    state = {key: value.contiguous() for key, value in network.model[1].state_dict().items()}
+    text = {f"ffcv_imnet.{key}": json.dumps(value) for key, value in notes.items()}
+    save(serialise(state, {"format": "pt", **text}), path)
+
+
+def save(data: bytes, path: Path) -> None:
+    """Write and reach the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---- comparing ----------------------------------------------------------------------------------
+
+
+def photographs(options: argparse.Namespace, network: Network, how: Preprocess) -> Iterator[Pixels]:
+    """(side, side, 3) uint8 each: spread evenly over --data, or drawn. Raises RunError, UsageError."""
+    data: Path | None = options.data
+    if data is None:
+        for index in range(GENERATED):
+            drawn = shapes.draw(index % len(shapes.CLASSES), (index,), (320, 256))
+            yield resize_and_crop(np.asarray(drawn), how)
+        return
+    if data.suffix == ".beton":
+        match_classes(network, check_beton(data).classes, str(data))
+        every = stored_photographs(data, options.photos)
+    elif data.is_file():
+        raise UsageError(f"--data {data}: expected a .beton or a folder with a folder a class")
+    else:
+        tree = ImageFolderTree(data)
+        match_classes(network, tree.classes, str(data))
+        every = folder_photographs(tree, options.photos)
+    for name, content in every:
+        try:
+            rgb = content() if callable(content) else content
+            yield resize_and_crop(rgb, how)
+        except (OSError, BadImage) as error:
+            raise RunError(f"{name}: the photograph cannot be read ({error})") from error
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` indices spread evenly over `total`, all of them if there are fewer."""
+    return (
+        sorted({index * total // count for index in range(count)})
+        if count < total
+        else list(range(total))
+    )
+
+
+def folder_photographs(tree: ImageFolderTree, count: int) -> Iterator[tuple[str, Any]]:
+    """Name, and a function that decodes."""
+    for index in spread(len(tree), count):
+        yield f"{tree.where}/{tree.name(index)}", lambda i=index: decode_rgb(tree.read(i)[0])
+
+
+def stored_photographs(path: Path, count: int) -> Iterator[tuple[str, Any]]:
+    """Likewise, of the pictures in a .beton as they are stored."""
+    tables = read_tables(path)
+    with path.open("rb") as file:
+        for index in spread(len(tables.labels), count):
+            file.seek(int(tables.pointers[index]))
+            data = file.read(int(tables.sizes[index]))
+            shape = int(tables.heights[index]), int(tables.widths[index]), 3
+            if tables.modes[index] == JPEG:
+                yield f"sample {index} of {path}", lambda d=data: decode_rgb(d)
+            else:
+                yield f"sample {index} of {path}", np.frombuffer(data, np.uint8).reshape(shape)
+
+
+@torch.no_grad()
+def compare(model: torch.nn.Module, path: Path, pictures: Pixels) -> float:
+    """Largest difference of a logit between PyTorch and ONNX Runtime, over the largest logit.
+
+    Args:
+        pictures: (N, side, side, 3) uint8.
+
+    Raises:
+        RunError: it exceeds `TOLERANCE`, or a top-1 differs.
+    """
+    shipped = OnnxNetwork(path)
+    largest, worst, changed = 1.0, 0.0, 0
+    for start in itertools.count(0, BATCH):
+        part = pictures[start : start + BATCH]
+        if not len(part):
+            break
+        pixels = torch.from_numpy(np.ascontiguousarray(part.transpose(0, 3, 1, 2)))
+        ours, theirs = model(pixels), shipped(pixels)
+        largest = max(largest, float(ours.abs().max()))
+        worst = max(worst, float((ours - theirs).abs().max()))
+        worst = worst if _finite(ours, theirs) else float("inf")
+        changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
+    if not worst / largest <= TOLERANCE or changed:
+        raise RunError(
+            f"ONNX Runtime does not reproduce PyTorch: largest difference {worst / largest:.1e} of the "
+            f"largest logit (tolerance {TOLERANCE:g}), {changed} of {len(pictures)} top-1 differ; "
+            "nothing was written"
+        )
+    return worst / largest
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def describe(out: Path, network: Network, how: Preprocess, options: argparse.Namespace) -> None:
+    """What lies where, and what it takes."""
+    batch = "N" if options.dynamic_batch else options.batch
+    shape = f"({batch}, 3, {how.resolution}, {how.resolution})"
+    weights = out.with_suffix(".safetensors")
+    whose = (
+        "with BlurPool: for evaluate and predict" if network.uses_blurpool
+        else f"loads into {network.arch} as torchvision, timm or this project has it"
+    )  # fmt: skip
+    print(
+        f"  {out}  input_0 {options.input} {shape}, output_0 ({batch}, {network.outputs}), "
+        f"opset {options.opset}, {out.stat().st_size / 1e6:.1f} MB\n"
+        f"  {out.with_name('labels.txt')}  {network.outputs} classes\n"
+        f"  {weights}  {whose}\n"
+        f"pixels: shorter side to {how.resize} px ({how.interpolation}), centre {how.resolution} px, "
+        "RGB, 0 to 255"
+    )

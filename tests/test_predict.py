@@ -1,0 +1,68 @@
+"""`predict`: names, order, the picture, and what it refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models as tv
+from PIL import Image
+
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.images.imagenet import imagenet_names
+from ffcv_imnet.tools import predict
+from tests.pictures import picture
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A network whose guesses are known: the bias alone decides."""
+    network = tv.squeezenet1_1(num_classes=1000)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+        network.classifier[1].bias[[7, 0, 999, 500, 388]] = torch.tensor([9.0, 8, 7, 6, 5])
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    return tmp_path / "w.pth"
+
+
+def test_five_names_in_order(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = []
+    for seed in range(2):
+        photos.append(str(tmp_path / f"photo{seed}.jpg"))
+        Image.fromarray(picture(seed)).save(photos[-1])
+    options = [
+        "--weights",
+        str(weights),
+        "--arch",
+        "squeezenet1_1",
+        "--out",
+        str(tmp_path / "p.png"),
+    ]
+    assert predict.main([*photos, *options]) == 0
+    shown = capsys.readouterr().out
+    ids = list(imagenet_names())
+    places = [shown.index(f"{ids[i]} {imagenet_names()[ids[i]]}") for i in (7, 0, 999, 500, 388)]
+    assert places == sorted(places) and "n01440764 tench" in shown
+    exponents = np.exp([9.0, 8, 7, 6, 5])
+    assert f"{exponents[0] / (exponents.sum() + 995):.4f}" in shown
+    assert all(photo in shown for photo in photos)
+    with Image.open(tmp_path / "p.png") as drawn:
+        assert drawn.format == "PNG" and drawn.height > 400
+
+
+def test_mistakes_are_one_line(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no")
+    Image.fromarray(picture(1)).save(tmp_path / "good.jpg")
+    options = ["--weights", str(weights)]
+    good = str(tmp_path / "good.jpg")
+    with pytest.raises(RunError, match=r"bad\.jpg: the photograph cannot be read"):
+        predict.main([good, str(tmp_path / "bad.jpg"), *options])
+    with pytest.raises(UsageError, match="no such photograph"):
+        predict.main([str(tmp_path / "none.jpg"), *options])
+    with pytest.raises(UsageError, match=r"name a \.png file"):
+        predict.main([good, *options, "--out", str(tmp_path / "x.jpg")])
+    with pytest.raises(UsageError, match="name its network with --arch"):
+        predict.main([good, *options])
