@@ -3,7 +3,7 @@ PYTHON ?=
 python := .venv/bin/python
 
 # torch's threads wait for each other by spinning, for milliseconds, before they sleep. Beside any
-# other busy process that cost a factor of ten and more on two cores; sleeping at once costs little.
+# other busy process a run on two cores then crawls; sleeping at once costs little.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help

@@ -65,8 +65,8 @@ def dry_run(settings: Settings) -> int:
 
 def train(settings: Settings, resume: str | None, started: float) -> int:
     """One run, or the rest of one."""
-    # Read when torch loads. Threads that spin while they wait make a CPU run ten times slower as
-    # soon as anything else is busy; asleep they cost little.
+    # Read when torch loads. Threads that spin while they wait make a CPU run crawl as soon as
+    # anything else is busy; asleep they cost little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Here and not above: a wrong setting is said at once, before seconds of imports.
     from ffcv_imnet import checkpoint, provenance

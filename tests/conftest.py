@@ -55,8 +55,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
 
 @pytest.fixture(autouse=True)
 def own_signal_handlers() -> Iterator[None]:
-    """A run in this process installs its own handlers; pytest gets its back."""
+    """A run in this process installs its own handlers; pytest gets its back.
+
+    A shell starts background jobs with Ctrl-C ignored, and Python leaves it so: the tests do not.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

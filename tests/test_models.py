@@ -103,14 +103,14 @@ def test_sgd_by_hand() -> None:
     model = nn.Linear(1, 1)
     settings = load(training__momentum=0.5, training__weight_decay=0.1, training__nesterov=True)
     optimizer = build_optimizer(model, settings.training)
-    weight, bias = float(model.weight), float(model.bias)
+    weight, bias = model.weight.item(), model.bias.item()
     for group in optimizer.param_groups:
         group["lr"] = 0.2
     model(torch.tensor([[3.0]])).sum().backward()
     optimizer.step()
     # First step: the momentum buffer is the gradient, Nesterov adds half of it once more.
-    assert float(model.weight) == pytest.approx(weight - 0.2 * 1.5 * (3 + 0.1 * weight))
-    assert float(model.bias) == pytest.approx(bias - 0.2 * 1.5 * 1)
+    assert model.weight.item() == pytest.approx(weight - 0.2 * 1.5 * (3 + 0.1 * weight))
+    assert model.bias.item() == pytest.approx(bias - 0.2 * 1.5 * 1)
 
 
 def test_ema_by_hand() -> None:
