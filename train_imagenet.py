@@ -140,10 +140,12 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             name = signal.Signals(end.signal).name
             print(f"stopped by {name}; --resume auto goes on from epoch {len(run.epochs)}")
         disconnect(world)
+        run.release()
         return 128 + end.signal
     disconnect(world)
     if world.is_main:
         print(describe_end(run.finish(), settings))
+    run.release()
     return 0
 
 

@@ -438,7 +438,7 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
         except BaseException as error:
             partial.unlink(missing_ok=True)
             beton.partial_path(beton.manifest_path(path)).unlink(missing_ok=True)
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise RunError(f"{path} could not be written: {error.strerror or error}") from None
             raise
 

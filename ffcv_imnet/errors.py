@@ -6,6 +6,7 @@ clear sentence that names the file or key; neither shows a traceback.
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -42,7 +43,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # `... | head` closed our output: nothing left to say
-        sys.stderr.close()
+    except BrokenPipeError:  # `... | head`
+        print("error: the standard output was closed before the end", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder without permission: names its path itself
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     sys.exit(status or 0)

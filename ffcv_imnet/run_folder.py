@@ -5,6 +5,10 @@ exactly those, then goes on with the next epoch. An epoch counts once its checkp
 A run is resumed only under the settings and data that shape its result.
 """
 
+import fcntl
+import os
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ class RunFolder:
     data: dict[str, str]  # content checksums of train and val
     state: dict[str, Any] | None = None  # the checkpoint to go on from
     records: list[Record] = field(default_factory=list)
+    release: Callable[[], object] = lambda: None  # lets another process train in the folder
 
     @property
     def epochs(self) -> list[Epoch]:
@@ -53,12 +58,36 @@ class RunFolder:
         return None
 
     def start(self, header: Header) -> None:
-        """Write what stands in the folder before the first step."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(to_yaml(self.settings), encoding="utf-8")
-        (self.path / "classes.txt").write_text("".join(f"{c}\n" for c in self.classes), "utf-8")
+        """Write what stands in the folder before the first step.
+
+        Raises:
+            UsageError: the folder cannot be written, or another process is training in it.
+        """
         self.records.append(header)
-        records.rewrite(self.path / LOG, self.records)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            (self.path / "config.yaml").write_text(to_yaml(self.settings), encoding="utf-8")
+            names = "".join(f"{name}\n" for name in self.classes)
+            (self.path / "classes.txt").write_text(names, encoding="utf-8")
+            records.rewrite(self.path / LOG, self.records)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UsageError(f"logging.folder {self.path} cannot be written: {reason}") from None
+
+    def _lock(self) -> None:
+        """Held until `release`, or the end of the process. Leaves no file behind."""
+        folder = os.open(self.path, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"logging.folder {self.path}: another process is training in it; wait for it, or "
+                f"name another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def save(self, learner: checkpoint.Learner) -> None:
         """Keep the epoch that was appended to `records`: checkpoint first, then its line in the log."""

@@ -173,8 +173,9 @@ def _check_finite(first_bad: int, plan: EpochPlan, world: World) -> None:
     if lost:
         where = f"step {first_bad}" if first_bad < plan.steps else "a step of another process"
         raise RunError(
-            f"the training loss became NaN or infinite in epoch {plan.epoch}, {where}: try a lower "
-            f"lr.lr or a longer lr.lr_peak_epoch; the last good checkpoint is kept"
+            f"the training loss became NaN or infinite in epoch {plan.epoch}, {where}: start again in "
+            f"another logging.folder with a lower lr.lr or a longer lr.lr_peak_epoch; what was saved "
+            f"of earlier epochs is kept"
         )
 
 

@@ -355,3 +355,22 @@ def test_two_processes(small: SmallData, tmp_path: Path) -> None:
     assert log.headers[0].world_size == 2 and len(log.epochs) == 2 and log.summary is not None
     assert all(isinstance(epoch, Epoch) for epoch in log.epochs)
     assert all(round(epoch.top_1 * 33, 6).is_integer() for epoch in log.epochs)
+
+
+def test_one_folder_one_run(small: SmallData, tmp_path: Path) -> None:
+    """Two that start at the same moment both find the folder empty: the lock decides."""
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    folder = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="another process is training in it"):
+        run(small.settings(tmp_path / "run"))
+    os.close(folder)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(small: SmallData, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"file/run cannot be written: Not a directory"):
+        run(small.settings(tmp_path / "file/run"))
