@@ -6,7 +6,6 @@ from ffcv_imnet.errors import UsageError
 from ffcv_imnet.settings import Settings
 
 IMAGENET_TRAIN_IMAGES = 1_281_167  # ILSVRC 2012
-IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
