@@ -19,7 +19,7 @@ from ffcv_imnet.beton import Manifest, check_beton
 from ffcv_imnet.decoders import CropDecoder
 from ffcv_imnet.distributed import World, usable_cores
 from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.schedules import EpochPlan
+from ffcv_imnet.schedules import EpochPlan, batch_sizes, resolutions
 from ffcv_imnet.settings import Settings
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
@@ -52,13 +52,12 @@ def _first_difference(train: Sequence[str], val: Sequence[str]) -> str:
     return f"class {index} is {train[index]!r} in one and {val[index]!r} in the other"
 
 
-def local_batch_size(settings: Settings, world: World) -> int:
-    """This process's share of the global batch.
+def local_batch_size(batch: int, world: World) -> int:
+    """This process's share of a global batch.
 
     Raises:
         UsageError: the world does not divide the batch; names the nearest that fits.
     """
-    batch = settings.training.batch_size
     if batch % world.size:
         fits = max(1, round(batch / world.size)) * world.size
         raise UsageError(
@@ -220,15 +219,15 @@ class TrainLoader:
 
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.seed, self.world = samples, settings.training.seed, world
-        self.local_batch = local_batch_size(settings, world)
-        self.decoder = CropDecoder(settings.resolution.max_res)
+        local_batches = [local_batch_size(batch, world) for batch in batch_sizes(settings)]
+        self.decoder = CropDecoder(max(resolutions(settings)))
         control = self.decoder.control
         control["seed"], control["random"] = self.seed, 1
         control["flip"] = settings.augmentation.flip
         control["ratio"] = settings.augmentation.crop_ratio
         self.loader = _OrderedLoader(
             path,
-            self.local_batch,
+            max(local_batches),
             self.decoder,
             workers_of(settings, world),
             settings.data.batches_ahead,
@@ -239,8 +238,9 @@ class TrainLoader:
         self.decoder.control["epoch"] = plan.epoch
         self.decoder.control["scale"] = plan.crop_scale
         self.decoder.resolution = plan.resolution
+        self.loader.batch_size = local_batch_size(plan.batch_size, self.world)
         order = epoch_order(self.samples, self.seed, plan.epoch)
-        order = share_of_order(order, self.local_batch, self.world.rank, self.world.size)
+        order = share_of_order(order, self.loader.batch_size, self.world.rank, self.world.size)
         return self.loader.batches(order, self.world.device)
 
 

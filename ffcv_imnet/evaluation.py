@@ -95,13 +95,13 @@ def evaluate(
 def validate(
     learner: Learner, loader: ValLoader, world: World, tta: bool, stop: StopSignal
 ) -> tuple[Metrics, Metrics | None]:
-    """Judge the weights and, where there is one, their average.
+    """Judge the weights and, where there is one already, their average.
 
     BatchNorm's statistics are first made equal on all processes, and stay so for the checkpoint.
     """
     world.share(learner.model)
     plain = evaluate(learner.judge, loader, world, learner.dtype, tta=tta, stop=stop)
-    if learner.ema is None or learner.ema_judge is None:
+    if learner.ema is None or learner.ema_judge is None or not learner.ema.n_averaged:
         return plain, None
     world.share(learner.ema)
     average = evaluate(

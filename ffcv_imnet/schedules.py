@@ -1,9 +1,10 @@
 """Learning rate, resolution and crop scale as pure functions of the epoch, and the whole run's plan."""
 
+import math
 from dataclasses import dataclass
 
 from ffcv_imnet.errors import UsageError
-from ffcv_imnet.settings import Settings
+from ffcv_imnet.settings import Settings, Stage
 
 IMAGENET_TRAIN_IMAGES = 1_281_167  # ILSVRC 2012
 
@@ -17,6 +18,8 @@ class EpochPlan:
     batch_size: int  # global
     steps: int
     crop_scale: tuple[float, float]
+    label_smoothing: float
+    averaged: bool  # the weights after it go into the average of training.average_last
     lr_start: float  # at the first and at the last step
     lr_end: float
 
@@ -26,30 +29,22 @@ class EpochPlan:
         return self.steps * self.batch_size
 
 
-def interpolate(x: float, xs: list[float], ys: list[float]) -> float:
-    """Piecewise linear, constant outside; where two `xs` coincide the later one wins."""
-    if x < xs[0]:
-        return ys[0]
-    for x0, x1, y0, y1 in zip(xs, xs[1:], ys, ys[1:], strict=False):
-        if x0 <= x < x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return ys[-1]
+def learning_rate(settings: Settings, epoch: float, batch_size: int) -> float:
+    """At the point `epoch` of the run: 2.5 is the middle of the third.
 
-
-def peak_lr(settings: Settings) -> float:
-    """`lr.lr`, scaled linearly with the batch where `lr.base_batch_size` says so."""
-    base = settings.lr.base_batch_size
-    return settings.lr.lr * (settings.training.batch_size / base if base else 1.0)
-
-
-def learning_rate(settings: Settings, step: int, steps_per_epoch: int) -> float:
-    """At global `step`, counted from 0.
-
-    Read off at the middle of the step, so that neither the first nor the last has rate zero.
+    Scaled linearly with `batch_size` where `lr.base_batch_size` says so. The loop asks for the
+    middle of a step, so that neither the first nor the last has rate zero.
     """
-    epoch = (step + 0.5) / steps_per_epoch
-    peak, last = settings.lr.lr_peak_epoch, float(settings.training.epochs)
-    return interpolate(epoch, [0.0, peak, last], [0.0, peak_lr(settings), 0.0])
+    lr = settings.lr
+    peak = lr.lr * (batch_size / lr.base_batch_size if lr.base_batch_size else 1.0)
+    decay_from = max(lr.lr_peak_epoch, lr.decay_epoch)
+    if epoch < lr.lr_peak_epoch:
+        return peak * epoch / lr.lr_peak_epoch
+    if epoch < decay_from:
+        return peak
+    done = (epoch - decay_from) / (settings.training.epochs - decay_from)
+    left = 1.0 - done if lr.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+    return peak * (lr.final + (1.0 - lr.final) * left)
 
 
 def resolution(settings: Settings, epoch: int) -> int:
@@ -63,32 +58,57 @@ def resolution(settings: Settings, epoch: int) -> int:
         return r.min_res
     if epoch >= r.end_ramp:
         return r.max_res
-    ramp = [float(r.start_ramp), float(r.end_ramp)]
-    return round(interpolate(epoch, ramp, [r.min_res, r.max_res]) / 32) * 32
+    done = (epoch - r.start_ramp) / (r.end_ramp - r.start_ramp)
+    return round((r.min_res + (r.max_res - r.min_res) * done) / 32) * 32
+
+
+def stages(settings: Settings) -> list[Stage]:
+    """One row an epoch: from `plan.stages`, or else from the ramp."""
+    return [row for row in settings.plan.stages for _ in range(row.epochs)] or [
+        Stage(epochs=1, resolution=resolution(settings, epoch))
+        for epoch in range(settings.training.epochs)
+    ]
+
+
+def resolutions(settings: Settings) -> tuple[int, ...]:
+    """Every side of training crops in the run, px, ascending."""
+    return tuple(sorted({row.resolution for row in stages(settings)}))
+
+
+def batch_sizes(settings: Settings) -> tuple[int, ...]:
+    """Every global batch size of the run, ascending."""
+    return tuple(
+        sorted({row.batch_size or settings.training.batch_size for row in stages(settings)})
+    )
 
 
 def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
     """The whole run before it starts.
 
     Raises:
-        UsageError: the batch is larger than the training set.
+        UsageError: a batch is larger than the training set.
     """
-    batch = settings.training.batch_size
-    steps = train_images // batch
-    if steps == 0:
-        raise UsageError(
-            f"training.batch_size {batch} is larger than the {train_images} training images: "
-            f"no step would be made; set it to {train_images} or less"
+    training, plans = settings.training, []
+    for epoch, row in enumerate(stages(settings)):
+        batch = row.batch_size or training.batch_size
+        scale, smoothing = row.crop_scale, row.label_smoothing
+        steps = train_images // batch
+        if steps == 0:
+            raise UsageError(
+                f"training.batch_size {batch} is larger than the {train_images} training images: "
+                f"no step would be made; set it to {train_images} or less"
+            )
+        plans.append(
+            EpochPlan(
+                epoch=epoch,
+                resolution=row.resolution,
+                batch_size=batch,
+                steps=steps,
+                crop_scale=settings.augmentation.crop_scale if scale is None else scale,
+                label_smoothing=training.label_smoothing if smoothing is None else smoothing,
+                averaged=epoch >= training.epochs - training.average_last,
+                lr_start=learning_rate(settings, epoch + 0.5 / steps, batch),
+                lr_end=learning_rate(settings, epoch + 1 - 0.5 / steps, batch),
+            )
         )
-    return tuple(
-        EpochPlan(
-            epoch=epoch,
-            resolution=resolution(settings, epoch),
-            batch_size=batch,
-            steps=steps,
-            crop_scale=settings.augmentation.crop_scale,
-            lr_start=learning_rate(settings, epoch * steps, steps),
-            lr_end=learning_rate(settings, (epoch + 1) * steps - 1, steps),
-        )
-        for epoch in range(settings.training.epochs)
-    )
+    return tuple(plans)

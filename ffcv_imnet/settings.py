@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, ClassVar, NoReturn, get_type_hints
 
 import fastargs
 import yaml
@@ -102,6 +102,50 @@ class Range(Checker):
         return f"two numbers from {self.number.low:g} to {self.number.high:g}, the smaller first"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A row of `plan.stages`. What it leaves out is taken from the settings of that name."""
+
+    epochs: int
+    resolution: int  # side of the training crops, px
+    crop_scale: tuple[float, float] | None = None
+    batch_size: int | None = None  # global
+    label_smoothing: float | None = None
+
+
+class Stages(Checker):
+    """A list of `Stage`s: in YAML as it is, on the command line as YAML text."""
+
+    columns: ClassVar[dict[str, Checker]] = {
+        "epochs": Number(int, 1, math.inf),
+        "resolution": Number(int, 8, 4096),
+        "crop_scale": Range(0.001, 1.0),
+        "batch_size": Number(int, 1, math.inf),
+        "label_smoothing": Number(float, 0.0, 0.9999),
+    }
+
+    def check(self, value: object) -> tuple[Stage, ...]:
+        try:
+            rows = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            raise ValueError from None
+        if not isinstance(rows, list | tuple):
+            raise ValueError
+        return tuple(row if isinstance(row, Stage) else self._stage(row) for row in rows)
+
+    def _stage(self, row: object) -> Stage:
+        if not isinstance(row, dict) or not {"epochs", "resolution"} <= row.keys():
+            raise ValueError
+        return Stage(**{key: self.columns[key].check(value) for key, value in row.items()})
+
+    def help(self) -> str:
+        optional = [name for name in self.columns if name not in ("epochs", "resolution")]
+        return (
+            "a list of rows such as {epochs: 3, resolution: 128}, each with optional "
+            + ", ".join(optional)
+        )
+
+
 def _setting(default: Any, checker: Checker, text: str) -> Any:
     return field(default=default, metadata={"checker": checker, "help": text})
 
@@ -168,11 +212,29 @@ class Resolution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The run as a table, in place of the section resolution"""
+
+    stages: tuple[Stage, ...] = _setting(
+        (), Stages(), "one row after another; their epochs add up to training.epochs"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lr:
-    """Learning rate: linear warm-up from zero, linear decay to zero, evaluated at every step"""
+    """Learning rate: linear warm-up from zero, then decay, evaluated at every step"""
 
     lr: float = _float(0.5, "at the peak, for a batch of lr.base_batch_size", 1e-12)
     lr_peak_epoch: float = _float(2.0, "length of the warm-up, in epochs")
+    decay: str = _setting(
+        "linear",
+        Choice(["linear", "cosine"]),
+        "its shape; cosine: arXiv:1608.03983 without restarts",
+    )
+    decay_epoch: float = _float(
+        0.0, "epoch in which the decay begins, the peak held till then; 0: after the warm-up"
+    )
+    final: float = _float(0.0, "rate at the end, as a part of the peak's", 0.0, 1.0)
     base_batch_size: int = _int(
         0, "lr is scaled by batch_size over this (arXiv:1706.02677, 2.1); 0: taken as it is"
     )
@@ -184,7 +246,9 @@ class Training:
 
     epochs: int = _int(16, "passes over the training set", 1)
     batch_size: int = _int(1024, "global: over all processes", 1)
-    optimizer: str = _setting("sgd", Choice(["sgd"]), "optimizer")
+    optimizer: str = _setting(
+        "sgd", Choice(["sgd", "muon"]), "muon: for the convolutions, SGD for everything else"
+    )
     momentum: float = _float(0.9, "of SGD", 0.0, 0.9999)
     nesterov: bool = _switch(False, "Nesterov's momentum")
     weight_decay: float = _float(5e-5, "L2 factor; never on one-dimensional parameters")
@@ -195,6 +259,10 @@ class Training:
     ema_decay: float = _float(
         0.0, "per-step decay of averaged weights and buffers, validated too; 0: none", 0.0, 0.999999
     )
+    average_last: int = _int(
+        0,
+        "average the weights after each of the last so many epochs (arXiv:2209.14981), in EMA's place",
+    )
     precision: str = _setting(
         "auto",
         Choice(["auto", "fp32", "bf16", "fp16"]),
@@ -204,6 +272,18 @@ class Training:
     seed: int = _int(0, "of initial weights, order, crops and flips", 0, 2**63 - 1)
     stop_at: float = _float(0.0, "target of top_1 or ema_top_1, a fraction of one; 0: none", 0, 1)
     stop_when_reached: bool = _switch(False, "end the run at the target instead of at its epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon:
+    """Momentum orthogonalised by Newton-Schulz, for kernels of convolutions (kellerjordan.github.io/posts/muon)"""
+
+    lr: float = _float(
+        0.02, "at the peak, whatever the batch; it follows the schedule of lr.lr", 1e-12
+    )
+    momentum: float = _float(0.95, "Nesterov's", 0.0, 0.9999)
+    ns_steps: int = _int(5, "Newton-Schulz iterations", 1, 20)
+    weight_decay: float = _float(0.0, "of the kernels, times the rate (arXiv:1711.05101)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +313,10 @@ class Settings:
     data: Data = Data()
     augmentation: Augmentation = Augmentation()
     resolution: Resolution = Resolution()
+    plan: Plan = Plan()
     lr: Lr = Lr()
     training: Training = Training()
+    muon: Muon = Muon()
     validation: Validation = Validation()
     logging: Logging = Logging()
 
@@ -261,14 +343,13 @@ NOT_OF_THE_RESULT = (
 
 def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
     """By section, in JSON's and YAML's types; settings left to the machine (None) are absent."""
-    return {
-        section: {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value is not None
-        }
-        for section, values in asdict(settings).items()
-    }
+    return {section: _json_types(values) for section, values in asdict(settings).items()}
+
+
+def _json_types(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_types(item) for key, item in value.items() if item is not None}
+    return [_json_types(item) for item in value] if isinstance(value, tuple) else value
 
 
 def to_yaml(settings: Settings) -> str:
@@ -373,8 +454,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: str) -> dict[Any, Any]:
-    """A recipe's YAML file as a dict.
+def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
+    """A YAML file as a dict; `option` stands before its name in messages.
 
     Raises:
         UsageError: the file is missing, is not YAML or is not a table of settings.
@@ -383,17 +464,17 @@ def read_config(path: str) -> dict[Any, Any]:
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path()
         near = nearest(file.name, [p.name for p in folder.glob("*.yaml")])
-        raise UsageError(f"--config {path}: no such file{near}")
+        raise UsageError(f"{option}{path}: no such file{near}")
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"--config {path}: not a YAML file: {reason}") from None
+        raise UsageError(f"{option}{path}: not a YAML file: {reason}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UsageError(
-            f"--config {path}: holds no settings; expected lines such as 'lr: {{lr: 0.5}}'"
+            f"{option}{path}: holds no settings; expected lines such as 'lr: {{lr: 0.5}}'"
         )
     return values
 
@@ -418,7 +499,13 @@ def help_text() -> str:
 
 
 def _plain(value: object) -> str:
-    return ",".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+    """A setting's value as the command line takes it."""
+    if isinstance(value, tuple) and value and not isinstance(value[0], Stage | dict):
+        return ",".join(f"{part:g}" for part in value)
+    if isinstance(value, list | tuple):
+        rows = [_json_types(asdict(row)) if isinstance(row, Stage) else row for row in value]
+        return yaml.safe_dump(rows, default_flow_style=True, width=1000).strip()
+    return str(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -493,8 +580,7 @@ def load(*paths: str | Path, **overrides: Any) -> Settings:
     """
     options = [f"--config={path}" for path in paths]
     for key, value in overrides.items():
-        text = _plain(value) if isinstance(value, tuple) else str(value)
-        options.append(f"--{key.replace('__', '.')}={text}")
+        options.append(f"--{key.replace('__', '.')}={_plain(value)}")
     return parse(options).settings
 
 
@@ -514,6 +600,35 @@ def check(settings: Settings) -> None:
             lambda: (
                 f"resolution.min_res {s.resolution.min_res} is larger than "
                 f"resolution.max_res {s.resolution.max_res}"
+            ),
+        ),
+        (
+            bool(s.plan.stages) and sum(row.epochs for row in s.plan.stages) != s.training.epochs,
+            lambda: (
+                f"plan.stages make {sum(row.epochs for row in s.plan.stages)} epochs, "
+                f"training.epochs is {s.training.epochs}; make them equal"
+            ),
+        ),
+        (
+            bool(s.plan.stages) and s.resolution != Resolution(),
+            lambda: "plan.stages and the section resolution both say the resolution; leave one out",
+        ),
+        (
+            0 < s.lr.decay_epoch < s.lr.lr_peak_epoch or s.lr.decay_epoch >= s.training.epochs,
+            lambda: (
+                f"lr.decay_epoch {s.lr.decay_epoch:g} must lie between lr.lr_peak_epoch "
+                f"{s.lr.lr_peak_epoch:g} and the end of training.epochs {s.training.epochs}"
+            ),
+        ),
+        (
+            s.training.average_last > 0 and s.training.ema_decay > 0,
+            lambda: "training.average_last and training.ema_decay are two averages; set one to 0",
+        ),
+        (
+            s.training.average_last > s.training.epochs,
+            lambda: (
+                f"training.average_last {s.training.average_last} is more than training.epochs "
+                f"{s.training.epochs}"
             ),
         ),
         (

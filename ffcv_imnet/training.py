@@ -17,10 +17,10 @@ from ffcv_imnet.distributed import Interrupted, StopSignal, World
 from ffcv_imnet.errors import RunError
 from ffcv_imnet.evaluation import Metrics
 from ffcv_imnet.models import build_model
-from ffcv_imnet.optim import build_ema, build_optimizer
+from ffcv_imnet.optim import build_average, build_optimizer
 from ffcv_imnet.progress import Progress
 from ffcv_imnet.records import Epoch
-from ffcv_imnet.schedules import EpochPlan, learning_rate, resolution
+from ffcv_imnet.schedules import EpochPlan, learning_rate, resolutions
 from ffcv_imnet.settings import Settings
 
 LOOK_EVERY = 5.0  # seconds between the host's looks at the loss: each waits for the device
@@ -49,7 +49,7 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     torch.backends.cudnn.benchmark = True  # shapes change once a resolution, not once a step
     torch.set_float32_matmul_precision("high")
     model = build_model(settings, classes).to(device).to(memory_format=torch.channels_last)
-    ema = build_ema(model, training.ema_decay)
+    ema = build_average(model, training)
     precision = choose_precision(training.precision, device)
 
     forward: nn.Module = model
@@ -62,13 +62,12 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     ema_judge = ema.module if ema is not None else None
     if training.compile:
         # One graph for each resolution, in training and in evaluation: static shapes are faster.
-        resolutions = {resolution(settings, epoch) for epoch in range(training.epochs)}
-        torch._dynamo.config.recompile_limit = 2 * len(resolutions) + 6
+        torch._dynamo.config.recompile_limit = 2 * len(resolutions(settings)) + 6
         forward, judge = compile_static(forward), compile_static(model)
         ema_judge = compile_static(ema_judge) if ema_judge is not None else None
     return Learner(
         model=model,
-        optimizer=build_optimizer(model, training),
+        optimizer=build_optimizer(model, settings, precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=ema,
         forward=forward,
@@ -125,21 +124,23 @@ def train_epoch(
             images, labels = next(batches)
             waited += time.perf_counter() - asked
 
-            rate = learning_rate(settings, plan.epoch * plan.steps + step, plan.steps)
+            done = plan.epoch + (step + 0.5) / plan.steps
+            rate = learning_rate(settings, done, plan.batch_size)
             for group in learner.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["lr_factor"]
             with torch.autocast(
                 world.device.type, learner.dtype, enabled=learner.dtype != torch.float32
             ):
                 logits = learner.forward(images)
-                loss = F.cross_entropy(
-                    logits, labels, label_smoothing=settings.training.label_smoothing
-                )
+                loss = F.cross_entropy(logits, labels, label_smoothing=plan.label_smoothing)
             learner.scaler.scale(loss).backward()
             learner.scaler.step(learner.optimizer)
             learner.scaler.update()
             learner.optimizer.zero_grad(set_to_none=True)
-            if learner.ema is not None:
+            last = step + 1 == plan.steps
+            if learner.ema is not None and (
+                settings.training.ema_decay or (last and plan.averaged)
+            ):
                 learner.ema.update_parameters(learner.model)
 
             with torch.no_grad():
@@ -147,7 +148,6 @@ def train_epoch(
                 first_bad = first_bad.minimum(torch.where(loss.isfinite(), plan.steps, step))
             progress.update(plan.batch_size)
 
-            last = step + 1 == plan.steps
             if world.size == 1 or last or step % AGREE_EVERY == 0:
                 due = last or time.perf_counter() - looked > LOOK_EVERY
                 stopped, look = world.any([stop.received is not None, due])

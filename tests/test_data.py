@@ -71,14 +71,14 @@ def test_one_loader_goes_through_resolutions_and_crop_scales(
 ) -> None:
     settings = small.settings(tmp_path, augmentation__flip=False)
     loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
-    for side, scale in ((32, (0.9, 1.0)), (48, (0.1, 0.2)), (32, (0.9, 1.0))):
-        plan = EpochPlan(0, side, 16, 6, scale, 0.1, 0.1)
+    for side, scale, batch in ((32, (0.9, 1.0), 16), (48, (0.1, 0.2), 8), (32, (0.9, 1.0), 16)):
+        plan = EpochPlan(0, side, batch, 100 // batch, scale, 0.1, False, 0.1, 0.1)
         images = next(iter(loader.epoch(plan)))[0]
-        assert images.shape == (16, 3, side, side)
+        assert images.shape == (batch, 3, side, side)
         if side == 32 and scale[0] == 0.9:
             kept = images.clone()
     fresh = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
-    again = next(iter(fresh.epoch(EpochPlan(0, 32, 16, 6, (0.9, 1.0), 0.1, 0.1))))[0]
+    again = next(iter(fresh.epoch(EpochPlan(0, 32, 16, 6, (0.9, 1.0), 0.1, False, 0.1, 0.1))))[0]
     assert torch.equal(kept, again)
 
 
@@ -239,7 +239,7 @@ def test_missing_data(small: SmallData, tmp_path: Path) -> None:
 
 def test_batch_that_the_world_does_not_divide(small: SmallData, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the nearest that does is 15"):
-        data.local_batch_size(small.settings(tmp_path), world(0, 3))
+        data.local_batch_size(16, world(0, 3))
 
 
 def test_more_workers_than_cores(small: SmallData, tmp_path: Path) -> None:

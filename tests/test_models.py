@@ -9,7 +9,6 @@ from torch import nn
 from ffcv_imnet import models
 from ffcv_imnet.errors import UsageError
 from ffcv_imnet.models import blurpool, registry
-from ffcv_imnet.optim import build_ema, build_optimizer, parameter_groups
 from ffcv_imnet.settings import load
 
 
@@ -83,46 +82,3 @@ def test_the_seed_gives_the_weights() -> None:
 def test_unknown_network() -> None:
     with pytest.raises(UsageError, match=r"did you mean resnet18\?"):
         registry.build("resnet_18", 10, False)
-
-
-def test_parameter_groups_partition_the_network() -> None:
-    model = models.build_model(load(), 10)
-    decayed, plain = (group["params"] for group in parameter_groups(model, 1e-4))
-    assert isinstance(decayed, list) and isinstance(plain, list)
-    assert len({id(p) for p in [*decayed, *plain]}) == len(list(model.parameters()))
-    ours = {id(p) for p in plain}
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # downsample's too, whose name says nothing
-            assert id(module.weight) in ours and id(module.bias) in ours
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            assert id(module.weight) not in ours
-            assert module.bias is None or id(module.bias) in ours
-
-
-def test_sgd_by_hand() -> None:
-    model = nn.Linear(1, 1)
-    settings = load(training__momentum=0.5, training__weight_decay=0.1, training__nesterov=True)
-    optimizer = build_optimizer(model, settings.training)
-    weight, bias = model.weight.item(), model.bias.item()
-    for group in optimizer.param_groups:
-        group["lr"] = 0.2
-    model(torch.tensor([[3.0]])).sum().backward()
-    optimizer.step()
-    # First step: the momentum buffer is the gradient, Nesterov adds half of it once more.
-    assert model.weight.item() == pytest.approx(weight - 0.2 * 1.5 * (3 + 0.1 * weight))
-    assert model.bias.item() == pytest.approx(bias - 0.2 * 1.5 * 1)
-
-
-def test_ema_by_hand() -> None:
-    model = nn.BatchNorm1d(1)
-    ema = build_ema(model, 0.9)
-    assert ema is not None and build_ema(model, 0.0) is None
-    for value in (1.0, 2.0, 5.0):
-        model.weight.data.fill_(value)
-        assert model.running_mean is not None
-        model.running_mean.fill_(10 * value)
-        ema.update_parameters(model)
-    expected = 0.9 * (0.9 * 1.0 + 0.1 * 2.0) + 0.1 * 5.0
-    state = ema.module.state_dict()
-    assert float(state["weight"]) == pytest.approx(expected)
-    assert float(state["running_mean"]) == pytest.approx(10 * expected)

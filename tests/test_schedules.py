@@ -1,12 +1,19 @@
 """Schedules as tables."""
 
 import itertools
+from pathlib import Path
 
 import pytest
+import yaml
 
 from ffcv_imnet import schedules
 from ffcv_imnet.errors import UsageError
-from ffcv_imnet.settings import load
+from ffcv_imnet.settings import Settings, load
+
+
+def parse_text(recipe: str) -> Settings:
+    values = {f"{s}__{k}": v for s, row in yaml.safe_load(recipe).items() for k, v in row.items()}
+    return load(**values)
 
 
 def test_resolution_of_the_public_recipe() -> None:
@@ -34,21 +41,39 @@ def test_ramp(low: int, high: int, start: int, end: int, table: list[int]) -> No
     assert [schedules.resolution(settings, epoch) for epoch in range(6)] == table
 
 
+def rates(epochs: int, steps: int, **settings: object) -> list[float]:
+    """The learning rate at every step of a run."""
+    resolved = load(training__epochs=epochs, **settings)
+    middles = [(step + 0.5) / steps for step in range(epochs * steps)]
+    return [schedules.learning_rate(resolved, middle, 4) for middle in middles]
+
+
 def test_learning_rate_by_hand() -> None:
-    settings = load(lr__lr=1.0, lr__lr_peak_epoch=1, training__epochs=3, training__batch_size=4)
-    rates = [schedules.learning_rate(settings, step, 2) for step in range(6)]
-    assert rates == pytest.approx([0.25, 0.75, 0.875, 0.625, 0.375, 0.125])
+    expected = [0.25, 0.75, 0.875, 0.625, 0.375, 0.125]
+    assert rates(3, 2, lr__lr=1.0, lr__lr_peak_epoch=1) == pytest.approx(expected)
 
 
 def test_no_warm_up_starts_at_the_peak() -> None:
-    settings = load(lr__lr=1.0, lr__lr_peak_epoch=0, training__epochs=2)
-    assert schedules.learning_rate(settings, 0, 100) == pytest.approx(1 - 0.005 / 2)
+    assert rates(2, 100, lr__lr=1.0, lr__lr_peak_epoch=0)[0] == pytest.approx(1 - 0.005 / 2)
+
+
+def test_the_peak_is_held() -> None:
+    held = rates(4, 2, lr__lr=1.0, lr__lr_peak_epoch=1, lr__decay_epoch=2, lr__final=0.5)
+    assert held == pytest.approx([0.25, 0.75, 1, 1, 0.9375, 0.8125, 0.6875, 0.5625])
+
+
+def test_cosine_is_above_the_line_and_then_below() -> None:
+    shapes = [rates(2, 10, lr__lr_peak_epoch=0, lr__decay=name) for name in ("cosine", "linear")]
+    above = [cosine > linear for cosine, linear in zip(*shapes, strict=True)]
+    assert above == [True] * 10 + [False] * 10
+    assert sum(shapes[0]) == pytest.approx(sum(shapes[1]))
 
 
 def test_rate_follows_the_batch() -> None:
-    assert schedules.peak_lr(load(lr__lr=0.5, training__batch_size=256)) == 0.5
-    scaled = load(lr__lr=0.5, lr__base_batch_size=1024, training__batch_size=256)
-    assert schedules.peak_lr(scaled) == 0.125
+    alone = load(lr__lr=0.5, lr__lr_peak_epoch=0)
+    assert schedules.learning_rate(alone, 0, 256) == 0.5
+    scaled = load(lr__lr=0.5, lr__lr_peak_epoch=0, lr__base_batch_size=1024)
+    assert schedules.learning_rate(scaled, 0, 256) == 0.125
 
 
 def test_plan_is_the_schedule() -> None:
@@ -64,3 +89,34 @@ def test_plan_is_the_schedule() -> None:
 def test_batch_larger_than_the_data() -> None:
     with pytest.raises(UsageError, match=r"training\.batch_size 1024 is larger than the 500"):
         schedules.plan_run(load("rn_configs/rn18_16ep.yaml"), 500)
+
+
+def test_stages_say_what_the_ramp_says() -> None:
+    ramp = load("rn_configs/rn18_16ep.yaml")
+    rows = "[{epochs: 12, resolution: 160}, {epochs: 4, resolution: 192}]"
+    text = Path("rn_configs/rn18_16ep.yaml").read_text()
+    stages = "".join(line for line in text.splitlines(True) if not line.startswith("resolution:"))
+    ours = parse_text(stages + f"plan: {{stages: {rows}}}\n")
+    images = schedules.IMAGENET_TRAIN_IMAGES
+    assert schedules.plan_run(ours, images) == schedules.plan_run(ramp, images)
+    assert schedules.resolutions(ours) == (160, 192)
+
+
+def test_a_stage_has_its_own_batch_crops_and_smoothing() -> None:
+    row = "{epochs: 2, resolution: 96, batch_size: 50, crop_scale: [0.5, 1], label_smoothing: 0}"
+    settings = load(
+        plan__stages=f"[{{epochs: 1, resolution: 64}}, {row}]",
+        training__epochs=3,
+        training__batch_size=25,
+        training__average_last=2,
+        lr__lr=1.0,
+        lr__lr_peak_epoch=0,
+        lr__base_batch_size=50,
+    )
+    first, second, third = schedules.plan_run(settings, 120)
+    assert (first.steps, second.steps) == (4, 2)
+    assert (first.crop_scale, second.crop_scale) == ((0.08, 1.0), (0.5, 1.0))
+    assert (first.label_smoothing, second.label_smoothing) == (0.1, 0.0)
+    assert [plan.averaged for plan in (first, second, third)] == [False, True, True]
+    assert (first.lr_start, second.lr_start) == pytest.approx((0.5 * 23 / 24, 7 / 12))
+    assert schedules.batch_sizes(settings) == (25, 50)

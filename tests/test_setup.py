@@ -19,7 +19,7 @@ IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python": "cv2"}
 NOT_LOCKED = {"parquet"}  # an optional group that `make setup` leaves out
 # Ours, from the lowest floor up (README.md draws it). A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "settings", "schedules", "records"),
+    ("errors", "progress", "settings", "schedules", "records", "statistics"),
     ("images", "beton", "stored", "decoders", "models", "optim", "checkpoint", "distributed",
      "provenance", "shapes"),
     ("data", "run_folder"),

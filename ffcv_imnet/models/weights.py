@@ -158,7 +158,7 @@ def _from_checkpoint(path: Path, plain: bool) -> Network:
         settings = load(**{k.replace(".", "__"): v for k, v in flatten(run["settings"]).items()})
         classes = tuple(run["classes"])
         epochs = sum(record.get("type") == "epoch" for record in run["records"])
-        use_average = average is not None and not plain
+        use_average = average is not None and bool(average["n_averaged"]) and not plain
         if use_average:  # AveragedModel's: a counter, and the network under `module`
             weights = {
                 k.removeprefix("module."): v for k, v in average.items() if k != "n_averaged"
@@ -169,7 +169,7 @@ def _from_checkpoint(path: Path, plain: bool) -> Network:
         raise RunError(
             f"{path}: a checkpoint whose parts do not fit each other ({reason_of(error)})"
         ) from error
-    kind = "averaged (EMA) weights" if use_average else "weights"
+    kind = "averaged weights" if use_average else "weights"
     how = Preprocess(settings.validation.resolution, settings.validation.crop_ratio)
     origin = f"{kind} of {settings.model.arch} after {epochs} epochs, {len(classes)} classes"
     return Network(model, len(classes), classes, how, origin, settings, settings.model.arch)

@@ -1,0 +1,142 @@
+"""Compare two recipes, each by its runs over seeds: a table with p-values, and the curves.
+
+python -m ffcv_imnet compare runs/new/*/log.jsonl --against runs/old/*/log.jsonl --target 0.65
+
+The p-value is that of a t-test on the runs' values: paired by seed where both recipes have the same
+seeds, else Welch's (unequal variances). With three runs a side it can only find large effects.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from tabulate import tabulate
+
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.records import Log, read_log
+from ffcv_imnet.statistics import epochs_to, p_value, score, seconds_to, spread
+from ffcv_imnet.tools import ToolParser
+
+BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette
+
+
+@dataclass(frozen=True)
+class Side:
+    """The runs of one recipe, in the order of their seeds."""
+
+    name: str
+    logs: tuple[Log, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """`training.seed` of each run."""
+        return [int(log.headers[0].settings["training"]["seed"]) for log in self.logs]
+
+    def values(self, measure: Callable[[Log], float | None]) -> list[float] | None:
+        """One a run, or None where some run has none."""
+        found = [measure(log) for log in self.logs]
+        return None if None in found else [value for value in found if value is not None]
+
+
+def read_side(name: str, paths: list[Path]) -> Side:
+    """Raises UsageError for a seed given twice, RunError for a run without header or epochs."""
+    logs = {}
+    for path in paths:
+        log = read_log(path)
+        if not log.headers or not log.epochs:
+            raise RunError(f"{path}: no epoch has been logged yet")
+        seed = int(log.headers[0].settings["training"]["seed"])
+        if seed in logs:
+            raise UsageError(f"{path}: seed {seed} stands twice among the runs of {name}")
+        logs[seed] = log
+    return Side(name, tuple(logs[seed] for seed in sorted(logs)))
+
+
+def table(a: Side, b: Side, target: float | None) -> str:
+    """Final top-1 and, with a target, what each recipe spent to reach it."""
+    last: Callable[[Log], float] = lambda log: score(log.epochs[-1])  # noqa: E731
+    measures: list[tuple[str, str, Callable[[Log], float | None]]] = [
+        ("final top-1, %", "%", last),
+        ("epochs run", ".0f", lambda log: float(len(log.epochs))),
+        ("seconds run", ",.0f", lambda log: log.epochs[-1].elapsed_seconds),
+    ]
+    if target is not None:
+        measures += [
+            (f"epochs to {target:.2%}", ".2f", lambda log: epochs_to(log, target)),
+            (f"seconds to {target:.2%}", ",.0f", lambda log: seconds_to(log, target)),
+        ]
+    rows = []
+    for title, form, measure in measures:
+        ours, theirs = a.values(measure), b.values(measure)
+        texts = [
+            "not reached by all" if v is None else format(spread(v), form) for v in (ours, theirs)
+        ]
+        if ours is None or theirs is None:
+            rows.append([title, *texts, "", ""])
+            continue
+        gap = spread(ours).mean - spread(theirs).mean
+        gap_text = f"{100 * gap:+.2f}" if form == "%" else format(gap, "+" + form)
+        p = p_value(ours, theirs, paired=a.seeds == b.seeds)
+        rows.append([title, *texts, gap_text, "" if p is None else f"{p:.2g}"])
+    columns = "mean ± s.e.", f"{a.name} (n={len(a.logs)})", f"{b.name} (n={len(b.logs)})"
+    test = "p, paired by seed" if a.seeds == b.seeds else "p, Welch"
+    return tabulate(rows, [*columns, "difference", test], disable_numparse=True)
+
+
+def plot(a: Side, b: Side, target: float | None, path: Path) -> None:
+    """Top-1 against epochs and against minutes: every run thin, the mean thick. A PNG at `path`."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
+    by_epoch, by_minute = figure.subplots(1, 2, sharey=True)
+    for side, colour in ((a, BLUE), (b, ORANGE)):
+        runs = [[score(epoch) for epoch in log.epochs] for log in side.logs]
+        minutes = [[epoch.elapsed_seconds / 60 for epoch in log.epochs] for log in side.logs]
+        for values, times in zip(runs, minutes, strict=True):
+            by_epoch.plot(range(1, len(values) + 1), values, color=colour, alpha=0.3, linewidth=1)
+            by_minute.plot(times, values, color=colour, alpha=0.3, linewidth=1)
+        length = min(map(len, runs))
+        mean = [spread([values[i] for values in runs]).mean for i in range(length)]
+        when = [spread([times[i] for times in minutes]).mean for i in range(length)]
+        marker = "o" if length < 40 else None
+        label = f"{side.name} (n={len(runs)})"
+        by_epoch.plot(range(1, length + 1), mean, color=colour, linewidth=2.2, marker=marker,
+                      markersize=4, label=label)  # fmt: skip
+        by_minute.plot(when, mean, color=colour, linewidth=2.2, marker=marker, markersize=4)
+    for axes, unit in ((by_epoch, "epochs"), (by_minute, "minutes")):
+        axes.set_xlabel(unit)
+        axes.set_xlim(left=0)
+        axes.grid(True, color="#e6e6e6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if target is not None:
+            axes.axhline(target, color="#8a8a8a", linewidth=1, linestyle=(0, (4, 3)))
+    by_epoch.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    by_epoch.set_title("Validation top-1, single view", loc="left", fontsize=11)
+    by_epoch.legend(loc="lower right", frameon=False)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(path)
+
+
+def main(argv: list[str]) -> int:
+    """Print the table and write the picture."""
+    parser = ToolParser("compare", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders or logs")
+    parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="RUN")
+    parser.add_argument("--target", type=float, metavar="TOP_1", help="a fraction of one")
+    parser.add_argument("--names", nargs=2, default=("new", "old"), metavar=("NEW", "OLD"))
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the curves")
+    options = parser.parse_args(argv)
+    if options.target is not None and not 0 < options.target < 1:
+        raise UsageError(f"--target {options.target:g} must lie between 0 and 1, such as 0.65")
+    if options.out is not None and (
+        options.out.suffix.lower() != ".png" or not options.out.parent.is_dir()
+    ):
+        raise UsageError(f"--out {options.out}: name a .png file in a folder that exists")
+    new = read_side(options.names[0], options.runs)
+    old = read_side(options.names[1], options.against)
+    print(table(new, old, options.target))
+    if options.out is not None:
+        plot(new, old, options.target, options.out)
+        print(f"curves: {options.out}")
+    return 0

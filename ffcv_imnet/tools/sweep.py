@@ -1,0 +1,158 @@
+"""Train a list of variants over seeds, skipping what is done, and print the table.
+
+python -m ffcv_imnet sweep SWEEP.yaml --out runs/sweep
+
+SWEEP.yaml:
+    config: rn_configs/imagenette_5ep.yaml   what all variants start from; a path or a list of them
+    seeds: [0, 1, 2]
+    variants:                                name: settings that differ, as on the command line
+      base: {}
+      muon: {training.optimizer: muon}
+
+Each run is one of train_imagenet.py in OUT/NAME/seedN. Stop it at any time and start it again: what
+its logs show done is skipped, what was begun goes on. With several lists of variants under way at
+once, give each its own --out.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.records import Log, read_log
+from ffcv_imnet.settings import parse, read_config
+from ffcv_imnet.statistics import Spread, score, spread
+from ffcv_imnet.tools import ToolParser
+
+SCRIPT = Path(__file__).parents[2] / "train_imagenet.py"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant under one seed."""
+
+    name: str
+    seed: int
+    folder: Path
+    options: tuple[str, ...]  # of train_imagenet.py
+
+    def log(self) -> Log | None:
+        """What it has logged so far."""
+        return read_log(self.folder) if (self.folder / "log.jsonl").exists() else None
+
+    @property
+    def done(self) -> bool:
+        """Whether the log has its summary."""
+        log = self.log()
+        return log is not None and log.summary is not None
+
+
+def read_sweep(path: Path, out: Path) -> list[Run]:
+    """All runs of a sweep, seed by seed, so that a stopped one has compared variants evenly.
+
+    Raises:
+        UsageError: the file is no sweep, or a variant's settings are wrong; names both.
+    """
+    sweep = read_config(str(path), "")
+    where = f"{path}: "
+    if unknown := sorted(map(str, sweep.keys() - {"config", "seeds", "variants"})):
+        raise UsageError(f"{where}unknown key {unknown[0]!r}; known are config, seeds and variants")
+    configs = sweep.get("config", [])
+    configs = [configs] if isinstance(configs, str) else configs
+    seeds, variants = sweep.get("seeds", [0]), sweep.get("variants", {"base": {}})
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise UsageError(f"{where}seeds must be a list of integers such as [0, 1, 2]")
+    if not isinstance(configs, list) or not isinstance(variants, dict) or not variants:
+        raise UsageError(f"{where}needs config: a recipe's path, and variants: {{name: settings}}")
+    runs = []
+    for seed in seeds:
+        for name, settings in variants.items():
+            if not re.fullmatch(r"[\w.+=-]+", str(name)):
+                raise UsageError(
+                    f"{where}the variant {name!r} names a folder: letters, digits, ._+=-"
+                )
+            folder = out / str(name) / f"seed{seed}"
+            options = [f"--config={config}" for config in configs]
+            options += [f"--{key}={_text(value)}" for key, value in _flat(settings or {})]
+            options += [f"--training.seed={seed}", f"--logging.folder={folder}"]
+            try:
+                parse(options)
+            except UsageError as error:
+                raise UsageError(f"{where}variant {name}: {error}") from None
+            runs.append(Run(str(name), seed, folder, tuple(options)))
+    return runs
+
+
+def _flat(settings: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """Dotted names, however the file nests them."""
+    out: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        inner = isinstance(value, dict)
+        out += _flat(value, f"{above}{key}.") if inner else [(f"{above}{key}", value)]
+    return out
+
+
+def _text(value: Any) -> str:
+    """A value on the command line; YAML's flow style is Python's for lists and mappings."""
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def train(run: Run) -> None:
+    """Make one run, or the rest of it. Raises RunError if it fails; Ctrl-C stops it first."""
+    command = [sys.executable, str(SCRIPT), *run.options, "--resume", "auto"]
+    print(f"\n$ {shlex.join(command[1:])}", flush=True)
+    with subprocess.Popen(command) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it got the signal too, and says what it keeps
+            raise
+    if status:
+        raise RunError(
+            f"{run.folder}: training ended with status {status}; mend it and start the sweep again: "
+            f"finished runs are kept"
+        )
+
+
+def table(runs: list[Run]) -> str:
+    """A row a variant: top-1 after its last epoch, best first."""
+    rows: list[tuple[Spread, list[str]]] = []
+    for name in dict.fromkeys(run.name for run in runs):
+        logs = [log for run in runs if run.name == name and run.done and (log := run.log())]
+        if not logs:
+            rows.append((Spread(0.0, None, 0), [name, "0", "", "", ""]))
+            continue
+        top_1 = spread([score(log.epochs[-1]) for log in logs])
+        seconds = spread([log.epochs[-1].elapsed_seconds for log in logs])
+        each = " ".join(f"{score(log.epochs[-1]):.2%}"[:-1] for log in logs)
+        rows.append((top_1, [name, str(top_1.count), f"{top_1:%}", each, f"{seconds.mean:,.0f}"]))
+    rows.sort(key=lambda row: -row[0].mean)
+    columns = "variant", "runs", "top-1, % (mean ± s.e.)", "each", "seconds"
+    return tabulate([row for _, row in rows], columns, disable_numparse=True)
+
+
+def main(argv: list[str]) -> int:
+    """Make the runs that are missing, then print and write OUT/table.txt."""
+    parser = ToolParser("sweep", __doc__)
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs go")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    options = parser.parse_args(argv)
+    runs = read_sweep(options.sweep, options.out)
+    missing = [] if options.table else [run for run in runs if not run.done]
+    for number, run in enumerate(missing, 1):
+        print(f"run {number} of {len(missing)} missing ({len(runs)} in all): {run.folder}")
+        train(run)
+    text = table(runs)
+    print(f"\n{text}")
+    if not options.table:
+        (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,228 @@
+"""Optimizers and averages of weights against references and by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ffcv_imnet.models import build_model
+from ffcv_imnet.optim import (
+    MuonSGD,
+    build_average,
+    build_optimizer,
+    is_kernel,
+    newton_schulz,
+    parameter_groups,
+)
+from ffcv_imnet.settings import Settings, Training, load
+
+
+def muon(**overrides: object) -> Settings:
+    return load(training__optimizer="muon", **overrides)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, bias=False), nn.Flatten(), nn.Linear(64, 10)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def backward(model: nn.Module, seed: int, scale: float = 1.0) -> None:
+    images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    (model(images).square().mean() * scale).backward()
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * group["lr_factor"]
+    for seed in seeds:
+        backward(model, seed)
+        optimizer.step()
+
+
+def spectrum(values: Tensor, columns: int) -> Tensor:
+    """A (1, n, columns) matrix with these n singular values."""
+    generator = torch.Generator().manual_seed(1)
+    n = len(values)
+    left = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(columns, n, generator=generator, dtype=torch.float64))[0]
+    return ((left * values.double()) @ right.T)[None]
+
+
+SPECTRA = {
+    "flat": torch.ones(32),
+    "falling": torch.logspace(0, -4, 32),
+    "outlier": torch.cat([torch.tensor([100.0]), torch.ones(31)]),
+    "of rank 3": torch.cat([torch.ones(3), torch.zeros(29)]),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_newton_schulz_is_the_plain_iteration(name: str, steps: int) -> None:
+    matrix = spectrum(SPECTRA[name], 100)
+    x = matrix / matrix.norm()
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    for given, expected in ((matrix, x), (matrix.mT, x.mT)):
+        assert torch.allclose(newton_schulz(given, steps, torch.float64), expected, atol=1e-10)
+        ours = newton_schulz(given, steps, torch.float32).double()
+        assert float((ours - expected).norm() / expected.norm()) < 1e-3
+    # Rounding in bfloat16 does not run away: without the second Gram matrix it reaches 5 to 20,000.
+    rough = newton_schulz(matrix, 5, torch.bfloat16).double()
+    assert 0.5 < float(torch.linalg.svdvals(rough)[0, 0]) < 1.35
+
+
+def test_muon_is_torchs_on_flattened_kernels() -> None:
+    model, settings = network(), muon(muon__weight_decay=0.1, muon__lr=0.03, lr__lr=0.5)
+    kernels = [p.detach().flatten(1).clone() for p in model.parameters() if p.ndim == 4]
+    reference = torch.optim.Muon(
+        [nn.Parameter(kernel) for kernel in kernels], weight_decay=0.1, momentum=0.95
+    )
+    optimizer = build_optimizer(model, settings)
+    for seed in range(3):
+        backward(model, seed)
+        ours = [p for p in model.parameters() if p.ndim == 4]
+        theirs = reference.param_groups[0]["params"]
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.grad is not None
+            other.grad = mine.grad.flatten(1).clone()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * group["lr_factor"]
+        reference.param_groups[0]["lr"] = 0.03
+        optimizer.step()
+        reference.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            # torch computes the directions in bfloat16: within 10 % of the way.
+            length = 0.03 * (seed + 1) * other.shape[0] ** 0.5
+            assert float((mine - other.view_as(mine)).detach().norm()) < 0.1 * length
+
+
+def test_the_rest_is_plain_sgd() -> None:
+    settings = muon(training__nesterov=True, training__weight_decay=0.01)
+    model = network()
+    twin = copy.deepcopy(model)
+    take_steps(model, build_optimizer(model, settings), range(1))
+    sgd = load(training__nesterov=True, training__weight_decay=0.01)
+    take_steps(twin, build_optimizer(twin, sgd), range(1))
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs) != is_kernel(ours), name
+
+
+def test_groups_partition_the_network() -> None:
+    model = build_model(muon(), 10)
+    groups = build_optimizer(model, muon()).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    kernels = {names[id(p)] for p in groups[0]["params"]}
+    convolutions = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert len(kernels) == 20
+    assert kernels == {
+        name for name in names.values() if name.removesuffix(".weight") in convolutions
+    }
+    assert not is_kernel(nn.Conv2d(8, 8, 3, groups=8).weight)
+
+
+def test_overflow_moves_nothing() -> None:
+    """As GradScaler calls a fused optimizer: the flag and the scale lie on the device."""
+    model = network()
+    optimizer = build_optimizer(model, muon(training__nesterov=True))
+    assert isinstance(optimizer, MuonSGD)
+    take_steps(model, optimizer, range(1))
+    before = copy.deepcopy([*model.parameters()])
+    momenta = [optimizer.state[p]["muon_momentum"].clone() for p in before_kernels(model)]
+    backward(model, 1)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.fill_(torch.inf)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    after = [optimizer.state[p]["muon_momentum"] for p in before_kernels(model)]
+    assert all(torch.equal(a, b) for a, b in zip(momenta, after, strict=True))
+
+
+def before_kernels(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if is_kernel(p)]
+
+
+def test_loss_scale_changes_nothing() -> None:
+    results = []
+    for scale in (1.0, 1024.0):
+        model = network()
+        optimizer = build_optimizer(model, muon(training__weight_decay=0.0))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * group["lr_factor"]
+        for seed in range(2):
+            backward(model, seed, scale)
+            if scale > 1:
+                assert isinstance(optimizer, MuonSGD)
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+def test_muon_resumes() -> None:
+    model = network()
+    optimizer = build_optimizer(model, muon())
+    take_steps(model, optimizer, range(2))
+    twin = copy.deepcopy(model)
+    resumed = build_optimizer(twin, muon())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    take_steps(model, optimizer, range(2, 4))
+    take_steps(twin, resumed, range(2, 4))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
+def test_parameter_groups_partition_the_network() -> None:
+    model = build_model(load(), 10)
+    decayed, plain = (group["params"] for group in parameter_groups(model, 1e-4))
+    assert len({id(p) for p in [*decayed, *plain]}) == len(list(model.parameters()))
+    ours = {id(p) for p in plain}
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # downsample's too, whose name says nothing
+            assert id(module.weight) in ours and id(module.bias) in ours
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert id(module.weight) not in ours
+            assert module.bias is None or id(module.bias) in ours
+
+
+def test_sgd_by_hand() -> None:
+    model = nn.Linear(1, 1)
+    settings = load(training__momentum=0.5, training__weight_decay=0.1, training__nesterov=True)
+    optimizer = build_optimizer(model, settings)
+    weight, bias = model.weight.item(), model.bias.item()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.2 * group["lr_factor"]
+    model(torch.tensor([[3.0]])).sum().backward()
+    optimizer.step()
+    # First step: the momentum buffer is the gradient, Nesterov adds half of it once more.
+    assert model.weight.item() == pytest.approx(weight - 0.2 * 1.5 * (3 + 0.1 * weight))
+    assert model.bias.item() == pytest.approx(bias - 0.2 * 1.5 * 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (Training(ema_decay=0.9), 0.9 * (0.9 * 1.0 + 0.1 * 2.0) + 0.1 * 5.0),
+        (Training(average_last=3), (1.0 + 2.0 + 5.0) / 3),
+    ],
+)
+def test_averages_by_hand(settings: Training, expected: float) -> None:
+    model = nn.BatchNorm1d(1)
+    average = build_average(model, settings)
+    assert average is not None and build_average(model, Training()) is None
+    for value in (1.0, 2.0, 5.0):
+        model.weight.data.fill_(value)
+        assert model.running_mean is not None
+        model.running_mean.fill_(10 * value)
+        average.update_parameters(model)
+    state = average.module.state_dict()
+    assert float(state["weight"]) == pytest.approx(expected)
+    assert float(state["running_mean"]) == pytest.approx(10 * expected)

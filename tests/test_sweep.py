@@ -1,0 +1,120 @@
+"""Variants over seeds, and two recipes beside each other."""
+
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train_imagenet
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.records import read_log
+from ffcv_imnet.settings import parse, to_yaml
+from ffcv_imnet.tools import compare, sweep
+from tests.conftest import SmallData
+
+SWEEP = """
+config: {config}
+seeds: [3, 4]
+variants:
+  plain: {{}}
+  muon: {{training.optimizer: muon, training: {{average_last: 1}}, augmentation.crop_scale: [0.5, 1]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two variants of a tiny network over two seeds, trained in this process."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "recipe.yaml").write_text(to_yaml(small.settings(folder / "unused")))
+    (folder / "sweep.yaml").write_text(SWEEP.format(config=folder / "recipe.yaml"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "train", train_here)
+        assert sweep.main([str(folder / "sweep.yaml"), "--out", str(folder / "out")]) == 0
+    return folder
+
+
+def train_here(run: sweep.Run) -> None:
+    assert train_imagenet.train(parse(run.options).settings, "auto", time.perf_counter()) == 0
+
+
+def test_the_runs_are_what_the_sweep_says(swept: Path) -> None:
+    for seed in (3, 4):
+        plain, muon = (
+            read_log(swept / "out" / name / f"seed{seed}").headers[0].settings
+            for name in ("plain", "muon")
+        )
+        assert plain["training"]["seed"] == muon["training"]["seed"] == seed
+        assert plain["training"]["optimizer"] == "sgd"
+        assert muon["training"]["optimizer"] == "muon"
+        assert muon["training"]["average_last"] == 1
+        assert muon["augmentation"]["crop_scale"] == [0.5, 1.0]
+
+
+def test_only_the_last_epoch_has_an_average(swept: Path) -> None:
+    first, last = read_log(swept / "out/muon/seed3").epochs
+    assert first.ema_top_1 is None and last.ema_top_1 == last.top_1  # the average of one
+
+
+def test_what_is_done_is_skipped(
+    swept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(sweep, "train", lambda run: trained.append(str(run.folder)))
+    log = swept / "out/plain/seed4/log.jsonl"
+    whole = log.read_text()
+    arguments = [str(swept / "sweep.yaml"), "--out", str(swept / "out")]
+    assert sweep.main(arguments) == 0 and trained == []
+    text = capsys.readouterr().out
+    assert (swept / "out/table.txt").read_text().strip() in text
+    assert [line.split()[1] for line in text.splitlines()[-2:]] == ["2", "2"]
+    log.write_text("".join(whole.splitlines(True)[:-1]))  # without its summary
+    assert sweep.main(arguments) == 0
+    assert trained == [str(log.parent)]
+    log.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config: no.yaml\nvariants: {a: {}}", "variant a: --config no.yaml: no such file"),
+        ("variants: {a: {training.epoch: 3}}", r"variant a: .*training\.epoch"),
+        ("variants: {../a: {}}", "names a folder"),
+        ("variants: [a]", "needs config"),
+        ("seeds: 3", "seeds must be a list of integers"),
+        ("variant: {a: {}}", "unknown key 'variant'"),
+    ],
+)
+def test_mistakes_are_said_before_any_run(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        sweep.main([str(tmp_path / "s.yaml"), "--out", str(tmp_path)])
+
+
+def test_a_run_that_fails_ends_the_sweep(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        f"variants: {{a: {{data.train_dataset: {tmp_path}/no.beton}}}}"
+    )
+    with pytest.raises(RunError, match=r"a/seed0: training ended with status 2"):
+        sweep.main([str(tmp_path / "s.yaml"), "--out", str(tmp_path)])
+
+
+def test_compare(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new, old = ([str(p) for p in sorted(swept.glob(f"out/{n}/*"))] for n in ("muon", "plain"))
+    out = swept / "curves.png"
+    arguments = [*new, "--against", *old, "--target", "0.05", "--names", "muon", "sgd"]
+    assert compare.main([*arguments, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "p, paired by seed" in text and "muon (n=2)" in text and "epochs to 5.00%" in text
+    with Image.open(out) as picture:
+        assert picture.size[0] == 1200
+    assert compare.main([new[0], "--against", *old]) == 0
+    assert "p, Welch" in capsys.readouterr().out
+
+
+def test_compare_s_mistakes(swept: Path) -> None:
+    run = str(swept / "out/plain/seed3")
+    with pytest.raises(UsageError, match="seed 3 stands twice among the runs of new"):
+        compare.main([run, run, "--against", run])
+    with pytest.raises(UsageError, match="--target 65 must lie between 0 and 1"):
+        compare.main([run, "--against", run, "--target", "65"])
