@@ -7,9 +7,14 @@
 `--dry_run` prints settings and plan; `--help` lists every setting.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports ends the process and shows no traceback; `run_main` puts it back.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import datetime
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any

@@ -5,6 +5,12 @@ encode them in worker processes; lay the file out in order under a temporary nam
 it in place. The same images and settings give the same bytes, whatever the number of workers.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports ends the process and shows no traceback; `run_main` puts it back.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import datetime
 import fcntl
@@ -14,7 +20,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +34,7 @@ import PIL
 from numpy.typing import NDArray
 
 from ffcv_imnet import beton
-from ffcv_imnet.errors import RunError, UsageError, nearest, run_main
+from ffcv_imnet.errors import Parser, RunError, UsageError, in_range, nearest, run_main
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
 from ffcv_imnet.images.parallel import one_thread
@@ -56,27 +61,6 @@ EXAMPLES = """examples:
 # ------------------------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    """Ends with one line instead of the usage text, naming the option that was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message + " (--help lists the options)")
-
-
-def in_range(kind: type, low: float, high: float = float("inf")) -> Any:
-    """An argparse type: a number of `kind` from `low` to `high`."""
-
-    def convert(text: str) -> Any:
-        with suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
-                return value
-        span = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
-        number = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {number} {span}")
-
-    return convert
-
-
 def side(text: str) -> int:
     """An argparse type: a length in pixels; 0 or none leaves the images' own size."""
     return 0 if text.lower() == "none" else int(in_range(int, 0)(text))
@@ -100,8 +84,7 @@ def build_parser() -> Parser:
         "resolution, with its manifest OUT_DIR/SPLIT.json. The same photographs are\n"
         "stored alike, whichever way they come.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        hint=" (--help lists the options)",
     )
     add = parser.add_argument
     add("--split", type=split_name, required=True, metavar="{train,val}", help="which one to write")
@@ -198,11 +181,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = build_parser()
     args = sys.argv[1:] if argv is None else argv
-    known = [option for action in parser._actions for option in action.option_strings]
-    for given in (arg.split("=")[0] for arg in args if arg.startswith("--")):
-        # Looked at first: argparse would rather complain that --split is missing.
-        if given not in known:
-            raise UsageError(f"unknown option {given}{nearest(given, known)}")
+    parser.refuse_unknown(args)
     options, extra = parser.parse_known_args(args)
     if extra:
         raise UsageError(f"{extra[0]!r} is not an option (--help lists the options)")

@@ -92,14 +92,16 @@ def partial_path(path: Path) -> Path:
 
 
 def _command(path: Path) -> str:
-    split = path.stem if path.stem in ("train", "val") else "train (or val)"
-    return f"write it with `python write_ffcv.py --split {split} --out_dir {path.parent}`"
+    return f"write it with `{_write(path)}`"
 
 
 def _again(path: Path) -> str:
+    return f"write it again with `{_write(path)} --force`"
+
+
+def _write(path: Path) -> str:
     split = path.stem if path.stem in ("train", "val") else "train (or val)"
-    command = f"python write_ffcv.py --split {split} --out_dir {path.parent} --force"
-    return f"write it again with `{command}`"
+    return f"python write_ffcv.py --split {split} --data_dir PHOTOGRAPHS --out_dir {path.parent}"
 
 
 # --------------------------------------------------------------------------------- the layout
@@ -246,8 +248,8 @@ def read_tables(path: Path) -> Tables:
     """Header and tables of a .beton that this project wrote; none of its images is read.
 
     Raises:
-        UsageError: there is no such file.
-        RunError: it is not a .beton, not one of ours, half-written or cut off.
+        UsageError: there is no such file, or it is not a .beton.
+        RunError: it is not one of ours, half-written or cut off.
     """
     layout = _layout()
     try:
@@ -301,7 +303,9 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> NDArray[Any]:
     header = np.frombuffer(data, layout.header)[0]
     page_size = int(header["page_size"])
     if header["version"] != layout.version or page_size == 0 or page_size & (page_size - 1):
-        raise RunError(f"{path} is not a .beton of version {layout.version}: {_again(path)}")
+        raise UsageError(
+            f"{path} is not a .beton of version {layout.version}: name one that write_ffcv.py wrote"
+        )
     pointer = int(header["alloc_table_ptr"])
     if pointer == 0:
         raise RunError(f"{path} is half-written, its writer did not finish: {_again(path)}")

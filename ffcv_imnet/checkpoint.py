@@ -12,9 +12,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.errors import RunError, UsageError, reason_of
 
 FORMAT = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class Learner:
     @property
     def dtype(self) -> torch.dtype:
         """Autocast's; float32 means none."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            self.precision
-        ]
+        return DTYPES[self.precision]
 
 
 def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +65,9 @@ def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
             learner.ema.load_state_dict(state["ema"])
         torch.set_rng_state(state["torch_rng"])
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path}: the checkpoint does not fit this network: {reason}") from error
+        raise RunError(
+            f"{path}: the checkpoint does not fit this network: {reason_of(error)}"
+        ) from error
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -98,16 +98,42 @@ def load(path: Path) -> dict[str, Any]:
     """A checkpoint's state, on the CPU; only tensors and plain values are accepted.
 
     Raises:
-        UsageError: no such file.
+        UsageError: no such file, or one of another kind.
         RunError: the file is damaged or is not a checkpoint of this project.
     """
-    if not path.is_file():
-        raise UsageError(f"--resume {path}: no such checkpoint")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path}: not a readable checkpoint ({reason})") from error
+    state = read(path)
+    check_format(state, path)
+    return state
+
+
+def check_format(state: Any, path: Path) -> None:
+    """Raises RunError if what `read` gave is no checkpoint of this project."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise RunError(f"{path}: not a checkpoint of this project (format {FORMAT})")
-    return state
+
+
+def read(path: Path) -> Any:
+    """What torch.save wrote, on the CPU; only tensors and plain values are accepted.
+
+    Raises:
+        UsageError: the file cannot be opened, or torch.save did not write it.
+        RunError: it is damaged, or reading it would run what it holds.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    if (
+        start and start != b"PK" and not start.startswith(b"\x80")
+    ):  # a zip, before torch 1.6 a pickle
+        raise UsageError(f"{path} is no file of weights: torch.save did not write it")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        if "Unsupported" in str(error):
+            raise RunError(
+                f"{path} holds Python objects (a whole network?) whose loading would run their code: "
+                "save its state_dict() instead"
+            ) from error
+        raise RunError(f"{path} is damaged, cut off or no file of weights") from error

@@ -97,6 +97,13 @@ def share_of_order(order: Indices, local_batch: int, rank: int, size: int) -> In
     return batches[:, rank].reshape(-1)
 
 
+def exact_share(samples: int, batch_size: int, world: World) -> tuple[Indices, int]:
+    """What this process judges, every world.size-th sample from its rank on, and its batch size."""
+    share = -(-samples // world.size)
+    order = np.arange(world.rank, samples, world.size)
+    return order, max(1, min(batch_size // world.size, share))
+
+
 def copy_event(device: torch.device) -> torch.cuda.Event | None:
     """What tells when a copy to `device` is done; None where `device` reads the host's memory."""
     return torch.cuda.Event() if device.type == "cuda" else None
@@ -249,8 +256,7 @@ class ValLoader:
 
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.world = samples, world
-        share = -(-samples // world.size)
-        self.local_batch = max(1, min(settings.validation.batch_size // world.size, share))
+        self.order, self.local_batch = exact_share(samples, settings.validation.batch_size, world)
         decoder = CropDecoder(settings.validation.resolution)
         decoder.control["central"] = settings.validation.crop_ratio
         self.loader = _OrderedLoader(
@@ -263,8 +269,7 @@ class ValLoader:
 
     def batches(self) -> Batches:
         """As training batches; the last is filled up with black pictures labelled `PADDING`."""
-        order = np.arange(self.world.rank, self.samples, self.world.size)
-        with closing(self.loader.batches(order, self.world.device)) as batches:
+        with closing(self.loader.batches(self.order, self.world.device)) as batches:
             for images, labels in batches:
                 yield pad(images, labels, self.local_batch)
 

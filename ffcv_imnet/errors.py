@@ -5,10 +5,16 @@ that failed (unreadable images, a diverged loss, a dead worker) and exits with 1
 clear sentence that names the file or key; neither shows a traceback.
 """
 
+import argparse
 import difflib
+import io
+import itertools
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
 
 
 class UsageError(Exception):
@@ -29,12 +35,59 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of another library's message, cut to what a line holds."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line that ends in `hint`, and whose options are never abbreviated."""
+
+    def __init__(self, *, hint: str = "", **options: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=layout, **options)
+        self.hint = hint
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message + self.hint)
+
+    def refuse_unknown(self, argv: Sequence[str]) -> None:
+        """Raises UsageError with the nearest right name for an option that is none.
+
+        To be called before parsing: argparse would rather complain of what is missing.
+        """
+        known = [option for action in self._actions for option in action.option_strings]
+        words = itertools.takewhile(lambda word: word != "--", argv)
+        for given in (word.split("=")[0] for word in words if word.startswith("--")):
+            if given not in known:
+                raise UsageError(f"unknown option {given}{nearest(given, known)}{self.hint}")
+
+
+def in_range(kind: type, low: float, high: float = float("inf")) -> Any:
+    """An argparse type: a number of `kind` from `low` to `high`."""
+
+    def convert(text: str) -> Any:
+        with suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        span = f"from {low:g} to {high:g}" if high < float("inf") else f"of at least {low:g}"
+        number = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {number} {span}")
+
+    return convert
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Call `main` and leave the process with its status, turning the two errors above into one line.
 
     Ctrl-C before the work has its own handler ends with 130, as a shell expects. Anything else is a
     bug of ours and keeps its traceback.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the scripts set it before their imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a class or file name that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except (UsageError, RunError) as error:

@@ -1,14 +1,16 @@
 """One exact pass over the validation set: every image counts once, at any number of processes."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffcv_imnet.checkpoint import Learner
-from ffcv_imnet.data import PADDING, ValLoader
+from ffcv_imnet.data import PADDING, Batches, ValLoader
 from ffcv_imnet.distributed import Interrupted, StopSignal, World
 from ffcv_imnet.errors import RunError
 from ffcv_imnet.progress import Progress
@@ -41,10 +43,52 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([found[:, 0].sum(), found.sum()]).double()
 
 
+class Loader(Protocol):
+    """`data.ValLoader` or `photos.FolderLoader`: sample k * size + rank is this process's k-th."""
+
+    samples: int
+
+    def batches(self) -> Batches: ...
+
+
+@torch.no_grad()
+def forward(
+    model: nn.Module,
+    loader: Loader,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    tta: bool,
+    what: str,
+    stop: StopSignal | None = None,
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Logits of every batch and its labels, in evaluation mode.
+
+    Yields:
+        Logits (batch, classes), float32, of the view "single" and with `tta` of "flip", where they
+        are the mean over the picture and its mirror image; labels (batch,), `PADDING` among them.
+
+    Raises:
+        Interrupted: `stop` noted a signal (single process only: several cannot agree in here).
+        RunError: the loader failed.
+    """
+    model.eval()
+    with Progress(loader.samples, what, enabled=world.is_main) as progress:
+        for images, labels in loader.batches():
+            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+                logits = {"single": model(images).float()}
+                if tta:
+                    logits["flip"] = (logits["single"] + model(images.flip(3)).float()) / 2
+            yield logits, labels
+            progress.update(len(labels) * world.size)
+            if stop is not None and stop.received is not None and world.size == 1:
+                raise Interrupted(stop.received)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: ValLoader,
+    loader: Loader,
     world: World,
     dtype: torch.dtype,
     *,
@@ -57,25 +101,17 @@ def evaluate(
     Sums are kept on the device in float64, added up over the processes once, at the end.
 
     Raises:
-        Interrupted: `stop` noted a signal (single process only: several cannot agree in here).
+        Interrupted: see `forward`.
         RunError: the loss is NaN or infinite, or the loader failed.
     """
-    model.eval()
     sums = torch.zeros(6, dtype=torch.float64, device=world.device)
-    with Progress(loader.samples, what, enabled=world.is_main) as progress:
-        for images, labels in loader.batches():
-            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(images).float()
-                flipped = model(images.flip(3)).float() if tta else logits
-            loss = F.cross_entropy(logits, labels, ignore_index=PADDING, reduction="sum")
-            sums[0] += loss
-            sums[1] += (labels != PADDING).sum()
-            sums[2:4] += hits(logits, labels)
-            if tta:
-                sums[4:6] += hits(logits + flipped, labels)
-            progress.update(len(labels) * world.size)
-            if stop is not None and stop.received is not None and world.size == 1:
-                raise Interrupted(stop.received)
+    for logits, labels in forward(model, loader, world, dtype, tta=tta, what=what, stop=stop):
+        single = logits["single"]
+        sums[0] += F.cross_entropy(single, labels, ignore_index=PADDING, reduction="sum")
+        sums[1] += (labels != PADDING).sum()
+        sums[2:4] += hits(single, labels)
+        if tta:
+            sums[4:6] += hits(logits["flip"], labels)
     loss_sum, images_seen, *found = world.sum(sums).tolist()
     if not math.isfinite(loss_sum):
         raise RunError(

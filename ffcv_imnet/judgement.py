@@ -6,7 +6,7 @@ the same at any number of processes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +14,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ffcv_imnet.data import PADDING, Batches
+from ffcv_imnet.data import PADDING
 from ffcv_imnet.distributed import World
 from ffcv_imnet.errors import RunError
-from ffcv_imnet.progress import Progress
+from ffcv_imnet.evaluation import Loader, forward
 
 Z = 1.959964  # standard normal quantile of 0.975: 95 % intervals
 ECE_BINS = 15  # Guo et al., arXiv:1706.04599, 5
-
-
-class Loader(Protocol):
-    """`data.ValLoader` or `photos.FolderLoader`: sample k * size + rank is this process's k-th."""
-
-    samples: int
-
-    def batches(self) -> Batches: ...
 
 
 @dataclass(frozen=True)
@@ -56,14 +48,13 @@ def judge(
     """Every image's outcome, by view: "single", and with `tta` "flip".
 
     Args:
-        dtype: autocast's; float32 means none. The forward pass is that of `evaluation.evaluate`.
+        dtype: autocast's; float32 means none.
         outputs_of_labels: the network's output for each label; see `weights.match_classes`.
-        tta: also with logits averaged over the picture and its mirror image.
+        tta: also with logits averaged over the picture and its mirror image; see `forward`.
 
     Raises:
         RunError: a logit is NaN or infinite, or the loader failed.
     """
-    model.eval()
     device = world.device
     outputs = torch.tensor(outputs_of_labels, device=device)
     views = ["single", "flip"] if tta else ["single"]
@@ -72,18 +63,12 @@ def judge(
         view: torch.zeros(loader.samples, 5, dtype=torch.float64, device=device) for view in views
     }
     done = 0
-    with Progress(loader.samples, what, enabled=world.is_main) as progress:
-        for images, labels in loader.batches():
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = {"single": model(images).float()}
-                if tta:
-                    logits["flip"] = (logits["single"] + model(images.flip(3)).float()) / 2
-            count = int((labels != PADDING).sum())
-            mine = (done + torch.arange(count, device=device)) * world.size + world.rank
-            for view in views:
-                rows[view][mine] = _rows(logits[view][:count], outputs[labels[:count]])
-            done += count
-            progress.update(len(labels) * world.size)
+    for logits, labels in forward(model, loader, world, dtype, tta=tta, what=what):
+        count = int((labels != PADDING).sum())
+        mine = (done + torch.arange(count, device=device)) * world.size + world.rank
+        for view in views:
+            rows[view][mine] = _rows(logits[view][:count], outputs[labels[:count]])
+        done += count
     return {view: _outcomes(world.sum(rows[view]).cpu().numpy(), what) for view in views}
 
 

@@ -1,12 +1,13 @@
 """Batches straight from an ImageFolder tree, for judging networks on pixels that no .beton changed."""
 
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ffcv_imnet.data import Batches, pad
+from ffcv_imnet.data import Batches, exact_share, pad
 from ffcv_imnet.distributed import World
 from ffcv_imnet.errors import RunError
 from ffcv_imnet.images import Pixels
@@ -34,8 +35,7 @@ class FolderLoader:
     ) -> None:
         self.tree, self.how, self.world, self.workers = ImageFolderTree(root), how, world, workers
         self.samples = len(self.tree)
-        share = -(-self.samples // world.size)
-        self.local_batch = max(1, min(batch_size // world.size, share))
+        self.order, self.local_batch = exact_share(self.samples, batch_size, world)
 
     def batches(self) -> Batches:
         """uint8 (batch, 3, side, side), channels last, and int64 labels, on the world's device.
@@ -43,27 +43,22 @@ class FolderLoader:
         Raises:
             RunError: a photograph cannot be read; names it.
         """
-        order = np.arange(self.world.rank, self.samples, self.world.size)
-        parts = [order[i : i + self.local_batch] for i in range(0, len(order), self.local_batch)]
+        size, device = self.local_batch, self.world.device
+        parts = [self.order[i : i + size] for i in range(0, len(self.order), size)]
+        none = self.order[:0]
         with ThreadPoolExecutor(self.workers) as pool:  # Pillow decodes outside Python's lock
-            ahead = [pool.submit(self._photo, index) for index in parts[0]] if parts else []
-            for position, part in enumerate(parts):
-                waiting = ahead
-                following = parts[position + 1 : position + 2]
-                ahead = [
-                    pool.submit(self._photo, index)
-                    for next_part in following
-                    for index in next_part
-                ]
-                try:
+            try:
+                ahead: list[Future[Pixels]] = []
+                for part, following in itertools.pairwise([none, *parts, none]):
+                    waiting, ahead = ahead, [pool.submit(self._photo, i) for i in following]
+                    if not waiting:
+                        continue
                     pixels = np.stack([future.result() for future in waiting])
-                except RunError:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-                images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # channels last, no copy
-                labels = torch.from_numpy(self.tree.labels[part])
-                device = self.world.device
-                yield pad(images.to(device), labels.to(device), self.local_batch)
+                    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # channels last, no copy
+                    labels = torch.from_numpy(self.tree.labels[part])
+                    yield pad(images.to(device), labels.to(device), size)
+            finally:  # the consumer may have left
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _photo(self, index: int) -> Pixels:
         try:

@@ -5,7 +5,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "opencv-python", "pillow")
+PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "opencv-python", "pillow", "timm")
 
 
 def versions() -> dict[str, str]:

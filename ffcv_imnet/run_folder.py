@@ -15,7 +15,7 @@ from typing import Any
 
 from ffcv_imnet import checkpoint, records
 from ffcv_imnet.beton import Manifest
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.records import Epoch, Header, Reached, Record, Summary
 from ffcv_imnet.settings import Settings, differences, to_dict, to_yaml
 
@@ -146,7 +146,7 @@ def open_run(settings: Settings, resume: str | None, train: Manifest, val: Manif
     if source is None:
         return run
 
-    run.state = checkpoint.load(source)
+    run.state = _load(source)
     saved = run.state["run"]
     if differ := differences(to_dict(settings), saved["settings"]):
         raise UsageError(
@@ -161,6 +161,17 @@ def open_run(settings: Settings, resume: str | None, train: Manifest, val: Manif
     return run
 
 
+def _load(source: Path) -> dict[str, Any]:
+    """`source`'s state; a damaged last.pt's message names best.pt, where that is another file."""
+    best = source.with_name(BEST)
+    try:
+        return checkpoint.load(source)
+    except RunError as error:
+        if source.name != LAST or not best.is_file() or best.samefile(source):
+            raise
+        raise RunError(f"{error}; --resume {best} goes on from the best epoch") from error
+
+
 def _checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     holds_run = (folder / LOG).exists() or (folder / LAST).exists()
     if resume is None:
@@ -173,6 +184,10 @@ def _checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     if resume == "auto":
         return folder / LAST if (folder / LAST).exists() else None
     source = Path(resume)
+    if not source.is_file():
+        raise UsageError(
+            f"--resume {source}: no such checkpoint; --resume auto goes on with the run in {folder}"
+        )
     if holds_run and source.resolve().parent != folder.resolve():
         raise UsageError(
             f"logging.folder {folder} holds another run than --resume {source}: name a new folder "

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import fastargs
 import yaml
 from fastargs.dict_utils import expand_keys, fix_dict
 from fastargs.validation import Checker
 
-from ffcv_imnet.errors import UsageError, nearest
+from ffcv_imnet.errors import Parser, UsageError, nearest
 
 
 class Number(Checker):
@@ -170,7 +170,7 @@ def _text(default: str, text: str) -> Any:
 class Model:
     """The network"""
 
-    arch: str = _text("resnet18", "name in the registry: resnet18, resnet34, resnet50")
+    arch: str = _text("resnet18", "resnet18, resnet34, resnet50, or timm:NAME (needs timm)")
     zero_gamma: bool = _switch(
         False, "start the last BatchNorm of each residual block at zero (arXiv:1706.02677, 5.1)"
     )
@@ -461,6 +461,9 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
         UsageError: the file is missing, is not YAML or is not a table of settings.
     """
     file = Path(path)
+    if file.is_dir():
+        recipes = ", ".join(sorted(p.name for p in file.glob("*.yaml"))) or "no .yaml file"
+        raise UsageError(f"--config {path}: a folder; name one file (it holds {recipes})")
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path()
         near = nearest(file.name, [p.name for p in folder.glob("*.yaml")])
@@ -477,13 +480,6 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
             f"{option}{path}: holds no settings; expected lines such as 'lr: {{lr: 0.5}}'"
         )
     return values
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are our one line and whose options are never abbreviated."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def help_text() -> str:
@@ -508,19 +504,19 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="train_imagenet.py",
         description="Train a classifier on .beton files that write_ffcv.py wrote.",
         epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later wins"
     )
     parser.add_argument(
         "--resume",
+        nargs="?",
+        const="",
         metavar="auto|CHECKPOINT",
         help="go on with the run in logging.folder, or from a file",
     )
@@ -552,6 +548,10 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         known = [*_declared(), "config", "resume", "dry_run", "help"]
         hint = _suggest(option) if "." in option else nearest(option, known)
         raise UsageError(f"unknown option --{option}{hint}")
+    if arguments.resume == "":
+        raise UsageError(
+            "--resume: give auto (go on with the run in logging.folder) or a checkpoint's path"
+        )
     config = StrictConfig()
     for path in arguments.config:
         config.collect_from(read_config(path), f"--config {path}")

@@ -163,14 +163,18 @@ def edit_manifest(path: Path, **changes: object) -> None:
 
 TABLE = 24 * len(LABELS)
 DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "no beton": (os.unlink, UsageError, r"train.beton does not exist: .*--split train --out_dir"),
+    "no beton": (os.unlink, UsageError, r"train.beton does not exist: .*--split train --data_dir"),
     "no manifest": (
         lambda path: beton.manifest_path(path).unlink(),
         UsageError,
         r"manifest .*train.json does not exist: .*--split train",
     ),
     "empty": (lambda path: os.truncate(path, 0), RunError, "not a .beton, it has only 0 bytes"),
-    "something else": (lambda path: edit(path, 0, b"\x89PNG"), RunError, "not a .beton of version"),
+    "something else": (
+        lambda path: edit(path, 0, b"\x89PNG"),
+        UsageError,
+        "not a .beton of version",
+    ),
     "half-written": (lambda path: edit(path, 16, bytes(8)), RunError, "half-written"),
     "cut off": (
         lambda path: os.truncate(path, path.stat().st_size - 24),

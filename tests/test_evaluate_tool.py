@@ -187,12 +187,14 @@ def test_damaged_weights_are_one_clear_line(run: tuple[Path, Settings, tuple[str
     path, _, _ = run
     whole = path.read_bytes()
     cases = {
-        "cut.pt": whole[: len(whole) // 2], "empty.pt": b"", "text.pt": b"hello\n",
+        "cut.pt": whole[: len(whole) // 2], "empty.pt": b"",
         "text.onnx": b"hello", "text.safetensors": b"hello\n",
     }  # fmt: skip
     for name, content in cases.items():
         path.with_name(name).write_bytes(content)
-        with pytest.raises(RunError, match=f"{name}: .*(not a readable|cannot load)") as caught:
+        with pytest.raises(
+            RunError, match=f"{name}.* (damaged|not a readable|cannot load)"
+        ) as caught:
             load_network(path.with_name(name))
         assert "\n" not in str(caught.value)
     state = checkpoint.load(path)
@@ -204,6 +206,12 @@ def test_damaged_weights_are_one_clear_line(run: tuple[Path, Settings, tuple[str
     torch.save(state, path.with_name("other.pt"))
     with pytest.raises(RunError, match="do not fit each other"):
         load_network(path.with_name("other.pt"))
+    path.with_name("text.pt").write_text("hello")
+    with pytest.raises(UsageError, match=r"text\.pt is no file of weights"):
+        load_network(path.with_name("text.pt"))
+    torch.save(nn.Linear(1, 1), path.with_name("pickled.pt"))
+    with pytest.raises(RunError, match=r"save its state_dict\(\) instead"):
+        load_network(path.with_name("pickled.pt"))
     torch.save([1, 2], path.with_name("list.pt"))
     with pytest.raises(RunError, match="neither a checkpoint"):
         load_network(path.with_name("list.pt"))
@@ -319,13 +327,15 @@ def test_mistakes_are_one_line(
         Image.fromarray(picture(1)).save(tree / name / "0.jpg")
     cases = {
         "'whale' is not among them": [*weights, "--data", str(tree)],
-        "expected 0.01 to 1": [*weights, "--data", val, "--crop_ratio", "7"],
-        "expected 8 to 4096": [*weights, "--data", val, "--resolution", "3"],
+        "'7' is not a number from 0.01 to 1": [*weights, "--data", val, "--crop_ratio", "7"],
+        "'3' is not a whole number from 8 to 4096": [*weights, "--data", val, "--resolution", "3"],
         "without --crop_ratio": [*weights, "--data", val, "--resize", "40", "--crop_ratio", "0.5"],
         "is for folders": [*weights, "--data", val, "--interpolation", "bicubic"],
         "does not exist": [*weights, "--data", str(tmp_path / "no.beton")],
         "the folder .* does not exist": [*weights, "--data", val, "--out", "/no/x.json"],
         "required: --data": weights,
+        r"did you mean --resolution\?": [*weights, "--data", val, "--resoluton", "32"],
+        "--batch_size: '0' is not": [*weights, "--data", val, "--batch_size", "0"],
     }
     for message, argv in cases.items():
         with pytest.raises(UsageError, match=message):

@@ -153,15 +153,15 @@ def test_mistakes_are_one_line_and_leave_nothing(
     (tmp_path / "tree" / "circle" / "bad.jpg").write_bytes(b"\xff\xd8 no")
     out = ["--weights", str(run), "--out", str(tmp_path / "model.onnx")]
     cases: dict[str, tuple[type[Exception], list[str]]] = {
-        "--opset 5: supported are 11 to 20": (UsageError, [*out, "--opset", "5"]),
-        "--opset 99": (UsageError, [*out, "--opset", "99"]),
+        "'5' is not a whole number from 11 to 20": (UsageError, [*out, "--opset", "5"]),
+        "opset: '99'": (UsageError, [*out, "--opset", "99"]),
         "name an .onnx file": (UsageError, [*out[:2], "--out", str(tmp_path / "x.pb")]),
         "in a folder that exists": (UsageError, [*out[:2], "--out", str(tmp_path / "no/x.onnx")]),
         "bad.jpg: the photograph cannot be read": (
             RunError,
             [*out, "--data", str(tmp_path / "tree")],
         ),
-        "at least 1": (UsageError, [*out, "--batch", "0"]),
+        "--batch: '0' is not": (UsageError, [*out, "--batch", "0"]),
     }
     for message, (kind, argv) in cases.items():
         with pytest.raises(kind, match=message):

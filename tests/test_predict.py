@@ -8,7 +8,7 @@ import torch
 import torchvision.models as tv
 from PIL import Image
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.errors import UsageError
 from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.tools import predict
 from tests.pictures import picture
@@ -54,15 +54,39 @@ def test_five_names_in_order(
 
 
 def test_mistakes_are_one_line(weights: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no")
     Image.fromarray(picture(1)).save(tmp_path / "good.jpg")
+    (tmp_path / "text.md").write_text("# no weights\n")
     options = ["--weights", str(weights)]
     good = str(tmp_path / "good.jpg")
-    with pytest.raises(RunError, match=r"bad\.jpg: the photograph cannot be read"):
-        predict.main([good, str(tmp_path / "bad.jpg"), *options])
-    with pytest.raises(UsageError, match="no such photograph"):
-        predict.main([str(tmp_path / "none.jpg"), *options])
     with pytest.raises(UsageError, match=r"name a \.png file"):
         predict.main([good, *options, "--out", str(tmp_path / "x.jpg")])
     with pytest.raises(UsageError, match="name its network with --arch"):
         predict.main([good, *options])
+    with pytest.raises(UsageError, match=r"text\.md is no file of weights"):
+        predict.main([good, "--weights", str(tmp_path / "text.md")])
+    with pytest.raises(UsageError, match="does not take 8 px"):
+        predict.main([good, *options, "--arch", "squeezenet1_1", "--resolution", "8"])
+
+
+def test_a_bad_photograph_does_not_stop_the_others(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no")
+    Image.fromarray(picture(1)).save(tmp_path / "good.jpg")
+    photos = [str(tmp_path / name) for name in ("bad.jpg", "none.jpg", "", "good.jpg")]
+    assert predict.main([*photos, "--weights", str(weights), "--arch", "squeezenet1_1"]) == 1
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == 3 and all("the photograph cannot be read" in line for line in lines)
+    assert "bad.jpg" in lines[0] and "none.jpg" in lines[1]
+    assert photos[3] in said.out and photos[0] not in said.out
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_with_any_letters(tmp_path: Path) -> None:
+    """No missing-glyph warning, and no name is taken for TeX."""
+    names = ("кошка", "猫", "🐈", "$\\frac$ {", "x" * 500)
+    guesses = [(0.2, name) for name in names]
+    predict.draw([predict.Named(tmp_path / "$a$ 猫.jpg", picture(1), guesses)], tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as drawn:
+        assert drawn.size == (1080, 312)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ffcv_imnet.distributed import describe_world, usable_cores
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.errors import RunError, UsageError, reason_of
 
 INPUT_TYPES: dict[str, Any] = {"tensor(float)": np.dtype("f4"), "tensor(uint8)": np.dtype("u1")}
 
@@ -22,12 +22,6 @@ def runtime() -> Any:
         raise UsageError("ONNX files need onnxruntime: pip install 'ffcv-imnet[export]'") from None
     onnxruntime.set_default_logger_severity(3)  # errors: its warnings speak to its developers
     return onnxruntime
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of another library's message, cut to what a line holds."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 class OnnxNetwork(nn.Module):

@@ -1,6 +1,8 @@
-"""Networks by name: a dict and a decorator."""
+"""Networks by name: a dict and a decorator, and timm's under `timm:NAME`."""
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -8,6 +10,7 @@ from ffcv_imnet.errors import UsageError, nearest
 
 Constructor = Callable[[int, bool], nn.Module]  # (classes, zero_gamma) -> network
 REGISTRY: dict[str, Constructor] = {}
+TIMM = "timm:"  # the prefix of its names, of which many are those of other networks here
 
 
 def register(constructor: Constructor) -> Constructor:
@@ -18,12 +21,35 @@ def register(constructor: Constructor) -> Constructor:
 
 def check_arch(name: str) -> None:
     """Raises UsageError, with the nearest right name, if no network is called `name`."""
-    if name not in REGISTRY:
+    if name.startswith(TIMM):
+        _timm(name)
+    elif name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
-        raise UsageError(f"model.arch {name!r} is not one of {known}{nearest(name, REGISTRY)}")
+        raise UsageError(
+            f"model.arch {name!r} is not one of {known}, {TIMM}NAME{nearest(name, REGISTRY)}"
+        )
+
+
+def _timm(name: str) -> Any:
+    """The timm package, which has the network `timm:NAME`. Raises UsageError."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        raise UsageError(f"{name!r} needs timm: pip install 'ffcv-imnet[timm]'") from None
+    if not timm.is_model(name.removeprefix(TIMM)):
+        known = [TIMM + other for other in timm.list_models()]
+        raise UsageError(f"timm {timm.__version__} has no {name!r}{nearest(name, known)}")
+    return timm
 
 
 def build(name: str, classes: int, zero_gamma: bool) -> nn.Module:
-    """A network with fresh weights from torch's generator. Raises UsageError; see `check_arch`."""
+    """A network with fresh weights from torch's generator. Raises UsageError; see `check_arch`.
+
+    timm's start as timm starts them (its ResNets with the last BatchNorms at zero).
+    """
+    if name.startswith(TIMM):
+        if zero_gamma:
+            raise UsageError(f"model.zero_gamma is not for {name!r}, which starts as timm does it")
+        return _timm(name).create_model(name.removeprefix(TIMM), num_classes=classes)
     check_arch(name)
     return REGISTRY[name](classes, zero_gamma)

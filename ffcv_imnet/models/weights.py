@@ -4,7 +4,7 @@ This project's checkpoints, state dicts of torchvision, timm and ours (.pt, .pth
 ONNX files.
 """
 
-import importlib
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ import torchvision.models as tv
 from torch import Tensor, nn
 
 from ffcv_imnet import checkpoint
-from ffcv_imnet.errors import RunError, UsageError, nearest
+from ffcv_imnet.errors import RunError, UsageError, in_range, nearest, reason_of
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
 from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite
 from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
-from ffcv_imnet.models.onnx_network import OnnxNetwork, reason_of
-from ffcv_imnet.models.registry import REGISTRY, build
+from ffcv_imnet.models.onnx_network import OnnxNetwork
+from ffcv_imnet.models.registry import REGISTRY, TIMM, build
 from ffcv_imnet.settings import Settings, flatten, load
 
 assert "efficientnet_lite0" in REGISTRY, efficientnet_lite  # imported to be registered
@@ -64,8 +64,8 @@ def load_network(
     """Read weights, on the CPU, in evaluation mode; runs nothing that the file holds.
 
     Args:
-        arch: of a state dict: a name of this project's registry, of torchvision or timm. By
-            default the network of the registry whose parameters have these names and shapes.
+        arch: of a state dict: a name of this project's registry (`timm:NAME` too) or torchvision's.
+            By default the network of the registry whose parameters have these names and shapes.
         plain: of a checkpoint with averaged weights, take the plain ones.
         mean, std: of the pixels, 0 to 255. Default: ImageNet's; for ONNX: raw pixels go in.
 
@@ -73,10 +73,17 @@ def load_network(
         UsageError: no such file, or it needs (or forbids) one of the options.
         RunError: the file is damaged or is not what it is taken for.
     """
+    if path.is_dir():
+        hint = f": name {path / 'best.pt'}" if (path / "best.pt").is_file() else ""
+        raise UsageError(f"--weights {path} is a folder{hint}")
     if not path.is_file():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UsageError(f"--weights {path}: no such file{nearest(path.name, names)}")
     if path.suffix == ".onnx":
+        if arch or plain:
+            raise UsageError(
+                f"{path} is an ONNX file and knows its network: leave out --arch, --plain"
+            )
         network = _from_onnx(path, mean, std)
     elif path.suffix == ".safetensors":
         state, notes = _read_safetensors(path)
@@ -84,13 +91,13 @@ def load_network(
         network = _from_state(path, state, arch or notes.get("arch"), mean, std)
         network = _with_notes(network, notes)
     else:
-        content = _read_torch(path)
+        content = checkpoint.read(path)
         if isinstance(content, dict) and "run" in content and "format" in content:
             if arch or mean or std:
                 raise UsageError(
                     f"{path} is a checkpoint and knows its network: leave out --arch, --mean, --std"
                 )
-            network = _from_checkpoint(path, plain)
+            network = _from_checkpoint(path, content, plain)
         else:
             network = _from_state(path, _tensors(path, content), arch, mean, std)
     network.model.eval().requires_grad_(False)
@@ -99,13 +106,6 @@ def load_network(
 
 
 # ---- readers ------------------------------------------------------------------------------------
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
-        raise RunError(f"{path}: not a readable file of weights ({reason_of(error)})") from error
 
 
 def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
@@ -151,8 +151,8 @@ def _check_finite(path: Path, model: nn.Module) -> None:
 # ---- kinds --------------------------------------------------------------------------------------
 
 
-def _from_checkpoint(path: Path, plain: bool) -> Network:
-    state = checkpoint.load(path)
+def _from_checkpoint(path: Path, state: dict[str, Any], plain: bool) -> Network:
+    checkpoint.check_format(state, path)
     try:
         run, weights, average = state["run"], state["model"], state["ema"]
         settings = load(**{k.replace(".", "__"): v for k, v in flatten(run["settings"]).items()})
@@ -214,20 +214,25 @@ def _from_state(
     if not arch:
         raise UsageError(
             f"{path}: a state dict of none of {', '.join(candidates)}; name its network with --arch "
-            "(this project's, torchvision's or timm's)"
+            f"(one of torchvision's, or {TIMM}NAME)"
         )
-    why = _mismatch(_constructor(arch, False)(1), state)
+    constructor = _constructor(arch, False)
+    why = _mismatch(constructor(_outputs_of(constructor, state) or 1), state)
     raise RunError(f"{path}: the state dict does not fit {arch}: {why}")
 
 
 def _constructor(name: str, blurpool: bool) -> Callable[[int], nn.Module]:
     """Makes the network for a number of classes. Raises UsageError for a name nobody knows."""
-    if name in REGISTRY:
+    if name in REGISTRY or name.startswith(TIMM):
         make: Callable[[int], nn.Module] = lambda classes: build(name, classes, False)  # noqa: E731
     elif name in tv.list_models(module=tv):
         make = lambda classes: tv.get_model(name, weights=None, num_classes=classes)  # noqa: E731
     else:
-        make = _timm_constructor(name)
+        known = [*REGISTRY, *tv.list_models(module=tv)]
+        raise UsageError(
+            f"--arch {name}: known neither here nor to torchvision{nearest(name, known)}; "
+            f"timm's networks are named {TIMM}NAME"
+        )
     if not blurpool:
         return make
 
@@ -239,26 +244,12 @@ def _constructor(name: str, blurpool: bool) -> Callable[[int], nn.Module]:
     return blurred
 
 
-def _timm_constructor(name: str) -> Callable[[int], nn.Module]:
-    known = [*REGISTRY, *tv.list_models(module=tv)]
-    try:
-        timm = importlib.import_module("timm")  # by hand: it is no dependency of this project
-    except ImportError:
-        raise UsageError(
-            f"--arch {name}: known neither here nor to torchvision{nearest(name, known)}; "
-            "for timm's networks: pip install timm"
-        ) from None
-    if name not in timm.list_models():
-        known += timm.list_models()
-        raise UsageError(f"--arch {name}: no network of that name{nearest(name, known)}")
-    return lambda classes: timm.create_model(name, num_classes=classes)
-
-
 def _outputs_of(constructor: Callable[[int], nn.Module], state: State) -> int | None:
-    """The length of the network's last parameter, the classifier's bias, in the state dict."""
+    """The length, in the state dict, of the first parameter that follows the number of classes."""
     with torch.device("meta"):
-        last = list(constructor(2).state_dict())[-1]
-    return len(state[last]) if last in state and state[last].ndim else None
+        two, three = constructor(2).state_dict(), constructor(3).state_dict()
+    head = next(name for name in two if two[name].shape != three[name].shape)
+    return len(state[head]) if head in state and state[head].ndim else None
 
 
 def _mismatch(network: nn.Module, state: State) -> str | None:
@@ -286,6 +277,27 @@ def normalize(mean: Channels, std: Channels) -> Normalize:
 # ---- options and classes ------------------------------------------------------------------------
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every tool that takes weights; `load_from` and `parse_preprocess` read them."""
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="checkpoint, state dict, .safetensors or .onnx")
+    add("--arch", metavar="NAME", help=f"of a state dict: here, in torchvision, or {TIMM}NAME")
+    add("--plain", action="store_true", help="the plain weights of a run that averaged them")
+    add("--mean", metavar="M", help="one or three numbers, 0 to 255; default: ImageNet's")
+    add("--std", metavar="S", help="likewise")
+    add("--crop_ratio", type=in_range(float, 0.01, 1), metavar="R",
+        help="side of the input over the resized shorter side; default: as validated")  # fmt: skip
+    add("--interpolation", choices=list(INTERPOLATIONS), help="of a photograph that is resized")
+
+
+def load_from(options: argparse.Namespace) -> Network:
+    """The network that the options of `add_options` name. Raises UsageError, RunError."""
+    return load_network(
+        options.weights, arch=options.arch, plain=options.plain,
+        mean=parse_channels(options.mean, "--mean"), std=parse_channels(options.std, "--std"),
+    )  # fmt: skip
+
+
 def parse_channels(text: str | None, option: str) -> Channels | None:
     """`127` or `123.675,116.28,103.53` as three numbers. Raises UsageError."""
     if text is None:
@@ -304,24 +316,29 @@ def parse_channels(text: str | None, option: str) -> Channels | None:
 
 
 def parse_preprocess(
-    network: Network, resolution: int | None, crop_ratio: float | None, interpolation: str | None
+    network: Network, resolution: int | None, options: argparse.Namespace
 ) -> Preprocess:
-    """The network's own preprocessing with what the command line changes. Raises UsageError."""
-    how = network.how
-    fixed = network.model.resolution if isinstance(network.model, OnnxNetwork) else None
-    if fixed and resolution not in (None, fixed):
-        raise UsageError(f"--resolution {resolution}: this ONNX file takes {fixed} px only")
-    if resolution is not None and not 8 <= resolution <= 4096:
-        raise UsageError(f"--resolution {resolution}: expected 8 to 4096 px")
-    if crop_ratio is not None and not 0.01 <= crop_ratio <= 1:
-        raise UsageError(f"--crop_ratio {crop_ratio:g}: expected 0.01 to 1")
-    if interpolation is not None and interpolation not in INTERPOLATIONS:
-        known = ", ".join(INTERPOLATIONS)
-        raise UsageError(f"--interpolation {interpolation}: expected one of {known}")
-    return Preprocess(
-        resolution or how.resolution, crop_ratio or how.crop_ratio,
-        interpolation or how.interpolation,
+    """The network's own preprocessing with what the command line changes.
+
+    Raises:
+        UsageError: the network does not take pictures of that size; it is tried on a black one.
+    """
+    how = Preprocess(
+        resolution or network.how.resolution, options.crop_ratio or network.how.crop_ratio,
+        options.interpolation or network.how.interpolation,
     )  # fmt: skip
+    fixed = network.model.resolution if isinstance(network.model, OnnxNetwork) else None
+    if fixed and how.resolution != fixed:
+        raise UsageError(f"--resolution {how.resolution}: this ONNX file takes {fixed} px only")
+    try:
+        black = torch.zeros(1, 3, how.resolution, how.resolution, dtype=torch.uint8)
+        network.model(black)
+    except (RuntimeError, AssertionError, ValueError) as error:  # a transformer of fixed size
+        raise UsageError(
+            f"{network.origin}: does not take {how.resolution} px ({reason_of(error)}); "
+            "give another --resolution"
+        ) from error
+    return how
 
 
 def match_classes(network: Network, classes: Sequence[str], where: str) -> list[int]:

@@ -3,22 +3,23 @@
 The first line of its docstring is its line in `--help`. Nothing imports a tool.
 """
 
-import argparse
-from typing import NoReturn
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
 
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.errors import Parser
 
 
-class ToolParser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line and whose options are never abbreviated."""
+class ToolParser(Parser):
+    """The command line of one tool."""
 
     def __init__(self, tool: str, description: str | None) -> None:
+        prog = f"python -m ffcv_imnet {tool}"
         super().__init__(
-            prog=f"python -m ffcv_imnet {tool}",
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            prog=prog, description=description, hint=f" ({prog} --help lists the options)"
         )
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ({self.prog} --help lists the options)")
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> Namespace:  # type: ignore[override]
+        """Raises UsageError."""
+        self.refuse_unknown(args)
+        return super().parse_args(args, namespace)

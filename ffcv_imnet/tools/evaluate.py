@@ -20,21 +20,23 @@ import torch
 from tabulate import tabulate
 
 from ffcv_imnet import provenance, settings
-from ffcv_imnet.beton import check_beton
+from ffcv_imnet.beton import check_beton, partial_path
+from ffcv_imnet.checkpoint import DTYPES
 from ffcv_imnet.data import ValLoader, workers_of
 from ffcv_imnet.distributed import World, connect, describe_world, disconnect
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.errors import RunError, UsageError, in_range
+from ffcv_imnet.evaluation import Loader
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import readable
-from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
-from ffcv_imnet.judgement import Loader, judge, score
+from ffcv_imnet.images.preprocess import Preprocess
+from ffcv_imnet.judgement import judge, score
 from ffcv_imnet.models.onnx_network import OnnxNetwork
 from ffcv_imnet.models.weights import (
     Network,
+    add_options,
     class_names,
-    load_network,
+    load_from,
     match_classes,
-    parse_channels,
     parse_preprocess,
 )
 from ffcv_imnet.photos import FolderLoader
@@ -42,6 +44,7 @@ from ffcv_imnet.tools import ToolParser
 from ffcv_imnet.training import choose_precision
 
 BATCH = 256
+SIDE = in_range(int, 8, 4096)  # px
 SHOWN = 10  # rows of classes and of confusions in the table; the JSON has all
 
 
@@ -49,25 +52,20 @@ def parser() -> ToolParser:
     """The command line."""
     options = ToolParser("evaluate", __doc__)
     add = options.add_argument
-    add("--weights", type=Path, required=True, help="checkpoint, state dict, .safetensors or .onnx")
+    add_options(options)
     add("--data", type=Path, required=True, help="a .beton, or a folder with a folder a class")
-    add("--resolution", type=int, nargs="+", metavar="PX", help="one or several sides of the input")
-    add("--crop_ratio", type=float, metavar="R", help="that side over the resized shorter side")
-    add("--resize", type=int, metavar="PX", help="that shorter side, instead of --crop_ratio")
-    add("--interpolation", metavar="NAME", help=f"of a folder: {', '.join(INTERPOLATIONS)}")
-    add("--mean", metavar="M", help="one or three numbers, 0 to 255; default: ImageNet's")
-    add("--std", metavar="S", help="likewise")
+    add(
+        "--resolution", type=SIDE, nargs="+", metavar="PX", help="one or several sides of the input"
+    )
+    add("--resize", type=SIDE, metavar="PX", help="shorter side, instead of --crop_ratio")
     add(
         "--tta", action="store_true", help="also with logits averaged over picture and mirror image"
     )
-    add("--arch", metavar="NAME", help="of a state dict: name here, in torchvision or timm")
-    add("--plain", action="store_true", help="the plain weights of a run that averaged them")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"],
         help="default: as the run trained; fp32 for other weights")  # fmt: skip
-    add(
-        "--batch_size", type=int, metavar="N", help=f"over all processes; default: run's or {BATCH}"
-    )
-    add("--num_workers", type=int, metavar="N", help="decoding threads of one process")
+    add("--batch_size", type=in_range(int, 1), metavar="N",
+        help=f"over all processes; default: the run's or {BATCH}")  # fmt: skip
+    add("--num_workers", type=in_range(int, 1), metavar="N", help="decoding threads of one process")
     add("--out", type=Path, metavar="FILE.json", help="write all numbers as JSON")
     return options
 
@@ -77,16 +75,15 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.out is not None and not options.out.parent.is_dir():
         raise UsageError(f"--out {options.out}: the folder {options.out.parent} does not exist")
-    mean, std = parse_channels(options.mean, "--mean"), parse_channels(options.std, "--std")
+    if options.interpolation and options.data.suffix == ".beton":
+        raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
     world = describe_world()
-    network = load_network(
-        options.weights, arch=options.arch, plain=options.plain, mean=mean, std=std
-    )
+    network = load_from(options)
     hows = preprocessings(network, options)
     classes, checksum = data_classes(options.data)
     outputs = match_classes(network, classes, str(options.data))
     connect(world)
-    precision, dtype = autocast(network, options.precision, world)
+    precision = choose_arithmetic(network, options.precision, world)
     model = network.model.to(world.device)
     if not isinstance(model, OnnxNetwork):
         model = model.to(memory_format=torch.channels_last)
@@ -96,8 +93,9 @@ def main(argv: list[str]) -> int:
         for how in hows:
             loader = open_data(options, network, how, world)
             judged = judge(
-                model, loader, world, dtype, outputs, tta=options.tta, what=f"{how.resolution} px"
-            )
+                model, loader, world, DTYPES[precision], outputs, tta=options.tta,
+                what=f"{how.resolution} px",
+            )  # fmt: skip
             for view, outcomes in judged.items():
                 views.append({**asdict(how), "view": view, **score(outcomes, names)})
     finally:
@@ -121,7 +119,7 @@ def preprocessings(network: Network, options: argparse.Namespace) -> list[Prepro
     """One for each resolution asked for. Raises UsageError."""
     hows = []
     for resolution in options.resolution or [None]:
-        how = parse_preprocess(network, resolution, options.crop_ratio, options.interpolation)
+        how = parse_preprocess(network, resolution, options)
         if options.resize is not None:
             if options.crop_ratio is not None or options.resize < how.resolution:
                 raise UsageError(
@@ -130,8 +128,6 @@ def preprocessings(network: Network, options: argparse.Namespace) -> list[Prepro
                 )
             how = replace(how, crop_ratio=how.resolution / options.resize)
         hows.append(how)
-    if options.interpolation and options.data.suffix == ".beton":
-        raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
     return hows
 
 
@@ -150,17 +146,17 @@ def unmatched(classes: tuple[str, ...], outputs: list[int]) -> tuple[str, ...]:
     return tuple(name for _, name in sorted(zip(outputs, classes, strict=True)))
 
 
-def autocast(network: Network, asked: str | None, world: World) -> tuple[str, torch.dtype]:
-    """Precision by name and as a type, and torch's switches as training sets them."""
+def choose_arithmetic(network: Network, asked: str | None, world: World) -> str:
+    """fp32, bf16 or fp16, with torch's switches as training sets them. Raises UsageError."""
+    if isinstance(network.model, OnnxNetwork):
+        if asked in ("bf16", "fp16"):
+            raise UsageError(f"--precision {asked}: an ONNX file computes in its own precision")
+        return "fp32"
     torch.backends.cudnn.benchmark = True
-    if network.settings is not None:
+    if network.settings is not None and asked != "fp32":
         torch.set_float32_matmul_precision("high")
     asked = asked or (network.settings.training.precision if network.settings else "fp32")
-    if isinstance(network.model, OnnxNetwork):
-        asked = "fp32"
-    precision = choose_precision(asked, world.device)
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return precision, types[precision]
+    return choose_precision(asked, world.device)
 
 
 def open_data(
@@ -223,7 +219,7 @@ def describe(report: dict[str, Any]) -> str:
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Whole or not at all. Raises RunError."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     try:
         partial.write_text(
             json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -13,7 +13,8 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,21 @@ import torch
 from torch import Tensor
 
 from ffcv_imnet import shapes
-from ffcv_imnet.beton import check_beton, read_tables
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.beton import check_beton, partial_path, read_tables
+from ffcv_imnet.errors import RunError, UsageError, in_range, reason_of
 from ffcv_imnet.images import Pixels
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import write_labels
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
-from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess, resize_and_crop
+from ffcv_imnet.images.preprocess import Preprocess, resize_and_crop
 from ffcv_imnet.models import Normalize
-from ffcv_imnet.models.onnx_network import OnnxNetwork, reason_of
+from ffcv_imnet.models.onnx_network import OnnxNetwork
 from ffcv_imnet.models.weights import (
     Network,
+    add_options,
     class_names,
-    load_network,
+    load_from,
     match_classes,
-    parse_channels,
     parse_preprocess,
 )
 from ffcv_imnet.stored import JPEG
@@ -47,37 +48,27 @@ TOLERANCE = 1e-4  # largest difference of a logit, over the largest logit (1 at 
 GENERATED = 64  # pictures, where no photographs are given
 BATCH = 32
 
+Decode = Callable[[], Pixels]
+
 
 def parser() -> ToolParser:
     """The command line."""
     options = ToolParser("export", __doc__)
     add = options.add_argument
-    add("--weights", type=Path, required=True, help="checkpoint, state dict or .safetensors")
+    add_options(options)
     add("--out", type=Path, required=True, metavar="MODEL.onnx", help="what to write")
     add("--data", type=Path, help="photographs to compare on: .beton or folder; default: generated")
-    add(
-        "--photos",
-        type=int,
-        default=256,
-        metavar="N",
-        help="at most so many (default: %(default)s)",
-    )
-    add(
-        "--opset", type=int, default=13, help="of ONNX (default: %(default)s; TensorRT 8.2's limit)"
-    )
+    add("--photos", type=in_range(int, 1), default=256, metavar="N",
+        help="at most so many (default: %(default)s)")  # fmt: skip
+    add("--opset", type=in_range(int, OPSETS[0], OPSETS[-1]), default=13,
+        help="of ONNX (default: %(default)s; TensorRT 8.0 and later read it)")  # fmt: skip
     add("--input", choices=["float", "uint8"], default="float",
         help="type of the pixels (default: %(default)s; uint8 needs TensorRT 10)")  # fmt: skip
-    add(
-        "--batch", type=int, default=1, metavar="N", help="static batch size (default: %(default)s)"
-    )
+    add("--batch", type=in_range(int, 1, 4096), default=1, metavar="N",
+        help="static batch size (default: %(default)s)")  # fmt: skip
     add("--dynamic_batch", action="store_true", help="any batch size instead")
-    add("--resolution", type=int, metavar="PX", help="side of the input; default: as validated")
-    add("--crop_ratio", type=float, metavar="R", help="noted for whoever prepares the pixels")
-    add("--interpolation", metavar="NAME", help=f"likewise: {', '.join(INTERPOLATIONS)}")
-    add("--mean", metavar="M", help="of a state dict: one or three numbers, 0 to 255")
-    add("--std", metavar="S", help="likewise")
-    add("--arch", metavar="NAME", help="of a state dict: name here, in torchvision or timm")
-    add("--plain", action="store_true", help="the plain weights of a run that averaged them")
+    add("--resolution", type=in_range(int, 8, 4096), metavar="PX",
+        help="side of the input; default: as validated")  # fmt: skip
     return options
 
 
@@ -85,19 +76,16 @@ def main(argv: list[str]) -> int:
     """Export, compare, give the files their names. Exit status 0."""
     options = parser().parse_args(argv)
     check_options(options)
-    network = load_network(
-        options.weights, arch=options.arch, plain=options.plain,
-        mean=parse_channels(options.mean, "--mean"), std=parse_channels(options.std, "--std"),
-    )  # fmt: skip
+    network = load_from(options)
     if isinstance(network.model, OnnxNetwork):
         raise UsageError(f"--weights {options.weights} is an ONNX file already")
-    how = parse_preprocess(network, options.resolution, options.crop_ratio, options.interpolation)
+    how = parse_preprocess(network, options.resolution, options)
     out: Path = options.out
     labels = check_labels(out.with_name("labels.txt"), network)
     print(f"{options.weights}: {network.origin}")
     pictures = np.stack(list(photographs(options, network, how)))  # before the slow part: all read
     notes = notes_of(network, how)
-    model_file, weights_file = partial(out), partial(out.with_suffix(".safetensors"))
+    model_file, weights_file = partial_path(out), partial_path(out.with_suffix(".safetensors"))
     try:
         write_onnx(network, how, options, notes, model_file)
         difference = compare(network.model, model_file, pictures)
@@ -112,7 +100,7 @@ def main(argv: list[str]) -> int:
         f"{difference:.1e} (tolerance {TOLERANCE:g}) of the largest logit, all top-1 the same"
     )
     if labels is not None:
-        partial_labels = partial(out.with_name("labels.txt"))
+        partial_labels = partial_path(out.with_name("labels.txt"))
         partial_labels.write_text(labels, encoding="utf-8")
         partial_labels.replace(out.with_name("labels.txt"))
     weights_file.replace(out.with_suffix(".safetensors"))
@@ -125,10 +113,6 @@ def check_options(options: argparse.Namespace) -> None:
     """What can be known to be wrong before anything is read. Raises UsageError."""
     if options.out.suffix != ".onnx" or not options.out.parent.is_dir():
         raise UsageError(f"--out {options.out}: name an .onnx file in a folder that exists")
-    if options.opset not in OPSETS:
-        raise UsageError(f"--opset {options.opset}: supported are {OPSETS[0]} to {OPSETS[-1]}")
-    if options.batch < 1 or options.photos < 1:
-        raise UsageError("--batch and --photos are at least 1")
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -137,17 +121,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"{error.name} is missing: pip install 'ffcv-imnet[export]'") from None
 
 
-def partial(path: Path) -> Path:
-    """The temporary name of a file that is being written."""
-    return path.with_name(path.name + ".partial")
-
-
 def check_labels(path: Path, network: Network) -> str | None:
     """The text for labels.txt, None if it is there already. Raises UsageError for another one's."""
     text = write_labels(class_names(network))
     if not path.exists():
         return text
-    if path.read_text(encoding="utf-8") == text:
+    if path.read_bytes() == text.encode():
         return None
     raise UsageError(f"{path} has the classes of another network: choose another folder for --out")
 
@@ -258,10 +237,9 @@ def photographs(options: argparse.Namespace, network: Network, how: Preprocess) 
         tree = ImageFolderTree(data)
         match_classes(network, tree.classes, str(data))
         every = folder_photographs(tree, options.photos)
-    for name, content in every:
+    for name, decode in every:
         try:
-            rgb = content() if callable(content) else content
-            yield resize_and_crop(rgb, how)
+            yield resize_and_crop(decode(), how)
         except (OSError, BadImage) as error:
             raise RunError(f"{name}: the photograph cannot be read ({error})") from error
 
@@ -275,13 +253,18 @@ def spread(total: int, count: int) -> list[int]:
     )
 
 
-def folder_photographs(tree: ImageFolderTree, count: int) -> Iterator[tuple[str, Any]]:
+def folder_photographs(tree: ImageFolderTree, count: int) -> Iterator[tuple[str, Decode]]:
     """Name, and a function that decodes."""
     for index in spread(len(tree), count):
-        yield f"{tree.where}/{tree.name(index)}", lambda i=index: decode_rgb(tree.read(i)[0])
+        yield f"{tree.where}/{tree.name(index)}", partial(decode_of, tree, index)
 
 
-def stored_photographs(path: Path, count: int) -> Iterator[tuple[str, Any]]:
+def decode_of(tree: ImageFolderTree, index: int) -> Pixels:
+    """One photograph of a tree. Raises OSError, BadImage."""
+    return decode_rgb(tree.read(index)[0])
+
+
+def stored_photographs(path: Path, count: int) -> Iterator[tuple[str, Decode]]:
     """Likewise, of the pictures in a .beton as they are stored."""
     tables = read_tables(path)
     with path.open("rb") as file:
@@ -289,10 +272,10 @@ def stored_photographs(path: Path, count: int) -> Iterator[tuple[str, Any]]:
             file.seek(int(tables.pointers[index]))
             data = file.read(int(tables.sizes[index]))
             shape = int(tables.heights[index]), int(tables.widths[index]), 3
-            if tables.modes[index] == JPEG:
-                yield f"sample {index} of {path}", lambda d=data: decode_rgb(d)
-            else:
-                yield f"sample {index} of {path}", np.frombuffer(data, np.uint8).reshape(shape)
+            raw = np.frombuffer(data, np.uint8)
+            jpeg = tables.modes[index] == JPEG
+            decode = partial(decode_rgb, data) if jpeg else partial(raw.reshape, shape)
+            yield f"sample {index} of {path}", decode
 
 
 @torch.no_grad()
@@ -337,7 +320,7 @@ def describe(out: Path, network: Network, how: Preprocess, options: argparse.Nam
     weights = out.with_suffix(".safetensors")
     whose = (
         "with BlurPool: for evaluate and predict" if network.uses_blurpool
-        else f"loads into {network.arch} as torchvision, timm or this project has it"
+        else f"plain state dict of {network.arch}"
     )  # fmt: skip
     print(
         f"  {out}  input_0 {options.input} {shape}, output_0 ({batch}, {network.outputs}), "

@@ -2,75 +2,94 @@
 
 python -m ffcv_imnet predict --weights runs/rn18_16ep/best.pt photo.jpg another.png
 python -m ffcv_imnet predict --weights model.onnx photo.jpg --out named.png
+
+A photograph that cannot be read is named on the standard error; the others go on, and the exit
+status is 1.
 """
 
+import sys
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.beton import partial_path
+from ffcv_imnet.errors import RunError, UsageError, in_range
 from ffcv_imnet.images import Pixels
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.preprocess import resize_and_crop
-from ffcv_imnet.models.weights import (
-    class_names,
-    load_network,
-    parse_channels,
-    parse_preprocess,
-)
+from ffcv_imnet.models.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.tools import ToolParser
+
+DRAWN = 100  # photographs on one picture: matplotlib draws at most 65,536 px in height
+LONGEST = 60  # characters of a name on it
 
 Guesses = list[tuple[float, str]]  # probability and class, the likeliest first
 
 
+class Named(NamedTuple):
+    """What the picture shows of a photograph."""
+
+    path: Path
+    pixels: Pixels
+    guesses: Guesses
+
+
 def main(argv: list[str]) -> int:
-    """Print a table for each photograph. Exit status 0."""
+    """Print a table for each photograph. Exit status 0, or 1 if one of them cannot be read."""
     parser = ToolParser("predict", __doc__)
     add = parser.add_argument
     add("photos", type=Path, nargs="+", metavar="PHOTO")
-    add("--weights", type=Path, required=True, help="checkpoint, state dict, .safetensors or .onnx")
+    add_options(parser)
+    add("--resolution", type=in_range(int, 8, 4096), metavar="PX", help="side of the input")
     add("--out", type=Path, metavar="FILE.png", help="picture of photographs and guesses")
-    add("--resolution", type=int, metavar="PX", help="side of the input")
-    add("--crop_ratio", type=float, metavar="R", help="that side over the resized shorter side")
-    add("--interpolation", metavar="NAME", help="bilinear, bicubic, box or lanczos")
-    add("--mean", metavar="M", help="one or three numbers, 0 to 255; default: ImageNet's")
-    add("--std", metavar="S", help="likewise")
-    add("--arch", metavar="NAME", help="of a state dict: name here, in torchvision or timm")
-    add("--plain", action="store_true", help="the plain weights of a run that averaged them")
     options = parser.parse_args(argv)
     out: Path | None = options.out
     if out is not None and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: name a .png file in a folder that exists")
-    photos = {path: read(path) for path in options.photos}  # all, before the weights
-    network = load_network(
-        options.weights, arch=options.arch, plain=options.plain,
-        mean=parse_channels(options.mean, "--mean"), std=parse_channels(options.std, "--std"),
-    )  # fmt: skip
-    how = parse_preprocess(network, options.resolution, options.crop_ratio, options.interpolation)
+    if out is not None and len(options.photos) > DRAWN:
+        raise UsageError(f"--out draws at most {DRAWN} photographs, not {len(options.photos):,}")
+    network = load_from(options)
+    how = parse_preprocess(network, options.resolution, options)
     names = class_names(network)
     print(f"{options.weights}: {network.origin}; {how.resolution} px")
-    guesses = {}
-    for path, rgb in photos.items():
-        guesses[path] = guess(network.model, resize_and_crop(rgb, how), names)
-        rows = [(f"{probability:.4f}", name) for probability, name in guesses[path]]
-        print(f"\n{path}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}")
-    if out is not None:
-        draw(photos, guesses, out)
+    shown, bad = [], 0
+    for path in options.photos:
+        try:
+            rgb = read(path)
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            bad += 1
+            continue
+        guesses = guess(network.model, resize_and_crop(rgb, how), names)
+        rows = [(f"{probability:.4f}", name) for probability, name in guesses]
+        print(f"\n{path}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}", flush=True)
+        if out is not None:
+            step = max(1, max(rgb.shape) // 500)  # no more pixels than are drawn
+            shown.append(Named(path, rgb[::step, ::step].copy(), guesses))
+    if out is not None and shown:
+        draw(shown, out)
         print(f"\npicture: {out}")
-    return 0
+    return 1 if bad else 0
 
 
 def read(path: Path) -> Pixels:
-    """A photograph's pixels. Raises UsageError if there is none, RunError if it is damaged."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such photograph")
+    """A photograph's pixels. Raises RunError if there is none or it is damaged."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BadImage("not a file")
         return decode_rgb(path.read_bytes())
-    except (OSError, BadImage) as error:
+    except OSError as error:
+        raise RunError(
+            f"{path}: the photograph cannot be read ({error.strerror or error})"
+        ) from error
+    except BadImage as error:
         raise RunError(f"{path}: the photograph cannot be read ({error})") from error
 
 
@@ -87,21 +106,43 @@ def guess(model: torch.nn.Module, pixels: Pixels, names: tuple[str, ...]) -> Gue
     ]
 
 
-def draw(photos: dict[Path, Pixels], guesses: dict[Path, Guesses], path: Path) -> None:
+def draw(shown: list[Named], path: Path) -> None:
     """A row a photograph: the photograph, and bars of its classes' probabilities."""
-    figure = Figure(figsize=(9, 2.6 * len(photos)), layout="constrained", facecolor="white")
-    rows = figure.subplots(len(photos), 2, squeeze=False, width_ratios=(1, 1.6))
-    for (left, right), (name, rgb) in zip(rows, photos.items(), strict=True):
-        left.imshow(rgb)
+    text = "".join(name for one in shown for name in (one.path.name, *(n for _, n in one.guesses)))
+    style = {"fontsize": 9, "color": "#333333", "family": fonts_for(text), "parse_math": False}
+    figure = Figure(figsize=(9, 2.6 * len(shown)), layout="constrained", facecolor="white")
+    rows = figure.subplots(len(shown), 2, squeeze=False, width_ratios=(1, 1.6))
+    for (left, right), one in zip(rows, shown, strict=True):
+        left.imshow(one.pixels)
         left.set_axis_off()
-        left.set_title(name.name, fontsize=9, color="#333333", loc="left")
-        found = guesses[name][::-1]
+        left.set_title(short(one.path.name), loc="left", **style)
+        found = one.guesses[::-1]
         right.barh(range(len(found)), [p for p, _ in found], color="#56b4e9")
         for row, (probability, label) in enumerate(found):
-            right.text(0.01, row, f"{probability:.1%}  {label}", va="center", fontsize=9,
-                       color="#333333")  # fmt: skip
+            right.text(0.01, row, f"{probability:.1%}  {short(label)}", va="center", **style)
         right.set_xlim(0, 1)
         right.set_axis_off()
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with warnings.catch_warnings():  # letters that no font of this machine has: a box stands there
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(partial_path(path), format="png", dpi=120)
+    partial_path(path).replace(path)
+
+
+def short(name: str) -> str:
+    """`name`, cut to what fits beside a bar."""
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
+def fonts_for(text: str) -> list[str]:
+    """Families that together have the letters of `text`: matplotlib's own, then those installed."""
+    families = ["DejaVu Sans"]
+    own = font_manager.findfont(families[0])
+    missing = {ord(letter) for letter in text} - set(font_manager.get_font(own).get_charmap())
+    for font in font_manager.fontManager.ttflist if missing else []:
+        have = missing & set(font_manager.get_font(font.fname).get_charmap())
+        if have:
+            families.append(font.name)
+            missing -= have
+        if not missing:
+            break
+    return families
