@@ -32,6 +32,7 @@ INTERPOLATIONS = {
     "box": PILLOW.BOX,
     "lanczos": PILLOW.LANCZOS,
 }
+ENGINES = (".engine", ".plan", ".trt")
 ORIENTATION = 0x0112  # the EXIF tag; what undoes each of its values
 UPRIGHT = {
     2: PILLOW.FLIP_LEFT_RIGHT,
@@ -51,6 +52,19 @@ class Failure(Exception):
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+def in_range(kind: type, low: float, high: float = float("inf")) -> Any:
+    """An argparse type: a number of `kind` from `low` to `high`."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError("%s is not from %g to %g" % (text, low, high))
+        return value
+
+    convert.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return convert
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,7 +116,7 @@ def preprocess(data: bytes, side: int, crop_ratio: float, interpolation: str) ->
 
 
 class OnnxModel:
-    """`model.onnx` by ONNX Runtime: TensorRT or CUDA where its build has them, else the CPU."""
+    """`model.onnx` by ONNX Runtime: CUDA where its build has it, else the CPU, or --provider."""
 
     def __init__(self, path: str, provider: Optional[str]) -> None:
         try:
@@ -124,22 +138,33 @@ class OnnxModel:
                 "%s: ONNX Runtime cannot load it (%s)" % (path, first_line(error))
             ) from error
         source, target = self.session.get_inputs()[0], self.session.get_outputs()[0]
-        self.names = source.name, target.name
+        self.path, self.names = path, (source.name, target.name)
         self.shape = [n if isinstance(n, int) else None for n in source.shape]
-        self.dtype = np.dtype("u1") if source.type == "tensor(uint8)" else np.dtype("f4")
+        types = {"tensor(uint8)": "u1", "tensor(float)": "f4"}
+        if source.type not in types:
+            raise Failure("%s: its input is %s, expected float or uint8" % (path, source.type), 2)
+        self.dtype = np.dtype(types[source.type])
         found = self.session.get_modelmeta().custom_metadata_map
-        self.notes = {
-            key[len("ffcv_imnet.") :]: json.loads(value)
-            for key, value in found.items()
-            if key.startswith("ffcv_imnet.")
-        }  # type: Dict[str, Any]
+        try:
+            self.notes = {
+                key[len("ffcv_imnet.") :]: json.loads(value)
+                for key, value in found.items()
+                if key.startswith("ffcv_imnet.")
+            }  # type: Dict[str, Any]
+        except ValueError as error:
+            raise Failure("%s: its metadata are damaged (%s)" % (path, error)) from error
         self.runs_on = "ONNX Runtime %s, %s" % (
             onnxruntime.__version__, self.session.get_providers()[0],
         )  # fmt: skip
 
     def __call__(self, pixels: Array) -> Array:
         """(N, 3, side, side) -> (N, classes)."""
-        return self.session.run([self.names[1]], {self.names[0]: pixels})[0]
+        try:
+            return self.session.run([self.names[1]], {self.names[0]: pixels})[0]
+        except Exception as error:
+            raise Failure(
+                "%s: ONNX Runtime failed (%s)" % (self.path, first_line(error))
+            ) from error
 
 
 class CudaMemory:
@@ -238,9 +263,10 @@ def read_labels(path: str) -> List[str]:
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise Failure(
-            "%s cannot be read (%s); name it with --labels" % (path, error.strerror), 2
+            "%s cannot be read (%s); name it with --labels" % (path, reason), 2
         ) from error
     matches = [WNID.match(line) for line in lines]
     return [found.group(1) if found else line for line, found in zip(lines, matches)]
@@ -257,7 +283,7 @@ def list_photographs(root: str, labels: List[str]) -> List[Tuple[str, int]]:
             continue
         if name not in index:
             raise Failure(
-                "%s has a class %r that is not among the %d of labels.txt"
+                "%s has a class %r that is not among the %d of the labels"
                 % (root, name, len(labels)),
                 2,
             )
@@ -351,34 +377,50 @@ def main(argv: Optional[List[str]] = None) -> None:
         "--data", required=True, help="a folder with a folder of photographs a class"
     )
     parser.add_argument("--labels", help="default: labels.txt beside the model")
-    parser.add_argument("--crop_ratio", type=float, help="default: noted in the .onnx, else 0.875")
+    parser.add_argument(
+        "--crop_ratio",
+        type=in_range(float, 0.01, 1),
+        help="default: noted in the .onnx, else 0.875",
+    )
     parser.add_argument("--interpolation", choices=sorted(INTERPOLATIONS),
                         help="default: noted in the .onnx, else bilinear")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1, help="of a dynamic model (default: 1)")
+    parser.add_argument("--batch", type=in_range(int, 1), help="of a dynamic model (default: 1)")
     parser.add_argument("--provider", help="of ONNX Runtime, for instance CPUExecutionProvider")
-    parser.add_argument("--limit", type=int, help="only every k-th photograph, so many in all")
+    parser.add_argument(
+        "--limit", type=in_range(int, 1), help="only every k-th photograph, so many in all"
+    )
     parser.add_argument("--json", help="write the numbers to this file too")
     options = parser.parse_args(argv)
     if not os.path.isfile(options.model):
         raise Failure("--model %s: no such file" % options.model, 2)
+    if not options.model.endswith((".onnx", *ENGINES)):
+        raise Failure("--model %s: expected .onnx, or %s" % (options.model, ", ".join(ENGINES)), 2)
+    if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
+        raise Failure("--json %s: its folder does not exist" % options.json, 2)
     labels_path = options.labels or os.path.join(os.path.dirname(options.model), "labels.txt")
-    photographs = list_photographs(options.data, read_labels(labels_path))
+    labels = read_labels(labels_path)
+    photographs = list_photographs(options.data, labels)
     if options.limit and options.limit < len(photographs):
         chosen = range(options.limit)
         photographs = [photographs[i * len(photographs) // options.limit] for i in chosen]
     is_onnx = options.model.endswith(".onnx")
     model = OnnxModel(options.model, options.provider) if is_onnx else EngineModel(options.model)  # type: Any
-    classes = len(read_labels(labels_path))
+    if len(model.shape) != 4 or model.shape[1] != 3:
+        raise Failure("%s: its input is not (batch, 3, side, side)" % options.model, 2)
     side = model.shape[2] or model.notes.get("resolution")
-    if not side or len(model.shape) != 4:
-        raise Failure("%s: its input has no fixed size (batch, 3, side, side)" % options.model)
+    if not side:
+        raise Failure("%s: its input has no fixed size" % options.model, 2)
     crop_ratio = options.crop_ratio or model.notes.get("crop_ratio", 0.875)
     interpolation = options.interpolation or model.notes.get("interpolation", "bilinear")
-    batch = model.shape[0] or max(1, options.batch)
+    batch = model.shape[0] or options.batch or 1
+    if options.batch and batch != options.batch:
+        raise Failure("--batch %d: %s takes %d" % (options.batch, options.model, batch), 2)
     outputs = model(np.zeros((batch, 3, side, side), model.dtype)).shape[1]
-    if outputs != classes:
+    if outputs != len(labels):
         raise Failure(
-            "%s has %d outputs and %s %d classes" % (options.model, outputs, labels_path, classes)
+            "%s has %d outputs and %s %d classes"
+            % (options.model, outputs, labels_path, len(labels)),
+            2,
         )
     result = evaluate(model, photographs, batch, (side, crop_ratio, interpolation))
     print(
@@ -414,5 +456,8 @@ if __name__ == "__main__":
     except Failure as failure:
         print("error: %s" % failure, file=sys.stderr)
         sys.exit(failure.status)
+    except OSError as error:  # a full disk, a file without permission: names its path itself
+        print("error: %s" % error, file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

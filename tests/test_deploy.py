@@ -136,9 +136,21 @@ def test_mistakes_are_one_line(shipped: Path, tmp_path: Path) -> None:
         "no such folder": (2, model, "none"),
         "no such file": (2, tmp_path / "no.onnx", "bad"),
         "ONNX Runtime cannot load it": (1, tmp_path / "x.onnx", "bad"),
+        "expected .onnx, or .engine": (2, tmp_path / "labels.txt", "bad"),
     }
-    for message, (status, weights, data) in cases.items():
-        done = run("--model", weights, "--data", tmp_path / data)
+    options: dict[str, tuple[str, ...]] = {
+        "0 is not from 0.01 to 1": ("--crop_ratio", "0"),
+        "--batch 7: ": ("--batch", "7"),
+        "invalid int value: 'x'": ("--limit", "x"),
+        "its folder does not exist": ("--json", "/no/x.json"),
+        "no Quantum, only": ("--provider", "Quantum"),
+    }
+    (tmp_path / "good" / "circle").mkdir(parents=True)
+    save(tmp_path / "good" / "circle" / "0.png", picture(1, 40, 40))
+    every = [(text, status, (weights, data), ()) for text, (status, weights, data) in cases.items()]
+    every += [(text, 2, (model, "good"), words) for text, words in options.items()]
+    for message, status, (weights, data), words in every:
+        done = run("--model", weights, "--data", tmp_path / data, *words)
         assert done.returncode == status, done.stderr
         assert message in done.stderr and done.stderr.count("\n") == 1
 

@@ -175,6 +175,21 @@ def test_state_dicts_are_recognised(tmp_path: Path) -> None:
         load_network(tmp_path / "resnet.pth", arch="resnet3")
 
 
+def test_timms_state_dicts(tmp_path: Path) -> None:
+    """Optional: pip install timm. Its ResNets have torchvision's names, its others need theirs."""
+    timm = pytest.importorskip("timm", reason="timm is optional")
+    torch.save(timm.create_model("resnet18", num_classes=7).state_dict(), tmp_path / "18.pth")
+    assert load_network(tmp_path / "18.pth").arch == "resnet18"
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()
+    torch.save(network.state_dict(), tmp_path / "vit.pth")
+    found = load_network(tmp_path / "vit.pth", arch="timm:vit_tiny_patch16_224")
+    assert (found.outputs, found.arch) == (7, "timm:vit_tiny_patch16_224")
+    expected = logits(nn.Sequential(Normalize(), network), 224)
+    assert torch.equal(logits(found.model, 224), expected)
+    with pytest.raises(RunError, match="does not fit timm:resnet14t"):
+        load_network(tmp_path / "vit.pth", arch="timm:resnet14t")
+
+
 def test_other_pixels(tmp_path: Path) -> None:
     torch.save(tv.resnet18(num_classes=3).state_dict(), tmp_path / "w.pth")
     found = load_network(tmp_path / "w.pth", mean=(127.0,) * 3, std=(128.0,) * 3)

@@ -1,5 +1,7 @@
 """Networks against hand-computed examples and torchvision."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,3 +84,23 @@ def test_the_seed_gives_the_weights() -> None:
 def test_unknown_network() -> None:
     with pytest.raises(UsageError, match=r"did you mean resnet18\?"):
         registry.build("resnet_18", 10, False)
+
+
+def test_timms_networks() -> None:
+    """Optional: pip install timm."""
+    timm = pytest.importorskip("timm", reason="timm is optional")
+    torch.manual_seed(0)
+    theirs = timm.create_model("resnet14t", num_classes=7).state_dict()
+    model = models.build_model(load(model__arch="timm:resnet14t", training__use_blurpool=False), 7)
+    ours = model[1].state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    with pytest.raises(UsageError, match=r"did you mean timm:resnet14t\?"):
+        registry.check_arch("timm:resnet14")
+    with pytest.raises(UsageError, match="zero_gamma"):
+        registry.build("timm:resnet14t", 7, True)
+
+
+def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="pip install timm"):
+        registry.check_arch("timm:resnet14t")

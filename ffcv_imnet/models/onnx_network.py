@@ -19,7 +19,9 @@ def runtime() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise UsageError("ONNX files need onnxruntime: pip install 'ffcv-imnet[export]'") from None
+        raise UsageError(
+            "ONNX files need onnxruntime: pip install onnx onnxruntime safetensors"
+        ) from None
     onnxruntime.set_default_logger_severity(3)  # errors: its warnings speak to its developers
     return onnxruntime
 

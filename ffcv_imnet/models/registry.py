@@ -35,7 +35,7 @@ def _timm(name: str) -> Any:
     try:
         timm = importlib.import_module("timm")
     except ImportError:
-        raise UsageError(f"{name!r} needs timm: pip install 'ffcv-imnet[timm]'") from None
+        raise UsageError(f"{name!r} needs timm: pip install timm") from None
     if not timm.is_model(name.removeprefix(TIMM)):
         known = [TIMM + other for other in timm.list_models()]
         raise UsageError(f"timm {timm.__version__} has no {name!r}{nearest(name, known)}")

@@ -113,7 +113,7 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
         from safetensors import safe_open
     except ImportError:
         raise UsageError(
-            ".safetensors files need safetensors: pip install 'ffcv-imnet[export]'"
+            ".safetensors files need safetensors: pip install onnx onnxruntime safetensors"
         ) from None
     try:
         with safe_open(path, framework="pt") as file:

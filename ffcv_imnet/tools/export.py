@@ -118,7 +118,9 @@ def check_options(options: argparse.Namespace) -> None:
         import onnxruntime  # noqa: F401
         import safetensors  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'ffcv-imnet[export]'") from None
+        raise UsageError(
+            f"{error.name} is missing: pip install onnx onnxruntime safetensors"
+        ) from None
 
 
 def check_labels(path: Path, network: Network) -> str | None:
