@@ -109,9 +109,11 @@ def main(argv: list[str]) -> int:
         "versions": provenance.versions(), "git_commit": provenance.git_commit(),
         "judged": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "views": views,
     }  # fmt: skip
+    if options.out is not None:  # before a reader who has seen enough closes the output
+        write_json({k: v for k, v in report.items() if v is not None}, options.out)
     print(describe(report))
     if options.out is not None:
-        write_json({k: v for k, v in report.items() if v is not None}, options.out)
+        print(f"\nall numbers: {options.out}")
     return 0
 
 
@@ -227,4 +229,3 @@ def write_json(report: dict[str, Any], path: Path) -> None:
         partial.replace(path)
     except OSError as error:
         raise RunError(f"--out {path}: cannot be written ({error.strerror})") from error
-    print(f"\nall numbers: {path}")
