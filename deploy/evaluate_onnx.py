@@ -60,7 +60,8 @@ def in_range(kind: type, low: float, high: float = float("inf")) -> Any:
     def convert(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError("%s is not from %g to %g" % (text, low, high))
+            span = "at least %g" % low if math.isinf(high) else "from %g to %g" % (low, high)
+            raise argparse.ArgumentTypeError("%s is not %s" % (text, span))
         return value
 
     convert.__name__ = kind.__name__  # for argparse's "invalid int value"
@@ -311,7 +312,10 @@ def load(path: str, side: int, crop_ratio: float, interpolation: str) -> Array:
 
 def first_line(error: BaseException) -> str:
     """What another library complains about, cut to a line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (
+        "no image" if text.startswith("cannot identify image file") else text
+    )  # the rest: an address
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
@@ -371,7 +375,11 @@ def percentile(values: List[float], percent: int) -> float:
 
 def main(argv: Optional[List[str]] = None) -> None:
     """Evaluate and print. Raises Failure."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", required=True, help="model.onnx, or an engine of trtexec")
     parser.add_argument(
         "--data", required=True, help="a folder with a folder of photographs a class"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,9 @@ def read(path: Path) -> Any:
     ):  # a zip, before torch 1.6 a pickle
         raise UsageError(f"{path} is no file of weights: torch.save did not write it")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript's archives, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         if "Unsupported" in str(error):
             raise RunError(

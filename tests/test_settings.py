@@ -56,6 +56,8 @@ def test_later_wins(tmp_path: Path) -> None:
         ("--lr.lrr=1", "unknown option --lr.lrr (did you mean lr.lr?)"),
         ("--lr.p=1", "unknown option --lr.p"),  # fastargs takes it for lr.lr_peak_epoch
         ("--training.lr=1", "(did you mean lr.lr?)"),
+        ("--resume", "give auto"),
+        ("--config=rn_configs", "a folder; name one file"),
         ("--conf=x.yaml", "unknown option --conf (did you mean config?)"),
         ("--resum=auto", "(did you mean resume?)"),
         ("--lr.lr=fast", "lr.lr must be a number"),

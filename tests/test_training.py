@@ -173,10 +173,21 @@ def test_resume_on_other_data(whole: Path, small: SmallData, tmp_path: Path) -> 
 def test_damaged_checkpoint(whole: Path, small: SmallData, tmp_path: Path) -> None:
     bad = tmp_path / "bad.pt"
     bad.write_bytes((whole / "last.pt").read_bytes()[:100_000])
-    with pytest.raises(RunError, match=r"bad\.pt: not a readable checkpoint"):
-        run(small.settings(tmp_path / "run", **FULL), str(bad))
-    with pytest.raises(UsageError, match="no such checkpoint"):
-        run(small.settings(tmp_path / "run", **FULL), str(tmp_path / "none.pt"))
+    settings = small.settings(tmp_path / "run", **FULL)
+    with pytest.raises(RunError, match=r"bad\.pt is damaged"):
+        run(settings, str(bad))
+    with pytest.raises(UsageError, match="no such checkpoint; --resume auto goes on with the run"):
+        run(settings, "yes")
+    last, best = (tmp_path / "run" / name for name in ("last.pt", "best.pt"))
+    last.parent.mkdir()
+    checkpoint.copy(bad, last)
+    checkpoint.copy(last, best)  # a link: as damaged as the other
+    with pytest.raises(RunError, match=r"last\.pt is damaged, cut off or no file of weights$"):
+        run(settings, "auto")
+    best.unlink()
+    checkpoint.copy(whole / "best.pt", best)
+    with pytest.raises(RunError, match=r"--resume .*best\.pt goes on from the best epoch"):
+        run(settings, "auto")
 
 
 def test_a_lost_loss_ends_the_run_and_keeps_the_checkpoint(

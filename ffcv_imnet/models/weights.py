@@ -248,7 +248,7 @@ def _outputs_of(constructor: Callable[[int], nn.Module], state: State) -> int | 
     """The length, in the state dict, of the first parameter that follows the number of classes."""
     with torch.device("meta"):
         two, three = constructor(2).state_dict(), constructor(3).state_dict()
-    head = next(name for name in two if two[name].shape != three[name].shape)
+    head = next((name for name in two if two[name].shape != three[name].shape), None)
     return len(state[head]) if head in state and state[head].ndim else None
 
 
