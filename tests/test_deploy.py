@@ -147,9 +147,9 @@ def test_mistakes_are_one_line(shipped: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "good" / "circle").mkdir(parents=True)
     save(tmp_path / "good" / "circle" / "0.png", picture(1, 40, 40))
-    every = [(text, status, (weights, data), ()) for text, (status, weights, data) in cases.items()]
-    every += [(text, 2, (model, "good"), words) for text, words in options.items()]
-    for message, status, (weights, data), words in every:
+    every = {text: (*case, ()) for text, case in cases.items()}
+    more = {text: (2, model, "good", words) for text, words in options.items()}
+    for message, (status, weights, data, words) in {**every, **more}.items():
         done = run("--model", weights, "--data", tmp_path / data, *words)
         assert done.returncode == status, done.stderr
         assert message in done.stderr and done.stderr.count("\n") == 1
