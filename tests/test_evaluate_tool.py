@@ -131,6 +131,9 @@ def test_channels() -> None:
             parse_channels(text, "--mean")
     with pytest.raises(UsageError, match=r"0\.229 is 58\.395"):
         parse_channels("0.229,0.224,0.225", "--std")
+    with pytest.raises(UsageError, match=r"units of pixels"):
+        parse_channels("0.485,0.456,0.406", "--mean")
+    assert parse_channels("0", "--mean") == (0.0, 0.0, 0.0)
 
 
 # ---- weights ------------------------------------------------------------------------------------

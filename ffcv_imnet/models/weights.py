@@ -308,7 +308,7 @@ def parse_channels(text: str | None, option: str) -> Channels | None:
         values = ()
     if len(values) not in (1, 3) or not all(-1e4 < value < 1e4 for value in values):
         raise UsageError(f"{option} {text}: expected a number, or three separated by commas")
-    if option == "--std" and min(values) < 1:
+    if min(values) < 1 and (option == "--std" or 0 < max(values) <= 1):
         raise UsageError(
             f"{option} {text}: in units of pixels from 0 to 255 (torchvision's 0.229 is 58.395)"
         )

@@ -75,6 +75,8 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     if options.out is not None and not options.out.parent.is_dir():
         raise UsageError(f"--out {options.out}: the folder {options.out.parent} does not exist")
+    if options.out is not None and options.out.is_dir():
+        raise UsageError(f"--out {options.out} is a folder: name a file in it")
     if options.interpolation and options.data.suffix == ".beton":
         raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
     world = describe_world()
