@@ -33,8 +33,7 @@ from ffcv_imnet.errors import RunError, UsageError, nearest, run_main
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
 from ffcv_imnet.images.parallel import one_thread
-from ffcv_imnet.images.parquet import ParquetShards
-from ffcv_imnet.images.sources import even_subset, open_source
+from ffcv_imnet.images.sources import even_subset, open_source, reading_order
 from ffcv_imnet.progress import Progress
 from ffcv_imnet.stored import Stored
 
@@ -465,7 +464,7 @@ def write_samples(file: BinaryIO, job: Job) -> Written:
     digests = np.zeros((count, 32), np.uint8)
     bad: list[Bad] = []
     kept = np.ones(count, dtype=bool)
-    order = reading_order(job.source)
+    order = reading_order(job.source)  # numbers in the file are the source's all the same
     indices = iter(order.tolist())
     started = time.perf_counter()
     encoded = encode_all(job.source, job.settings, writer.page_size, job.num_workers, order)
@@ -486,14 +485,6 @@ def write_samples(file: BinaryIO, job: Job) -> Written:
     print(f"encoded and on the disk at {rate:,.0f} images/s; verifying", flush=True)
     content = hashlib.sha256(digests[kept].data).hexdigest()
     return Written(np.flatnonzero(kept), bad, f"sha256:{content}", tables_checksum)
-
-
-def reading_order(source: ImageSource) -> NDArray[np.int64]:
-    """The order in which images are read and laid out: theirs, or where a shard must be
-    decompressed for them, that of the shards. Their numbers in the file are the same either way."""
-    if isinstance(source, ParquetShards):
-        return source.reading_order()
-    return np.arange(len(source))
 
 
 def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 from queue import Empty, Full
 from typing import Any
 
+import ffcv_imnet.quick_ffcv  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from ffcv.fields.basics import IntDecoder
@@ -141,6 +144,9 @@ class _Epoch(EpochIterator):
     def stop(self) -> None:
         """End the thread and free its buffers, wherever it is."""
         self.close()
+        # FFCV's thread looks at its stop sign only while the queue is full: emptying the queue
+        # alone would let it decode the rest of the epoch.
+        self.iter_ixes = iter(())
         while self.is_alive():
             try:
                 self.output_queue.get(timeout=0.05)

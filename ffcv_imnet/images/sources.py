@@ -50,6 +50,14 @@ def open_source(
     return ImageFolderTree(folder)
 
 
+def reading_order(source: ImageSource) -> NDArray[np.int64]:
+    """The order in which images are best read: theirs, or where a shard must be decompressed for
+    them, that of the shards."""
+    if isinstance(source, ParquetShards):
+        return source.reading_order()
+    return np.arange(len(source))
+
+
 def _is_flat(folder: Path) -> bool:
     return folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir())
 
