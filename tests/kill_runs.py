@@ -179,6 +179,7 @@ def make_parquet(tree: Path, target: Path, shards: int = 4) -> Path:
 
 def all_ways(train_tar: Path, val_tar: Path, labels: Path, folder: Path) -> list[Way]:
     """Every way in; tree and Kaggle's layout are made once, below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     both = ("--train_tar", train_tar, "--val_tar", val_tar, "--val_labels", labels)
     tree, kaggle, shards = folder / "tree", folder / "kaggle", folder / "parquet"
     if not kaggle.exists():

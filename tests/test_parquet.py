@@ -153,6 +153,11 @@ def test_a_download_with_holes_is_refused(tree: Path, tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(RunError, match="2 of the 3 shards of train, train-00001-of-00003 is miss"):
         write(tmp_path, "train", "--parquet", data)
+    first = data / "train-00000-of-00003.parquet"
+    with pytest.raises(RunError, match=r"00003\.parquet has 1 of the 3 shards of train"):
+        write(tmp_path, "train", "--parquet", first)
+    with pytest.raises(UsageError, match="is a shard of train, and --split is val"):
+        write(tmp_path, "val", "--parquet", first)
     shutil.rmtree(data)
     with pytest.raises(UsageError, match="has no shards of val: expected validation-00000-of"):
         write(tmp_path, "val", "--parquet", tmp_path)

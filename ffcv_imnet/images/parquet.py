@@ -52,7 +52,9 @@ def shards_of(folder: Path, split: str) -> list[Path]:
     """
     names = ("val", "validation") if split == "val" else (split,)
     if folder.is_file():
-        return [folder]
+        if (said := SHARD.match(folder.name)) and said[1] not in names:
+            raise UsageError(f"{folder} is a shard of {said[1]}, and --split is {split}")
+        return _all_there([folder])
     for place in (folder, folder / "data"):
         found = [
             path
@@ -78,8 +80,9 @@ def _all_there(found: list[Path]) -> list[Path]:
         have = {int(m[2]) for p in found if (m := COUNTED.fullmatch(p.stem)) and m[3] == said[3]}
         if missing := sorted(set(range(int(said[3]))) - have):
             raise RunError(
-                f"{path.parent} has {len(have):,} of the {int(said[3]):,} shards of {said[1]},"
-                f" {said[1]}-{missing[0]:05}-of-{said[3]} is missing: complete the download"
+                f"{path if len(found) == 1 else path.parent} has {len(have):,} of the {int(said[3]):,} shards of {said[1]},"
+                f" {said[1]}-{missing[0]:05}-of-{said[3]} is missing: complete the download, and give"
+                " the folder of all"
             )
     return found
 

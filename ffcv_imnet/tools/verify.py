@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -36,7 +35,7 @@ from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_image
 from ffcv_imnet.images.kaggle import images_of
 from ffcv_imnet.images.parallel import in_order
-from ffcv_imnet.images.parquet import shards_of
+from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
 from ffcv_imnet.images.sources import even_subset, open_source, reading_order
 from ffcv_imnet.progress import Progress
@@ -194,11 +193,14 @@ def check(target: Target, options: argparse.Namespace, report: Report) -> tuple[
     if target.kind == "beton":
         return check_beton(target, options, report)
     labels = options.val_labels if target.split == "val" else None
+    source: ImageSource
     if target.kind == "tar":
         source = open_source(target.split or "val", Path(), tar=target.path, val_labels=labels)
-    elif target.kind == "parquet":
-        folder = target.path if target.path.is_file() else target.path.parent
-        source = open_source(target.split or "val", Path(), parquet=folder)
+    elif target.kind == "parquet":  # one shard may be checked alone
+        one = target.path.is_file()
+        source = ParquetShards(
+            [target.path] if one else shards_of(target.path.parent, target.split)
+        )
     else:
         parent, name = target.path.absolute().parent, target.path.name
         source = open_source(name, parent, val_labels=labels)
@@ -462,8 +464,8 @@ def sample_difference(
 
 def decoded(data: bytes, mode: int, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
     """Stored bytes as (height, width, 3) pixels; None if they do not decode."""
-    flat = np.frombuffer(data, np.uint8)
     if mode == RAW:
-        return flat.reshape(*shape, 3)
-    pixels = cv2.imdecode(flat, cv2.IMREAD_COLOR)
-    return None if pixels is None else np.asarray(pixels, np.uint8)
+        return np.frombuffer(data, np.uint8).reshape(*shape, 3)
+    with suppress(BadImage):
+        return decode_rgb(data)
+    return None
