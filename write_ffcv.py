@@ -13,12 +13,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import datetime
-import fcntl
 import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import sys
 import time
@@ -37,16 +35,13 @@ from ffcv_imnet import beton
 from ffcv_imnet.errors import Parser, RunError, UsageError, in_range, nearest, run_main
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
+from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
 from ffcv_imnet.images.parallel import one_thread
-from ffcv_imnet.images.parquet import ParquetShards
-from ffcv_imnet.images.sources import even_subset, open_source
+from ffcv_imnet.images.sources import even_subset, open_source, reading_order
 from ffcv_imnet.progress import Progress
-from ffcv_imnet.stored import Stored
 
-ESTIMATE_FROM = 64  # images encoded beforehand to foretell size and time
 VERIFIED = 64  # images encoded again afterwards, to compare with what the disk gives back
 TRAINING_RATE = 1000  # images/s of training, for the disk's read rate when RAM is too small
-TABLES = 48  # bytes a sample of metadata and allocation table
 EXAMPLES = """examples:
   python write_ffcv.py --split train
   python write_ffcv.py --split val --data_dir /data/imagenet --out_dir /data/beton
@@ -88,86 +83,34 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("--split", type=split_name, required=True, metavar="{train,val}", help="which one to write")
-    add(
-        "--data_dir",
-        type=Path,
-        default=Path("data/imagenet"),
-        metavar="DIR",
+    add("--data_dir", type=Path, default=Path("data/imagenet"), metavar="DIR",
         help="holds train/ and val/, one folder a class in each, or Kaggle's layout"
-        " (default: %(default)s)",
-    )
-    add(
-        "--tar",
-        type=Path,
-        metavar="FILE",
-        help="read ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar in place instead",
-    )
-    add(
-        "--parquet",
-        type=Path,
-        metavar="DIR",
-        help="read the Hugging Face hub's SPLIT-*.parquet instead (needs pyarrow)",
-    )
-    add(
-        "--val_labels",
-        type=Path,
-        metavar="FILE",
-        help="classes of validation images that lie side by side: LOC_val_solution.csv, the devkit's"
-        " .tar.gz, or a text with an image and a class a line (Kaggle's layout has its own)",
-    )
-    add(
-        "--out_dir",
-        type=Path,
-        default=Path("data/beton"),
-        metavar="DIR",
-        help="where the .beton and its manifest go (default: %(default)s)",
-    )
-    add(
-        "--max_resolution",
-        type=side,
-        metavar="PIXELS",
-        help="shrink to this longest side; 0: do not (default: 400)",
-    )
-    add(
-        "--short_side",
-        type=side,
-        metavar="PIXELS",
-        help="shrink to this shorter side instead; 0: do not",
-    )
-    add(
-        "--jpeg_quality",
-        type=in_range(int, 1, 100),
-        default=90,
-        metavar="1..100",
-        help="(default: %(default)s)",
-    )
-    add(
-        "--compress_probability",
-        type=in_range(float, 0, 1),
-        default=1.0,
-        metavar="0..1",
+        " (default: %(default)s)")  # fmt: skip
+    add("--tar", type=Path, metavar="FILE",
+        help="read ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar in place instead")  # fmt: skip
+    add("--parquet", type=Path, metavar="DIR",
+        help="read the Hugging Face hub's SPLIT-*.parquet instead (needs pyarrow)")  # fmt: skip
+    add("--val_labels", type=Path, metavar="FILE",
+        help="classes of validation images that lie side by side: LOC_val_solution.csv, the"
+        " devkit's .tar.gz, or a text with an image and a class a line (Kaggle's layout has its"
+        " own)")  # fmt: skip
+    add("--out_dir", type=Path, default=Path("data/beton"), metavar="DIR",
+        help="where the .beton and its manifest go (default: %(default)s)")  # fmt: skip
+    add("--max_resolution", type=side, metavar="PIXELS",
+        help="shrink to this longest side; 0: do not (default: 400)")  # fmt: skip
+    add("--short_side", type=side, metavar="PIXELS",
+        help="shrink to this shorter side instead; 0: do not")  # fmt: skip
+    add("--jpeg_quality", type=in_range(int, 1, 100), default=90, metavar="1..100",
+        help="(default: %(default)s)")  # fmt: skip
+    add("--compress_probability", type=in_range(float, 0, 1), default=1.0, metavar="0..1",
         help="this part of the images is stored as JPEG, the rest as raw pixels, which load faster"
-        " and take about ten times the space (default: %(default)s)",
-    )
-    add(
-        "--num_workers",
-        type=in_range(int, 1),
-        metavar="N",
-        help="encoding processes (default: all cores this process may use)",
-    )
-    add(
-        "--subset",
-        type=in_range(int, 1),
-        metavar="N",
-        help="only N images, drawn evenly over the classes",
-    )
-    add(
-        "--seed",
-        type=in_range(int, 0, 2**63 - 1),
-        default=0,
-        metavar="N",
-        help="of --subset and --compress_probability (default: %(default)s)",
-    )
+        " and take about ten times the space (default: %(default)s)")  # fmt: skip
+    add("--num_workers", type=in_range(int, 1), metavar="N",
+        help="encoding processes (default: all cores this process may use)")  # fmt: skip
+    add("--subset", type=in_range(int, 1), metavar="N",
+        help="only N images, drawn evenly over the classes")  # fmt: skip
+    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, metavar="N",
+        help="of --subset and --compress_probability (default: %(default)s)")  # fmt: skip
     add("--skip_bad", action="store_true", help="leave unreadable images out instead of failing")
     add("--force", action="store_true", help="replace a .beton that was written otherwise")
     return parser
@@ -260,59 +203,6 @@ def plan(options: argparse.Namespace) -> Job:
     )
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What a few images, encoded beforehand, promise for all."""
-
-    bytes: int
-    seconds: float  # of one process
-
-
-def forecast(source: ImageSource, settings: PixelSettings) -> Forecast:
-    """Encode a seeded sample of `source` and extrapolate; unreadable images are passed over."""
-    count = min(ESTIMATE_FROM, len(source))
-    chosen = np.random.default_rng(settings.seed).choice(len(source), count, replace=False)
-    sizes = []
-    started = time.perf_counter()
-    for index in np.sort(chosen).tolist():
-        done = encode_image(source, index, index, settings, beton.PAGE_SIZE)
-        if isinstance(done, Stored):
-            sizes.append(len(done.data))
-    seconds = (time.perf_counter() - started) / count
-    mean = sum(sizes) / max(1, len(sizes))
-    # Pages start on their own boundary: up to a page in front of the first.
-    total = int(mean * len(source)) + TABLES * len(source) + beton.PAGE_SIZE
-    return Forecast(total, seconds * len(source))
-
-
-def available_memory() -> int | None:
-    """Bytes that the page cache may still take, within a container's limit; None if unknown."""
-    with suppress(OSError, AttributeError, ValueError):
-        meminfo = Path("/proc/meminfo").read_text()
-        free = int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo).group(1)) * 1024  # type: ignore[union-attr]
-        with suppress(OSError, ValueError):  # "max" where there is no limit
-            free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        return free
-    return None
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that disks are sold in."""
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 1000 or unit == "GB":
-            break
-    return f"{count:,.1f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def announce(job: Job) -> None:
     """Print what is about to happen.
 
@@ -358,7 +248,10 @@ def differences(job: Job, said: beton.Manifest) -> list[str]:
         if said.settings.get(name) != wanted
     ]
     if said.source.get("fingerprint") != job.origin["fingerprint"]:
-        found.append("the source images are others or were modified")
+        found.append(
+            "the source images are others, were modified, or copied without their times (`cp -a`"
+            " keeps them)"
+        )
     if said.skipped and not job.skip_bad:
         found.append(f"it lacks {len(said.skipped):,} unreadable images (--skip_bad accepts that)")
     return found
@@ -389,39 +282,6 @@ def up_to_date(job: Job) -> bool:
 # ------------------------------------------------------------------------------------ writing
 
 
-@contextmanager
-def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """`path` open for writing under its temporary name, which is removed if anything goes wrong.
-
-    Raises:
-        UsageError: it cannot be created, or another process is writing it.
-        RunError: writing fails, for instance because the disk is full.
-    """
-    partial = beton.partial_path(path)
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("ab", buffering=0)
-    except OSError as error:
-        raise UsageError(f"{partial} cannot be written: {error.strerror}") from None
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another write_ffcv.py is writing {path}") from None
-        except OSError:
-            pass  # a file system without locks
-        try:
-            with partial.open("r+b", buffering=1 << 20) as out:
-                out.truncate()  # what a killed run left
-                yield out
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            beton.partial_path(beton.manifest_path(path)).unlink(missing_ok=True)
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise RunError(f"{path} could not be written: {error.strerror or error}") from None
-            raise
-
-
 @dataclass(frozen=True)
 class Written:
     """What came of writing all images."""
@@ -444,7 +304,7 @@ def write_samples(file: BinaryIO, job: Job) -> Written:
     digests = np.zeros((count, 32), np.uint8)
     bad: list[Bad] = []
     kept = np.ones(count, dtype=bool)
-    order = reading_order(job.source)
+    order = reading_order(job.source)  # numbers in the file are the source's all the same
     indices = iter(order.tolist())
     started = time.perf_counter()
     encoded = encode_all(job.source, job.settings, writer.page_size, job.num_workers, order)
@@ -465,14 +325,6 @@ def write_samples(file: BinaryIO, job: Job) -> Written:
     print(f"encoded and on the disk at {rate:,.0f} images/s; verifying", flush=True)
     content = hashlib.sha256(digests[kept].data).hexdigest()
     return Written(np.flatnonzero(kept), bad, f"sha256:{content}", tables_checksum)
-
-
-def reading_order(source: ImageSource) -> NDArray[np.int64]:
-    """The order in which images are read and laid out: theirs, or where a shard must be
-    decompressed for them, that of the shards. Their numbers in the file are the same either way."""
-    if isinstance(source, ParquetShards):
-        return source.reading_order()
-    return np.arange(len(source))
 
 
 def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
@@ -572,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     one_thread()
     with sigterm_exits():
-        with partial_file(job.path) as file:
+        with beton.partial_file(job.path) as file:
             announce(job)
             manifest = write(file, job)
         # Outside that block: once the first of the two has its name, nothing may be removed.

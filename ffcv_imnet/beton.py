@@ -5,21 +5,23 @@ field descriptors, metadata (one row a sample), pages with the images, allocatio
 """
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.stored import RAW, Stored, sample_digest
 
 PAGE_SIZE = 1 << 23  # 8 MiB, ffcv's default; a sample never crosses a page
@@ -426,9 +428,13 @@ def _verify_pixels(path: Path, tables: Tables, index: int, data: bytes) -> None:
     said = (int(tables.heights[index]), int(tables.widths[index]))
     if tables.modes[index] == RAW:
         return  # its size was compared with height x width x 3
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if pixels is None or pixels.shape[:2] != said:
-        found = "does not decode" if pixels is None else f"is {pixels.shape[1]} x {pixels.shape[0]}"
+    try:  # not OpenCV, whose libjpeg prints a line of its own
+        height, width = decode_rgb(data).shape[:2]
+        found = f"is {width} x {height}"
+    except BadImage as bad:
+        height, width = 0, 0
+        found = f"does not decode ({bad})"
+    if (height, width) != said:
         raise RunError(
             f"sample {index:,} of {path} {found}, said to be {said[1]} x {said[0]}: {_again(path)}"
         )
@@ -445,6 +451,39 @@ def content_checksum(path: Path) -> str:
 
 
 # -------------------------------------------------------------------------- putting in place
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[BinaryIO]:
+    """`path` open for writing under its temporary name, which is removed if anything goes wrong.
+
+    Raises:
+        UsageError: it cannot be created, or another process is writing it.
+        RunError: writing fails, for instance because the disk is full.
+    """
+    partial = partial_path(path)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("ab", buffering=0)
+    except OSError as error:
+        raise UsageError(f"{partial} cannot be written: {error.strerror}") from None
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another write_ffcv.py is writing {path}") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            with partial.open("r+b", buffering=1 << 20) as out:
+                out.truncate()  # what a killed run left
+                yield out
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            partial_path(manifest_path(path)).unlink(missing_ok=True)
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise RunError(f"{path} could not be written: {error.strerror or error}") from None
+            raise
 
 
 def commit_beton(path: Path) -> None:

@@ -6,11 +6,17 @@ from pathlib import Path
 from queue import Empty, Full
 from typing import Any
 
+import ffcv_imnet.quick_ffcv  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from ffcv.fields.basics import IntDecoder
-from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+from ffcv.pipeline import Compiler, PipelineSpec
+from ffcv.pipeline.graph import Graph
+from ffcv.reader import Reader
 from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
 from numpy.typing import NDArray
 from torch import Tensor
@@ -112,7 +118,7 @@ def copy_event(device: torch.device) -> torch.cuda.Event | None:
 class _Epoch(EpochIterator):
     """FFCV's iterator with an end for every case: an error in its thread, a consumer that leaves."""
 
-    def __init__(self, loader: Loader, order: Indices) -> None:
+    def __init__(self, loader: "_OrderedLoader", order: Indices) -> None:
         self.error: BaseException | None = None
         super().__init__(loader, order)
 
@@ -144,6 +150,9 @@ class _Epoch(EpochIterator):
     def stop(self) -> None:
         """End the thread and free its buffers, wherever it is."""
         self.close()
+        # FFCV's thread looks at its stop sign only while the queue is full: emptying the queue
+        # alone would let it decode the rest of the epoch.
+        self.iter_ixes = iter(())
         while self.is_alive():
             try:
                 self.output_queue.get(timeout=0.05)
@@ -151,27 +160,47 @@ class _Epoch(EpochIterator):
                 continue
 
 
-class _OrderedLoader(Loader):
-    """FFCV's loader with the order of samples given for each epoch."""
+class _Mapped(OSCacheManager):
+    """FFCV's access to a mapped file, without the dicts and sets of all samples that its base class
+    builds and only its other cache reads: seconds and a gigabyte at ImageNet's count."""
+
+    def __init__(self, reader: Reader) -> None:
+        table = reader.alloc_table
+        order = np.argsort(table["ptr"])  # a place in the file is looked up by bisection
+        self.reader = reader
+        self.ptrs, self.sizes = table["ptr"][order], table["size"][order]
+        self.context = OSCacheContext(self)
+
+
+class _OrderedLoader:
+    """What FFCV's iterator asks of a loader, and the order of samples given for each epoch.
+
+    FFCV's own Loader compiles the same pipelines, but cannot be told how to access the file.
+    """
 
     def __init__(
         self, path: str, batch_size: int, decoder: CropDecoder, workers: int, ahead: int
     ) -> None:
+        self.fname, self.batch_size, self.batches_ahead = path, batch_size, ahead
+        self.num_workers, self.decoder = workers, decoder
         threads = torch.get_num_threads()
-        super().__init__(
-            path,
-            batch_size=batch_size,
-            num_workers=workers,
-            order=OrderOption.SEQUENTIAL,
-            drop_last=False,
-            batches_ahead=ahead,
-            pipelines={
-                "image": [decoder, ToTensor(), ToTorchImage()],
-                "label": [IntDecoder(), ToTensor(), Squeeze(1)],
-            },
+        Compiler.set_num_threads(workers)
+        self.reader = Reader(path)
+        self.memory_manager = _Mapped(self.reader)
+        pipelines = {
+            "image": [decoder, ToTensor(), ToTorchImage()],
+            "label": [IntDecoder(), ToTensor(), Squeeze(1)],
+        }
+        self.graph = Graph(
+            {name: PipelineSpec(name, None, steps) for name, steps in pipelines.items()},
+            self.reader.handlers,
+            {name: number for number, name in enumerate(self.reader.handlers)},
+            self.reader.metadata,
+            self.memory_manager.compile_reader(),
         )
+        _, stages = self.graph.collect_requirements()
+        self.code = self.graph.codegen_all(stages)
         torch.set_num_threads(threads)  # FFCV sets it for the whole process
-        self.decoder = decoder
 
     def batches(self, order: Indices, device: torch.device) -> Batches:
         """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.

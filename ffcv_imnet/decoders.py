@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import ffcv_imnet.quick_ffcv  # noqa: F401
+
+# isort: split
 import numpy as np
 from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
 from ffcv.libffcv import ctypes_imdecode, ctypes_resize

@@ -66,6 +66,34 @@ def test_epochs_and_seeds_differ_and_repeat(small: SmallData, tmp_path: Path) ->
     assert not torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_ffcv_is_imported_without_compiling_its_modes() -> None:
+    from ffcv.fields.rgb_image import IMAGE_MODES
+    from numba.typed import Dict
+
+    assert type(IMAGE_MODES) is dict and IMAGE_MODES == {"jpg": 0, "raw": 1}
+    assert Dict is not dict
+
+
+def test_leaving_an_epoch_does_not_decode_the_rest(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = 0
+    decode = data._Epoch.run_pipeline
+
+    def counted(self: data._Epoch, *args: object) -> object:
+        nonlocal decoded
+        decoded += 1
+        return decode(self, *args)
+
+    monkeypatch.setattr(data._Epoch, "run_pipeline", counted)
+    settings = small.settings(tmp_path)
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
+    batches = loader.loader.batches(np.zeros(16 * 2000, np.int64), torch.device("cpu"))
+    next(batches)
+    batches.close()
+    assert decoded < 100
+
+
 def test_one_loader_goes_through_resolutions_and_crop_scales(
     small: SmallData, tmp_path: Path
 ) -> None:

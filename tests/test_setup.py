@@ -21,7 +21,7 @@ NOT_LOCKED = {"parquet", "timm"}  # optional groups that `make setup` leaves out
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "settings", "schedules", "records", "statistics"),
     ("images", "beton", "stored", "decoders", "models", "optim", "checkpoint", "distributed",
-     "provenance", "shapes"),
+     "provenance", "shapes", "quick_ffcv"),
     ("data", "run_folder"),
     ("training", "evaluation", "judgement", "photos"),
     ("tools", "__main__"),
@@ -178,7 +178,7 @@ def users(package: str) -> set[str]:
 
 def test_who_may_import_what() -> None:
     assert users("fastargs") <= {"settings"}
-    assert users("ffcv") <= {"beton", "decoders", "data"}
+    assert users("ffcv") <= {"beton", "decoders", "data", "quick_ffcv"}
     assert not users("torch") & set(FLOORS[0]) and not users("ffcv") & set(FLOORS[0])
     for path in sources():
         if "tests" not in path.parts and room(path) != "tools":

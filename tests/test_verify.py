@@ -141,7 +141,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("")
     for words, reason in [
         ([str(tmp_path / "none")], "does not exist"),
-        ([str(tmp_path / "x.txt")], "neither a .tar nor a .beton"),
+        ([str(tmp_path / "x.txt")], "neither a .tar, a .beton nor a .parquet"),
     ]:
         with pytest.raises(UsageError, match=reason):
             verify.main(words)

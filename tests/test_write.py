@@ -19,6 +19,7 @@ import pytest
 import write_ffcv
 from ffcv_imnet import beton
 from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.images import forecast
 from ffcv_imnet.images.encode import PixelSettings, encode_all
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.pixels import decode_rgb
@@ -193,7 +194,7 @@ def test_up_to_date_is_left_and_else_refused(
     with pytest.raises(UsageError, match=r"jpeg_quality is 90, not 80; --force replaces it"):
         write_ffcv.main(arguments(tree, out, "--jpeg_quality", "80"))
     os.utime(tree / "train" / "n00000000" / "n00000000_0000.JPEG", (1, 1))
-    with pytest.raises(UsageError, match="source images are others or were modified"):
+    with pytest.raises(UsageError, match="source images are others, were modified, or copied"):
         write_ffcv.main(arguments(tree, out))
     assert (out / "train.beton").stat().st_mtime_ns == before
     manifest = write(tree, out, "--force", "--jpeg_quality", "80")
@@ -236,7 +237,7 @@ def test_killed_worker_ends_with_an_error(tree: Path) -> None:
 @pytest.fixture
 def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Arguments of a run that takes seconds and whose partial file grows at once."""
-    monkeypatch.setattr(write_ffcv, "ESTIMATE_FROM", 1)
+    monkeypatch.setattr(forecast, "ESTIMATE_FROM", 1)
     tree = make_slow_tree(tmp_path)
     yield arguments(tree, tmp_path / "out", "--compress_probability", "0")
 
@@ -312,7 +313,7 @@ def test_full_disk(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_two_writers_of_one_file(tree: Path, tmp_path: Path) -> None:
     with (
-        write_ffcv.partial_file(tmp_path / "train.beton"),
+        beton.partial_file(tmp_path / "train.beton"),
         pytest.raises(UsageError, match=r"another write_ffcv\.py is writing"),
     ):
         write_ffcv.main(arguments(tree, tmp_path))

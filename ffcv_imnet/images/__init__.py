@@ -3,8 +3,9 @@
 `ImageSource` is all the writer knows of a source. `sources.py` picks one: `folder.py` has the
 ImageFolder tree, `kaggle.py` Kaggle's layout, `tar.py` ImageNet's archives, `parquet.py` the hub's
 shards; `labels.py` reads who belongs where in a flat validation set. `pixels.py` turns encoded bytes
-into RGB pixels, `encode.py` into what a .beton stores, `parallel.py` does it in worker processes.
-Nothing in here imports torch or ffcv: a worker must start in a fraction of a second.
+into RGB pixels, `encode.py` into what a .beton stores, `parallel.py` does it in worker processes,
+`forecast.py` foretells the cost. Nothing in here imports torch or ffcv: a worker must start in a fraction
+of a second.
 """
 
 from collections.abc import Sequence

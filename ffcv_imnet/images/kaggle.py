@@ -25,7 +25,7 @@ SOLUTION = "LOC_val_solution.csv"
 def images_of(root: Path) -> Path | None:
     """The folder with train/ and val/ if `root` is, or holds, Kaggle's layout; None otherwise."""
     for folder in (root / INSIDE, root / Path(*INSIDE.parts[1:]), root):
-        if folder.name == INSIDE.name and folder.is_dir():
+        if folder.absolute().name == INSIDE.name and folder.is_dir():
             return folder
     return None
 

@@ -1,16 +1,17 @@
 """Parquet shards with a column `image` and a column `label`, as on the Hugging Face hub.
 
 `image` holds encoded files: bytes, or a struct of `bytes` and `path`. `label` holds class names, or
-numbers whose names the hub keeps in the file's metadata. ImageNet's own shards name each file
-`n01440764_10026_n01440764.JPEG`: the wnid and the original name are taken from there, so that order
-and classes are those of every other way in. Local files only. Needs pyarrow (optional).
+numbers whose names the hub keeps in the file's metadata: `tench, Tinca tinca` for ImageNet, not the
+wnid. Its shards name each file `n01440764_10026_n01440764.JPEG`, though: wnid and original name are
+taken from there, so that order and classes are those of every other way in. Copies whose file names
+were lost are recognised by their thousand names. Local files only. Needs pyarrow (optional).
 """
 
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,12 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 
 if TYPE_CHECKING:
     import pyarrow
 
 HUB_NAME = re.compile(r"(.+)_(n\d{8})(\.\w+)")  # original name, wnid
 SHARD = re.compile(r"(train|validation|val|test)[-_.]")
+COUNTED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # the n-th of so many; the hub may add a hash
+POINTER = b"version https://git-lfs"  # what `git clone` leaves in place of a large file
+ALIKE = 900  # class names that must be ImageNet's, in its order, for the others to be taken as such
+Label = int | str
 
 
 def _pyarrow() -> Any:
@@ -42,10 +48,13 @@ def shards_of(folder: Path, split: str) -> list[Path]:
 
     Raises:
         UsageError: there are none.
+        RunError: their names say that there should be more.
     """
     names = ("val", "validation") if split == "val" else (split,)
     if folder.is_file():
-        return [folder]
+        if (said := SHARD.match(folder.name)) and said[1] not in names:
+            raise UsageError(f"{folder} is a shard of {said[1]}, and --split is {split}")
+        return _all_there([folder])
     for place in (folder, folder / "data"):
         found = [
             path
@@ -53,14 +62,29 @@ def shards_of(folder: Path, split: str) -> list[Path]:
             if (said := SHARD.match(path.name)) and said[1] in names
         ]
         if found:
-            return found
+            return _all_there(found)
     for name in names:
         if found := sorted((folder / name).glob("*.parquet")):
-            return found
+            return _all_there(found)
     raise UsageError(
         f"{folder} has no shards of {split}: expected {names[-1]}-00000-of-00014.parquet or"
         f" {names[-1]}/*.parquet"
     )
+
+
+def _all_there(found: list[Path]) -> list[Path]:
+    """Refuse a download with holes: each name says how many there are."""
+    for path in found:
+        if not (said := COUNTED.fullmatch(path.stem)):
+            continue
+        have = {int(m[2]) for p in found if (m := COUNTED.fullmatch(p.stem)) and m[3] == said[3]}
+        if missing := sorted(set(range(int(said[3]))) - have):
+            raise RunError(
+                f"{path if len(found) == 1 else path.parent} has {len(have):,} of the {int(said[3]):,} shards of {said[1]},"
+                f" {said[1]}-{missing[0]:05}-of-{said[3]} is missing: complete the download, and give"
+                " the folder of all"
+            )
+    return found
 
 
 class ParquetShards:
@@ -82,30 +106,35 @@ class ParquetShards:
         self.ignored = 0
         self.shards = tuple(str(shard) for shard in shards)
         names: list[str] = []
-        classes: list[str] = []
+        labels: list[Label] = []
+        wnids: dict[Label, str] = {}
+        said: list[str] | None = None
         places: list[NDArray[np.int64]] = []
         for number, shard in enumerate(shards):
             try:
-                file = parquet.ParquetFile(shard)
-                said = _Columns(file, shard)
-                for group in range(file.num_row_groups):
-                    part_names, part_classes = said.read(group)
+                columns = _Columns(parquet.ParquetFile(shard), shard, wnids)
+                if number and columns.class_names != said:
+                    raise RunError(f"{shard} names its classes otherwise than {shards[0]}")
+                said = columns.class_names
+                for group in range(columns.file.num_row_groups):
+                    part_names, part_labels = columns.read(group)
                     names += part_names
-                    classes += part_classes
+                    labels += part_labels
                     rows = np.arange(len(part_names))
                     places.append(
                         np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], 1)
                     )
             except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-                raise RunError(f"{shard} cannot be read: {' '.join(str(error).split())}") from None
+                raise RunError(_unreadable(shard, error)) from None
         if not names:
             raise UsageError(f"{self.where} holds no images")
-        self.classes = tuple(sorted(set(classes)))
-        index = {name: number for number, name in enumerate(self.classes)}
-        labels = np.array([index[name] for name in classes], np.int64)
+        name_of = class_names(set(labels), wnids, said, self.where)
+        self.classes = tuple(sorted(name_of.values()))
+        index = {label: self.classes.index(name) for label, name in name_of.items()}
+        numbers = np.array([index[label] for label in labels], np.int64)
         files = np.array([name.encode() for name in names], np.bytes_)
-        order = np.lexsort((files, labels))  # stable: images without a name stay in their order
-        self.files, self.labels = files[order], labels[order]
+        order = np.lexsort((files, numbers))  # stable: images without a name stay in their order
+        self.files, self.labels = files[order], numbers[order]
         # (images, 3): shard, row group, row in it.
         self.places: NDArray[np.int64] = np.concatenate(places)[order]
 
@@ -165,10 +194,10 @@ def _row_group(shard: str, group: int) -> "pyarrow.ChunkedArray":
 
 
 class _Columns:
-    """Names and classes of the rows of one shard."""
+    """Names and labels of the rows of one shard; `wnids`, by label, are gathered over all shards."""
 
-    def __init__(self, file: Any, shard: Path) -> None:
-        self.file, self.shard = file, shard
+    def __init__(self, file: Any, shard: Path, wnids: dict[Label, str]) -> None:
+        self.file, self.shard, self.wnids = file, shard, wnids
         schema = file.schema_arrow
         for column in ("image", "label"):
             if column not in schema.names:
@@ -180,41 +209,90 @@ class _Columns:
         if not image.startswith(("struct", "binary", "large_binary")):
             raise UsageError(f"the column image of {shard} holds {image}, not encoded images")
         kind = str(schema.field("label").type)
-        self.numbered = "int" in kind
-        if not self.numbered and "string" not in kind:
+        if "int" not in kind and "string" not in kind:
             raise UsageError(f"the column label of {shard} holds {kind}, not numbers or names")
         self.class_names = _hub_names(schema.metadata)
-        self.wnid_of: dict[int | str, str] = {}  # by the shard's own label
 
-    def read(self, group: int) -> tuple[list[str], list[str]]:
-        """File names and class names of a row group."""
+    def read(self, group: int) -> tuple[list[str], list[Label]]:
+        """File names and labels of a row group."""
         columns = ["image.path", "label"] if self.has_path else ["label"]
         table = self.file.read_row_group(group, columns=columns, use_threads=False)
         labels = table.column("label").to_pylist()
         paths = [""] * len(labels)
-        if self.has_path:
-            paths = [(row["path"] or "") for row in table.column("image").to_pylist()]
-        rows = [self._row(path, label) for path, label in zip(paths, labels, strict=True)]
-        return [name for name, _ in rows], [name for _, name in rows]
+        if self.has_path:  # an image that is null has none
+            paths = [((row or {}).get("path") or "") for row in table.column("image").to_pylist()]
+        return [self._file(*row) for row in zip(paths, labels, strict=True)], labels
 
-    def _row(self, path: str, label: int | str | None) -> tuple[str, str]:
+    def _file(self, path: str, label: Label | None) -> str:
         file = path.rpartition("/")[2]
         if label is None or label == -1:
             raise UsageError(f"{self.shard} has images without labels (the test split?)")
-        if said := HUB_NAME.fullmatch(file):
-            wnid = said[2]
-            if self.wnid_of.setdefault(label, wnid) != wnid:
-                raise RunError(f"{self.shard}: label {label} is {self.wnid_of[label]} and {wnid}")
-            return said[1] + said[3], wnid
-        if not self.numbered:
-            return file, str(label)
-        number = int(label)
-        if self.class_names is None or number >= len(self.class_names):
-            raise UsageError(
-                f"{self.shard} numbers its classes and does not name them: no file name ends in a"
-                " wnid and its metadata holds no names"
+        if not (said := HUB_NAME.fullmatch(file)):
+            return file
+        if self.wnids.setdefault(label, said[2]) != said[2]:
+            raise RunError(f"{self.shard}: label {label} is {self.wnids[label]} and {said[2]}")
+        return said[1] + said[3]
+
+
+def class_names(
+    labels: set[Label], wnids: Mapping[Label, str], said: Sequence[str] | None, where: str
+) -> dict[Label, str]:
+    """The class name of every label: its wnid if that can be known, else what the shards call it.
+
+    Args:
+        labels: those that occur: class names, or numbers.
+        wnids: what the names of files say.
+        said: names in the order of the numbers, from the shards' metadata.
+        where: what messages call the shards.
+
+    Raises:
+        UsageError: a number has no name.
+        RunError: two labels have one name, or only some have a wnid.
+    """
+    if said is not None and is_imagenet(said):
+        found = dict(enumerate(imagenet_names())) | dict(wnids)
+        if wrong := [n for n, wnid in enumerate(imagenet_names()) if wnids.get(n, wnid) != wnid]:
+            raise RunError(
+                f"{where}: files of label {wrong[0]} are named {wnids[wrong[0]]}, but its metadata"
+                f" calls it {said[wrong[0]]!r}"
             )
-        return file, self.class_names[number]
+    elif wnids:
+        found = dict(wnids)
+        if lost := sorted(map(str, labels - set(wnids))):
+            raise RunError(
+                f"{where}: the files of some classes are named by a wnid, those of label {lost[0]}"
+                " are not: are shards of two data sets mixed?"
+            )
+    else:
+        found = {label: label for label in labels if isinstance(label, str)}
+        found |= dict(enumerate(said or ()))
+    nameless = [label for label in labels if not found.get(label)]
+    if nameless:
+        raise UsageError(
+            f"{where} numbers its classes and does not name {nameless[0]}: no file name ends in a"
+            " wnid and its metadata holds no name"
+        )
+    used = {label: found[label] for label in labels}
+    for label, name in used.items():
+        if twice := [other for other in used if used[other] == name and other != label]:
+            raise RunError(f"{where}: the labels {label} and {twice[0]} are both called {name!r}")
+    return used
+
+
+def is_imagenet(said: Sequence[str]) -> bool:
+    """Whether these are ImageNet's thousand classes in the order of the wnids. The hub lists all
+    synonyms, and lists differ in a few: the first one must agree in nearly all."""
+    if len(said) != CLASSES:
+        return False
+    pairs = zip(said, imagenet_names().values(), strict=True)
+    return sum(a.split(",")[0].lower() == b.lower() for a, b in pairs) >= ALIKE
+
+
+def _unreadable(shard: Path, error: Exception) -> str:
+    with shard.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            return f"{shard} is only Git's pointer to the file: fetch it with `git lfs pull`"
+    return f"{shard} cannot be read, is its download complete? ({' '.join(str(error).split())})"
 
 
 def _hub_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:

@@ -13,6 +13,8 @@ from ffcv_imnet.images.labels import read_labels
 from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.tar import TarArchive
 
+OFFICIAL = "ILSVRC2012_img_{}.tar"
+
 
 def open_source(
     split: str,
@@ -32,6 +34,9 @@ def open_source(
     if split == "train" and val_labels is not None:
         raise UsageError("--val_labels goes with --split val")
     if tar is not None:
+        other = "val" if split == "train" else "train"
+        if tar.name == OFFICIAL.format(other):
+            raise UsageError(f"{tar} is the archive of {other}, and --split is {split}")
         return TarArchive(tar, read_labels(val_labels) if val_labels else None)
     if parquet is not None:
         if val_labels is not None:
@@ -48,6 +53,14 @@ def open_source(
             )
         return FlatFolder(folder, read_labels(labels))
     return ImageFolderTree(folder)
+
+
+def reading_order(source: ImageSource) -> NDArray[np.int64]:
+    """The order in which images are best read: theirs, or where a shard must be decompressed for
+    them, that of the shards."""
+    if isinstance(source, ParquetShards):
+        return source.reading_order()
+    return np.arange(len(source))
 
 
 def _is_flat(folder: Path) -> bool:

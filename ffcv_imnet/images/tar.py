@@ -565,6 +565,11 @@ class TarArchive:
         """Order a flat archive by class; of one that is cut off, keep the `whole` classes."""
         if not len(self.files):
             raise UsageError(f"{self.where} holds no image")
+        if wnids is None and (np.strings.find(self.files, b"/") >= 0).all():
+            raise UsageError(
+                f"{self.where} is not packed as ImageNet is, it holds images in folders, for instance"
+                f" {os.fsdecode(bytes(self.files[0]))}: unpack it and give --data_dir"
+            )
         if wnids is None:
             raise UsageError(
                 f"{self.where} holds {len(self.files):,} images side by side: name their labels"

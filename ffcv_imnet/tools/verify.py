@@ -2,6 +2,7 @@
 
 python -m ffcv_imnet verify ILSVRC2012_img_train.tar --md5
 python -m ffcv_imnet verify data/imagenet
+python -m ffcv_imnet verify imagenet-1k/data
 python -m ffcv_imnet verify data/beton --data_dir data/imagenet
 
 Prints one line a finding and a summary in JSON; exit status 0 only when all is well. An interrupted
@@ -24,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -33,9 +33,11 @@ from ffcv_imnet import beton
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_image
+from ffcv_imnet.images.kaggle import images_of
 from ffcv_imnet.images.parallel import in_order
+from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
-from ffcv_imnet.images.sources import even_subset, open_source
+from ffcv_imnet.images.sources import even_subset, open_source, reading_order
 from ffcv_imnet.progress import Progress
 from ffcv_imnet.stored import RAW, sample_digest
 from ffcv_imnet.tools import ToolParser
@@ -120,12 +122,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = ToolParser("verify", __doc__)
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH",
-        help="a tar; a folder with train/ and val/, or one of the two; a .beton, or a folder of them")  # fmt: skip
+        help="a tar; a folder with train/ and val/, or one of the two; a .beton, a .parquet, or a folder"
+        " of either")  # fmt: skip
     add("--md5", action="store_true", help="checksum of the official archives (reads all of them)")
     add("--val_labels", type=Path, metavar="FILE", help="for a flat validation tar or folder")
     add("--data_dir", type=Path, metavar="DIR",
         help="compare samples of a .beton with this tree or Kaggle layout that it was written from")  # fmt: skip
     add("--tar", type=Path, metavar="FILE", help="the same with the tar that it was written from")
+    add("--parquet", type=Path, metavar="DIR", help="the same with the shards it was written from")
     add("--imagenet", action="store_true",
         help=f"demand ImageNet's numbers (else from {NEARLY} classes on that are named like its own)")  # fmt: skip
     add("--no_decode", action="store_true", help="do not decode the images")
@@ -144,8 +148,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 class Target:
     """One thing to check."""
 
-    kind: str  # tar, tree, beton or archive (the devkit: only its MD5)
-    path: Path
+    kind: str  # tar, tree, parquet, beton or archive (the devkit: only its MD5)
+    path: Path  # of shards in a folder: FOLDER/SPLIT, which is but their name here
     split: str  # train, val, or "" where the name does not say
 
 
@@ -157,18 +161,29 @@ def targets(path: Path) -> list[Target]:
     """
     split = next((s for s in ("train", "val") if re.search(rf"\b{s}|_{s}", path.name)), "")
     if path.is_file():
-        for kind in ("beton", "tar"):
+        for kind in ("beton", "tar", "parquet"):
             if path.name.endswith("." + kind):
                 return [Target(kind, path, split)]
         if path.name in MD5:
             return [Target("archive", path, "")]
-        raise UsageError(f"{path} is neither a .tar nor a .beton")
+        raise UsageError(f"{path} is neither a .tar, a .beton nor a .parquet")
     if betons := sorted(path.glob("*.beton")):
         return [target for beton_path in betons for target in targets(beton_path)]
-    inner = path / "ILSVRC/Data/CLS-LOC"
-    folder = inner if inner.is_dir() else path
+    if shards := [Target("parquet", path / s, s) for s in ("train", "val") if has_shards(path, s)]:
+        return shards
+    folder = images_of(path) or path
     found = [Target("tree", folder / s, s) for s in ("train", "val") if (folder / s).is_dir()]
     return found or [Target("tree", path, split)]
+
+
+def has_shards(folder: Path, split: str) -> bool:
+    """Whether there are any; that some are missing is for the check to say."""
+    with suppress(RunError):
+        try:
+            shards_of(folder, split)
+        except UsageError:
+            return False
+    return True
 
 
 def check(target: Target, options: argparse.Namespace, report: Report) -> tuple[str, ...]:
@@ -178,8 +193,14 @@ def check(target: Target, options: argparse.Namespace, report: Report) -> tuple[
     if target.kind == "beton":
         return check_beton(target, options, report)
     labels = options.val_labels if target.split == "val" else None
+    source: ImageSource
     if target.kind == "tar":
         source = open_source(target.split or "val", Path(), tar=target.path, val_labels=labels)
+    elif target.kind == "parquet":  # one shard may be checked alone
+        one = target.path.is_file()
+        source = ParquetShards(
+            [target.path] if one else shards_of(target.path.parent, target.split)
+        )
     else:
         parent, name = target.path.absolute().parent, target.path.name
         source = open_source(name, parent, val_labels=labels)
@@ -299,7 +320,7 @@ def check_images(path: Path, source: ImageSource, num_workers: int, report: Repo
     done, looks = load_state(state, fingerprint)
     if done:
         print(f"{path}: {done:,} images were checked by an interrupted run", flush=True)
-    rest = np.arange(done, len(source))
+    rest = reading_order(source)[done:]
     saved = time.monotonic()
     try:
         with (
@@ -369,7 +390,7 @@ def check_beton(target: Target, options: argparse.Namespace, report: Report) -> 
         report.say("ok", path, f"it is what its manifest says, {said.content_checksum}")
     else:
         report.say("BAD", path, "its stored bytes are not those in its manifest: write it again")
-    if options.data_dir or options.tar:
+    if options.data_dir or options.tar or options.parquet:
         compare_samples(path, said, options, report)
     return said.classes
 
@@ -380,7 +401,13 @@ def compare_samples(
     """Some images encoded anew from their source: the same bytes, or nearly the same pixels where
     another version of a library encodes otherwise."""
     labels = options.val_labels if said.split == "val" else None
-    source = open_source(said.split, options.data_dir or Path(), tar=options.tar, val_labels=labels)
+    source = open_source(
+        said.split,
+        options.data_dir or Path(),
+        tar=options.tar,
+        parquet=options.parquet,
+        val_labels=labels,
+    )
     settings = {k: v for k, v in said.settings.items() if k != "subset"}
     pixels = PixelSettings(**settings)
     if (count := said.settings.get("subset")) is not None:
@@ -388,7 +415,7 @@ def compare_samples(
     skipped = {entry["path"] for entry in said.skipped}
     numbers = np.array([i for i in range(len(source)) if source.name(i) not in skipped])
     tables = beton.read_tables(path)
-    where = options.tar or options.data_dir
+    where = options.tar or options.parquet or options.data_dir
     if len(numbers) != len(tables.labels) or tuple(source.classes) != said.classes:
         report.say("BAD", path, f"{where} holds other images or classes")
         return
@@ -437,8 +464,8 @@ def sample_difference(
 
 def decoded(data: bytes, mode: int, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
     """Stored bytes as (height, width, 3) pixels; None if they do not decode."""
-    flat = np.frombuffer(data, np.uint8)
     if mode == RAW:
-        return flat.reshape(*shape, 3)
-    pixels = cv2.imdecode(flat, cv2.IMREAD_COLOR)
-    return None if pixels is None else np.asarray(pixels, np.uint8)
+        return np.frombuffer(data, np.uint8).reshape(*shape, 3)
+    with suppress(BadImage):
+        return decode_rgb(data)
+    return None
