@@ -463,7 +463,7 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
     file = Path(path)
     if file.is_dir():
         recipes = ", ".join(sorted(p.name for p in file.glob("*.yaml"))) or "no .yaml file"
-        raise UsageError(f"--config {path}: a folder; name one file (it holds {recipes})")
+        raise UsageError(f"{option}{path}: a folder; name one file (it holds {recipes})")
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path()
         near = nearest(file.name, [p.name for p in folder.glob("*.yaml")])
