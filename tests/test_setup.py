@@ -21,9 +21,9 @@ NOT_LOCKED = {"parquet"}  # an optional group that `make setup` leaves out
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "settings", "schedules", "records"),
     ("images", "beton", "stored", "decoders", "models", "optim", "checkpoint", "distributed",
-     "provenance", "shapes"),
+     "provenance", "shapes", "bill"),
     ("data", "run_folder"),
-    ("training", "evaluation", "judgement", "photos"),
+    ("training", "evaluation", "judgement", "photos", "measure"),
     ("tools", "__main__"),
     ("write_ffcv", "train_imagenet"),
 )  # fmt: skip
