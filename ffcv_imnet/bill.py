@@ -5,7 +5,7 @@ counted operations of a whole known run over its time, is taken to hold at other
 docs/FROM_A_CREDIT_CARD.md says how well that does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,21 @@ class Throughput:
     source: str
 
 
-def machines(path: Path = MACHINES) -> dict[str, Machine]:
+def machines() -> dict[str, Machine]:
     """The price table, by name.
 
     Raises:
         UsageError: the table is not what its header describes.
     """
-    return {
-        name: _row(Machine, {"name": name, **row}, path, name)
-        for name, row in _table(path, "machines").items()
-    }
+    found = {}
+    for name, row in _table(MACHINES, "machines").items():
+        try:
+            found[name] = Machine(name=name, **row)
+        except TypeError as error:
+            raise UsageError(
+                f"{MACHINES}: {name}: {str(error).partition(') ')[2] or error}"
+            ) from None
+    return found
 
 
 def _table(path: Path, key: str) -> Any:
@@ -70,13 +75,6 @@ def _table(path: Path, key: str) -> Any:
         raise UsageError(
             f"{path}: not a table with {key!r}: {' '.join(str(error).split())}"
         ) from None
-
-
-def _row(kind: type, values: dict[str, Any], path: Path, name: str) -> Any:
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UsageError(f"{path}: {name}: {str(error).partition(') ')[2] or error}") from None
 
 
 def price(settings: Settings) -> float | None:
@@ -105,9 +103,14 @@ def price(settings: Settings) -> float | None:
 # ---- operations ---------------------------------------------------------------------------------
 
 
-@cache
 def _image_flops(settings: Settings, classes: int, side: int, training: bool) -> float:
     """Operations on one image; a multiplication and an addition are two, as torch counts."""
+    of_shape = replace(Settings().training, use_blurpool=settings.training.use_blurpool)
+    return _count(Settings(model=settings.model, training=of_shape), classes, side, training)
+
+
+@cache
+def _count(settings: Settings, classes: int, side: int, training: bool) -> float:
     with torch.device("meta"):
         model = build_model(settings, classes).train(training)
         images = torch.empty((2, 3, side, side), dtype=torch.uint8)
@@ -136,7 +139,7 @@ def run_flops(
 # ---- throughputs --------------------------------------------------------------------------------
 
 
-def throughput(gpu: str, gpus: int, arch: str, path: Path = THROUGHPUTS) -> Throughput | None:
+def throughput(gpu: str, gpus: int, arch: str) -> Throughput | None:
     """What one of `gpus` GPUs makes of `arch`; None where the table knows nothing of the GPU.
 
     The network's own run if there is one, else the slowest of the GPU's runs; several GPUs from a run
@@ -145,24 +148,24 @@ def throughput(gpu: str, gpus: int, arch: str, path: Path = THROUGHPUTS) -> Thro
     Raises:
         UsageError: the table is not what its header describes.
     """
-    rows = [row for row in _table(path, "rows") if row.get("gpu") == gpu]
+    rows = [row for row in _table(THROUGHPUTS, "rows") if row.get("gpu") == gpu]
     for row in rows:
         if "of" in row:
-            base = throughput(row["of"], gpus, arch, path)
+            base = throughput(row["of"], gpus, arch)
             if base is None:
-                raise UsageError(f"{path}: {gpu} is derived from {row['of']}, which has no row")
+                raise UsageError(f"{THROUGHPUTS}: {gpu} is of {row['of']}, which has no row")
             return Throughput(base.tflops * row["factor"], row["kind"], row["source"])
     if not rows:
         return None
-    known = [(_effective(row, path), row) for row in rows]
-    own = [pair for pair in known if pair[1]["arch"] == arch]
-    exact = [pair for pair in own if pair[1]["gpus"] == gpus]
-    tflops, row = min(exact or own or known, key=lambda pair: pair[0])
+    own = [row for row in rows if row["arch"] == arch]
+    exact = [row for row in own if row["gpus"] == gpus]
+    known = [(_effective(row), row) for row in exact or own or rows]
+    tflops, row = min(known, key=lambda pair: pair[0])
     kind, source = row["kind"], row["source"]
     if not own:
         kind, source = "estimate", f"{arch} taken to be as efficient as {row['arch']}: {source}"
     if gpus > row["gpus"]:
-        scaling = _table(path, "scaling")
+        scaling = _table(THROUGHPUTS, "scaling")
         tflops *= scaling["factor"]
         kind, source = "estimate", f"{source}; x {scaling['factor']}: {scaling['source']}"
     elif gpus < row["gpus"]:
@@ -170,7 +173,7 @@ def throughput(gpu: str, gpus: int, arch: str, path: Path = THROUGHPUTS) -> Thro
     return Throughput(tflops, kind, source)
 
 
-def _effective(row: dict[str, Any], path: Path) -> float:
+def _effective(row: dict[str, Any]) -> float:
     try:
         overrides = {key.replace(".", "__"): value for key, value in row["settings"].items()}
         settings = load(**{"model__arch": row["arch"], **overrides})
@@ -183,7 +186,7 @@ def _effective(row: dict[str, Any], path: Path) -> float:
         )
         return sum(flops) / (row["minutes"] * 60 * row["gpus"]) / 1e12
     except (KeyError, AttributeError, TypeError) as error:
-        raise UsageError(f"{path}: a row lacks or mistakes {error}: {row}") from None
+        raise UsageError(f"{THROUGHPUTS}: a row lacks or mistakes {error}: {row}") from None
 
 
 # ---- the bill -----------------------------------------------------------------------------------
