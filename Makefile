@@ -1,5 +1,7 @@
 # The commands of a newcomer. Everything runs from the repository's root, in .venv.
 PYTHON ?=
+DOCKERFILE ?= Dockerfile
+TAG ?= ffcv-imnet
 python := .venv/bin/python
 
 # torch's threads wait for each other by spinning, for milliseconds, before they sleep. Beside any
@@ -7,7 +9,7 @@ python := .venv/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint image clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 12
@@ -25,6 +27,9 @@ lint: setup  ## style and types
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
+
+image:  ## a Docker image: DOCKERFILE=Dockerfile (GPUs) or Dockerfile.cpu, TAG=ffcv-imnet
+	docker build -f '$(DOCKERFILE)' -t '$(TAG)' .
 
 clean:  ## remove caches and the demo's files (not .venv, not your data, not your runs)
 	rm -rf data/demo .pytest_cache .mypy_cache .ruff_cache

@@ -4,7 +4,8 @@
     python train_imagenet.py --config rn_configs/rn18_16ep.yaml --resume auto
     torchrun --nproc_per_node=8 train_imagenet.py --config rn_configs/rn50_16ep.yaml
 
-`--dry_run` prints settings and plan; `--help` lists every setting.
+`--dry_run` prints settings, plan and bill, with `--measure` what this machine will take; `--help`
+lists every setting.
 """
 
 import signal
@@ -33,15 +34,25 @@ def main() -> int:
     started = time.perf_counter()
     command = parse()
     if command.dry_run:
-        return dry_run(command.settings)
+        return dry_run(command.settings, command.measure, started)
     return train(command.settings, command.resume, started)
 
 
-def dry_run(settings: Settings) -> int:
-    """Print what a run would do: every setting, every epoch. Needs neither data nor a GPU."""
+def dry_run(settings: Settings, measuring: bool, started: float) -> int:
+    """Print what a run would do and cost. Needs neither data nor a GPU, unless it measures."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `train`
+    from ffcv_imnet import bill
     from ffcv_imnet.models.registry import check_arch
 
     check_arch(settings.model.arch)
+    price = bill.price(settings)
+    if measuring:
+        from ffcv_imnet import measure
+
+        measured = measure.measure_run(settings, started)
+        if measured is not None:
+            print(measure.describe(measured, price))
+        return 0
     manifest = manifest_path(Path(settings.data.train_dataset))
     if manifest.is_file():
         images, source = Manifest.load(manifest).samples, str(manifest)
@@ -65,6 +76,7 @@ def dry_run(settings: Settings) -> int:
         for p in plans
     ]
     print(tabulate(rows, columns, disable_numparse=True, stralign="right"))
+    print("\n" + bill.describe(settings, plans))
     return 0
 
 
@@ -74,7 +86,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     # anything else is busy; asleep they cost little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Here and not above: a wrong setting is said at once, before seconds of imports.
-    from ffcv_imnet import checkpoint, provenance
+    from ffcv_imnet import bill, checkpoint, provenance
     from ffcv_imnet.data import TrainLoader, ValLoader, check_data
     from ffcv_imnet.distributed import Interrupted, StopSignal, connect, describe_world, disconnect
     from ffcv_imnet.evaluation import validate
@@ -83,6 +95,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     from ffcv_imnet.training import build_learner, epoch_record, train_epoch
 
     check_arch(settings.model.arch)
+    price = bill.price(settings)
     world = describe_world()
     train_set, val_set = check_data(settings)
     plans = plan_run(settings, train_set.samples)
@@ -119,8 +132,14 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         run.start(header)
         print(f"{run.path}: {header.device}, {header.precision}, world size {world.size}")
 
+    stopped = None
     try:
         for plan in plans[first:]:
+            elapsed = before + time.perf_counter() - started
+            stopped = bill.limit_reached(settings, price, run.epochs, plan, elapsed)
+            if world.any([stopped is not None])[0]:
+                stopped = stopped or "a limit"  # the clocks of two processes differ by a little
+                break
             trained = train_epoch(learner, train_loader, plan, settings, world, stop)
             validation_started = time.perf_counter()
             plain, ema = validate(learner, val_loader, world, settings.validation.lr_tta, stop)
@@ -149,7 +168,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         return 128 + end.signal
     disconnect(world)
     if world.is_main:
-        print(describe_end(run.finish(), settings))
+        print(describe_end(run.finish(price, stopped), settings))
     run.release()
     return 0
 
@@ -191,6 +210,10 @@ def describe_end(summary: Summary, settings: Settings) -> str:
         )
     elif target:
         text += f"\ntarget {target:g} was not reached"
+    if summary.cost_dollars is not None:
+        text += f"\ncost: ${summary.cost_dollars:,.2f}"
+    if summary.stopped is not None:
+        text += f"\nstopped by {summary.stopped}; raise it, and --resume auto goes on"
     return text
 
 

@@ -71,7 +71,7 @@ class Reached:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The last line of a finished run."""
+    """The last line of a finished run, and of one that a limit stopped."""
 
     TYPE: ClassVar[str] = "summary"
 
@@ -80,6 +80,8 @@ class Summary:
     best_epoch: int
     epochs: int  # epochs trained
     elapsed_seconds: float
+    cost_dollars: float | None = None  # of elapsed_seconds, at cost.*; absent without a price
+    stopped: str | None = None  # the limit that ended the run before its epochs; absent if none did
 
 
 Record = Header | Epoch | Summary

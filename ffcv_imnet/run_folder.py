@@ -103,8 +103,8 @@ class RunFolder:
             checkpoint.copy(self.path / LAST, self.path / BEST)
         records.append(self.path / LOG, self.epochs[-1])
 
-    def finish(self) -> Summary:
-        """Write the log's last line."""
+    def finish(self, dollars_per_hour: float | None = None, stopped: str | None = None) -> Summary:
+        """Write the log's last line. A run that a limit `stopped` can still be resumed."""
         best = max(self.epochs, key=lambda epoch: _score(epoch)[0])
         summary = Summary(
             reached=self.reached(),
@@ -112,10 +112,17 @@ class RunFolder:
             best_epoch=best.epoch,
             epochs=len(self.epochs),
             elapsed_seconds=self.epochs[-1].elapsed_seconds,
+            cost_dollars=cost_of(self.epochs[-1].elapsed_seconds, dollars_per_hour),
+            stopped=stopped,
         )
         self.records.append(summary)
         records.rewrite(self.path / LOG, self.records)
         return summary
+
+
+def cost_of(seconds: float, dollars_per_hour: float | None) -> float | None:
+    """Dollars, to the cent's hundredth; None without a price."""
+    return None if dollars_per_hour is None else round(seconds / 3600 * dollars_per_hour, 4)
 
 
 def _score(epoch: Epoch) -> tuple[float, str]:

@@ -272,6 +272,10 @@ class Training:
     seed: int = _int(0, "of initial weights, order, crops and flips", 0, 2**63 - 1)
     stop_at: float = _float(0.0, "target of top_1 or ema_top_1, a fraction of one; 0: none", 0, 1)
     stop_when_reached: bool = _switch(False, "end the run at the target instead of at its epochs")
+    max_hours: float = _float(
+        0.0, "stop at a checkpoint before this much is spent, earlier parts included; 0: none"
+    )
+    max_cost: float = _float(0.0, "the same in dollars, at the price of cost.*; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +310,15 @@ class Logging:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What an hour of the machine costs"""
+
+    dollars_per_hour: float | None = _float(None, "price of this machine; default: cost.machine's")
+    machine: str | None = _setting(None, Text(), "name in ffcv_imnet/machines.yaml: g4dn.2xlarge")
+    spot: bool = _switch(False, "take the table's spot price")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """All sections. `Settings()` is every default."""
 
@@ -319,6 +332,7 @@ class Settings:
     muon: Muon = Muon()
     validation: Validation = Validation()
     logging: Logging = Logging()
+    cost: Cost = Cost()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +341,7 @@ class Command:
 
     settings: Settings
     dry_run: bool = False
+    measure: bool = False
     resume: str | None = None  # "auto" or a checkpoint's path
 
 
@@ -338,6 +353,11 @@ NOT_OF_THE_RESULT = (
     "data.num_workers",
     "data.batches_ahead",
     "logging.folder",
+    "training.max_hours",
+    "training.max_cost",
+    "cost.dollars_per_hour",
+    "cost.machine",
+    "cost.spot",
 )
 
 
@@ -523,7 +543,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print settings and plan; needs neither data nor a GPU",
+        help="print settings, plan and bill; needs neither data nor a GPU",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="with --dry_run: measure this machine on the data and predict the run's duration",
     )
     for key in _declared():
         parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
@@ -545,7 +570,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
             raise UsageError(
                 f"unexpected word {word!r}; settings are given as --section.name=value"
             )
-        known = [*_declared(), "config", "resume", "dry_run", "help"]
+        known = [*_declared(), "config", "resume", "dry_run", "measure", "help"]
         hint = _suggest(option) if "." in option else nearest(option, known)
         raise UsageError(f"unknown option --{option}{hint}")
     if arguments.resume == "":
@@ -561,7 +586,14 @@ def parse(argv: Sequence[str] | None = None) -> Command:
     config.collect_from(given, "command line")
     settings = _build(config)
     check(settings)
-    return Command(settings=settings, dry_run=arguments.dry_run, resume=arguments.resume)
+    if arguments.measure and not arguments.dry_run:
+        raise UsageError("--measure goes with --dry_run: it measures instead of training")
+    return Command(
+        settings=settings,
+        dry_run=arguments.dry_run,
+        measure=arguments.measure,
+        resume=arguments.resume,
+    )
 
 
 def _build(config: StrictConfig) -> Settings:
@@ -645,6 +677,10 @@ def check(settings: Settings) -> None:
         (
             s.training.stop_when_reached and s.training.stop_at == 0,
             lambda: "training.stop_when_reached needs training.stop_at above 0",
+        ),
+        (
+            s.training.max_cost > 0 and s.cost.dollars_per_hour is None and s.cost.machine is None,
+            lambda: "training.max_cost needs a price: cost.dollars_per_hour or cost.machine",
         ),
     ]
     for broken, message in rules:

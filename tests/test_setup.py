@@ -21,9 +21,9 @@ NOT_LOCKED = {"parquet", "timm"}  # optional groups that `make setup` leaves out
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "settings", "schedules", "records", "statistics"),
     ("images", "beton", "stored", "decoders", "models", "optim", "checkpoint", "distributed",
-     "provenance", "shapes", "quick_ffcv"),
+     "provenance", "shapes", "quick_ffcv", "bill"),
     ("data", "run_folder"),
-    ("training", "evaluation", "judgement", "photos"),
+    ("training", "evaluation", "judgement", "photos", "measure"),
     ("tools", "__main__"),
     ("write_ffcv", "train_imagenet"),
 )  # fmt: skip

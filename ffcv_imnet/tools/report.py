@@ -77,7 +77,7 @@ def best(log: Log) -> tuple[float, int]:
 def verdict(log: Log) -> str:
     """What came of the run, in a sentence or two."""
     top_1, epoch = best(log)
-    state = "finished" if log.summary else "not finished"
+    state = "finished" if log.summary and not log.summary.stopped else "not finished"
     text = f"best top-1 {top_1:.4f} after epoch {epoch}; {len(log.epochs)} epochs, {state}."
     if hit := reached(log):
         return (

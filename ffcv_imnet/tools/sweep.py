@@ -50,7 +50,7 @@ class Run:
     def done(self) -> bool:
         """Whether the log has its summary."""
         log = self.log()
-        return log is not None and log.summary is not None
+        return log is not None and log.summary is not None and log.summary.stopped is None
 
 
 def read_sweep(path: Path, out: Path) -> list[Run]:

@@ -1,0 +1,22 @@
+# GPUs: on NVIDIA's PyTorch image, for its drivers' libraries and compiler; Python packages are the lock's.
+#   make image
+#   docker run --gpus all --ipc=host --rm -v "$PWD/data:/work/data" -v "$PWD/runs:/work/runs" ffcv-imnet \
+#       train_imagenet.py --config rn_configs/rn18_16ep.yaml --resume auto
+# Not built by this project yet (no docker here); linted by hadolint.
+FROM nvcr.io/nvidia/pytorch:26.05-py3
+ARG DEBIAN_FRONTEND=noninteractive
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# The versions are the distribution's of the day: Debian and Ubuntu keep no old ones to pin.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends build-essential pkg-config libopencv-dev \
+        libturbojpeg0-dev libgl1 libglib2.0-0t64 python3-dev python3-venv make \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /work
+# NVIDIA's image holds pip to its own builds; the lock's are wanted, in a .venv of their own.
+ENV PIP_CONSTRAINT="" OMP_WAIT_POLICY=PASSIVE
+COPY setup.sh requirements.lock ./
+RUN bash setup.sh && .venv/bin/python -m pip cache purge
+COPY . .
+ENTRYPOINT ["/work/.venv/bin/python"]
+CMD ["train_imagenet.py", "--help"]

