@@ -70,6 +70,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Here and not above: a wrong setting is said at once, before seconds of imports.
     from ffcv_imnet import checkpoint, provenance
+    from ffcv_imnet.boards import Boards, check_boards
     from ffcv_imnet.data import TrainLoader, ValLoader, check_data
     from ffcv_imnet.distributed import Interrupted, StopSignal, connect, describe_world, disconnect
     from ffcv_imnet.evaluation import validate
@@ -78,6 +79,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     from ffcv_imnet.training import build_learner, epoch_record, train_epoch
 
     check_arch(settings.model.arch)
+    check_boards(settings.logging)
     world = describe_world()
     train_set, val_set = check_data(settings)
     plans = plan_run(settings, train_set.samples)
@@ -113,6 +115,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     if world.is_main:
         run.start(header)
         print(f"{run.path}: {header.device}, {header.precision}, world size {world.size}")
+    boards = Boards(run.path, header, enabled=world.is_main)
 
     try:
         for plan in plans[first:]:
@@ -132,6 +135,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             run.records.append(epoch)
             if world.is_main:
                 run.save(learner)
+                boards.add(epoch)
                 print(describe(epoch, settings.training.epochs), flush=True)
             if settings.training.stop_when_reached and run.reached():
                 break
@@ -140,11 +144,13 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             name = signal.Signals(end.signal).name
             print(f"stopped by {name}; --resume auto goes on from epoch {len(run.epochs)}")
         disconnect(world)
+        boards.close()
         run.release()
         return 128 + end.signal
     disconnect(world)
     if world.is_main:
         print(describe_end(run.finish(), settings))
+    boards.close()
     run.release()
     return 0
 
