@@ -187,7 +187,8 @@ def _accuracy(
         x = _x(line, against)
         if len(group.runs) > 1:
             axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(x, line.mean, color=colour, linestyle=pattern, linewidth=2.2, **_dots(line))
+        look = _dots(line) if pattern == "-" else {}
+        axes.plot(x, line.mean, color=colour, linestyle=pattern, linewidth=2.2, **look)
         name = f"{gid}_{field}_{against}"
         axes.scatter(x, line.mean, s=90, color=colour, gid=name, zorder=6)
         tips[name] = [_tip(group, field, line, i) for i in range(len(x))]
@@ -208,7 +209,8 @@ def _losses(axes: Axes, group: Group, against: str, colour: str) -> None:
         x = _x(line, against)
         if len(group.runs) > 1:
             axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(x, line.mean, color=colour, linestyle=pattern, linewidth=width, **_dots(line))
+        look = _dots(line) if pattern == "-" else {}
+        axes.plot(x, line.mean, color=colour, linestyle=pattern, linewidth=width, **look)
 
 
 def _dots(line: Series) -> dict[str, Any]:
@@ -238,7 +240,7 @@ def _plan_axes(groups: Sequence[Group], side: Axes, rate: Axes) -> None:
 
 
 def _targets(axes: Axes, groups: Sequence[Group], against: str, palette: Palette) -> None:
-    """The line, and a ring where a group's first run crossed it."""
+    """The line, and a ring where a run crossed it: on its curve, or on the line under a band."""
     for goal in sorted({target(run.log) for g in groups for run in g.runs} - {0.0}):
         axes.axhline(goal, color=palette.muted, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
         axes.annotate(
@@ -250,8 +252,9 @@ def _targets(axes: Axes, groups: Sequence[Group], against: str, palette: Palette
         colour = palette.series[number % len(palette.series)]
         for hit in hits:
             x = hit.elapsed_seconds / 60 if against == "minutes" else hit.epoch
+            y = hit.top_1 if len(group.runs) == 1 else target(group.runs[0].log)
             axes.plot(
-                [x], [hit.top_1], marker="o", markersize=8, markerfacecolor=palette.surface,
+                [x], [y], marker="o", markersize=7, markerfacecolor=palette.surface,
                 markeredgecolor=colour, markeredgewidth=2, zorder=5,
             )  # fmt: skip
 

@@ -226,14 +226,13 @@ def _judged(groups: Sequence[Group], judged: Sequence[Judged | str]) -> list[str
     total = len(there[0][1].names)
     which = f"The {BARS} worst of {total:,} classes." if total > BARS else "Worst first."
     note = f"{_legend(groups)}{which} {'. '.join(missing)}"
-    sections = [_section("Accuracy of single classes", note, f"<figure>{_svg(drawn[0])}</figure>")]
     matrices = "".join(
-        f"<figure><h3>{_swatch(groups, g)}{escape(g.name)}</h3>{_svg(chart)}</figure>"
+        f"<figure><h3>{_swatch(groups, g)}Confusions{_of(groups, g)}</h3>{_svg(chart)}</figure>"
         for (g, _), chart in zip(there, drawn[1:], strict=True)
     )
-    shown = f"The {WORST} worst classes" if total > WORST else "All classes, worst first"
-    note = f"{shown}: a row is the true class, its cells the percentage taken for each column."
-    sections.append(_section("Confusions", note, f'<div class="grid">{matrices}</div>'))
+    bars = f"<figure><h3>Top-1 of each class</h3>{_svg(drawn[0])}</figure>"
+    note += " In a matrix a row is the true class, its cells the percentage taken for each column."
+    sections = [_section("Classes", note, f'<div class="grid">{bars}{matrices}</div>')]
     for group, result in there:
         sections.append(_sheet(group, result, len(there) > 1))
     return sections
@@ -243,9 +242,13 @@ def _swatch(groups: Sequence[Group], group: Group) -> str:
     return f'<i class="s{list(groups).index(group) % 6}"></i>' if len(groups) > 1 else ""
 
 
+def _of(groups: Sequence[Group], group: Group) -> str:
+    return f": {escape(group.name)}" if len(groups) > 1 else ""
+
+
 def _sheet(group: Group, judged: Judged, several: bool) -> str:
     pictures = "".join(
-        f'<figure><img alt="picture {m.index} of the validation set" loading="lazy" '
+        f'<figure><img alt="picture {m.index} of the validation set" '
         f'src="data:image/jpeg;base64,{base64.b64encode(m.jpeg).decode()}"><figcaption>'
         f"<b>{escape(m.prediction)}</b> {100 * m.confidence:.0f} %<br>is {escape(m.label)}"
         "</figcaption></figure>"
