@@ -87,6 +87,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Here and not above: a wrong setting is said at once, before seconds of imports.
     from ffcv_imnet import bill, checkpoint, provenance
+    from ffcv_imnet.boards import Boards, check_boards
     from ffcv_imnet.data import TrainLoader, ValLoader, check_data
     from ffcv_imnet.distributed import Interrupted, StopSignal, connect, describe_world, disconnect
     from ffcv_imnet.evaluation import validate
@@ -96,6 +97,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
 
     check_arch(settings.model.arch)
     price = bill.price(settings)
+    check_boards(settings.logging)
     world = describe_world()
     train_set, val_set = check_data(settings)
     plans = plan_run(settings, train_set.samples)
@@ -131,6 +133,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     if world.is_main:
         run.start(header)
         print(f"{run.path}: {header.device}, {header.precision}, world size {world.size}")
+    boards = Boards(run.path, header, enabled=world.is_main)
 
     stopped = None
     try:
@@ -156,6 +159,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             run.records.append(epoch)
             if world.is_main:
                 run.save(learner)
+                boards.add(epoch)
                 print(describe(epoch, settings.training.epochs), flush=True)
             if settings.training.stop_when_reached and run.reached():
                 break
@@ -164,11 +168,13 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             name = signal.Signals(end.signal).name
             print(f"stopped by {name}; --resume auto goes on from epoch {len(run.epochs)}")
         disconnect(world)
+        boards.close()
         run.release()
         return 128 + end.signal
     disconnect(world)
     if world.is_main:
         print(describe_end(run.finish(price, stopped), settings))
+    boards.close()
     run.release()
     return 0
 

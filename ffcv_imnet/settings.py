@@ -170,9 +170,25 @@ def _text(default: str, text: str) -> Any:
 class Model:
     """The network"""
 
-    arch: str = _text("resnet18", "resnet18, resnet34, resnet50, or timm:NAME (needs timm)")
+    arch: str = _text(
+        "resnet18", "a network's name (python -m ffcv_imnet models lists them), or timm:NAME"
+    )
     zero_gamma: bool = _switch(
         False, "start the last BatchNorm of each residual block at zero (arXiv:1706.02677, 5.1)"
+    )
+    stem: str = _setting(
+        "plain", Choice(["plain", "deep"]),
+        "of a ResNet; deep: three 3x3 convolutions for the one of 7x7 (arXiv:1812.01187, 4.2)",
+    )  # fmt: skip
+    shortcut: str = _setting(
+        "conv", Choice(["conv", "avgpool"]),
+        "of a ResNet's strided blocks; avgpool: average before a 1x1 convolution (ResNet-D)",
+    )  # fmt: skip
+    squeeze_excite: bool = _switch(
+        False, "of a ResNet: weigh the channels of each residual branch (arXiv:1709.01507)"
+    )
+    antialias_maxpool: bool = _switch(
+        False, "of a ResNet: blur between max-pooling and its stride (arXiv:1904.11486, 3.2)"
     )
 
 
@@ -307,6 +323,12 @@ class Logging:
     """The run's folder"""
 
     folder: str = _text("runs/latest", "RUN: log.jsonl, config.yaml, last.pt, best.pt, classes.txt")
+    tensorboard: bool = _switch(
+        False, "the log for TensorBoard too, in RUN (pip install tensorboard)"
+    )
+    wandb: bool = _switch(
+        False, "the log for Weights & Biases too, offline, in RUN/wandb (pip install wandb)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +380,8 @@ NOT_OF_THE_RESULT = (
     "cost.dollars_per_hour",
     "cost.machine",
     "cost.spot",
+    "logging.tensorboard",
+    "logging.wandb",
 )
 
 
@@ -385,8 +409,12 @@ def flatten(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """One text for each setting of two `to_dict`s that shapes the result and differs."""
-    a, b = flatten(ours), flatten(theirs)
+    """One text for each setting of two `to_dict`s that shapes the result and differs.
+
+    A setting that one of them does not know yet has its default there: an older run goes on.
+    """
+    default = flatten(to_dict(Settings()))
+    a, b = default | flatten(ours), default | flatten(theirs)
     keys = [key for key in sorted(a.keys() | b.keys()) if key not in NOT_OF_THE_RESULT]
     return [f"{key} {b.get(key)} -> {a.get(key)}" for key in keys if a.get(key) != b.get(key)]
 

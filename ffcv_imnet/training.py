@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch._dynamo
+import torch._dynamo.utils
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -91,6 +92,12 @@ class Trained:
     images_per_second: float
     seconds: float
     loader_seconds: float  # waited for batches
+    compile_seconds: float | None = None  # None: not compiled
+
+
+def compile_seconds() -> float:
+    """What torch.compile has taken in this process so far."""
+    return float(torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0))
 
 
 def train_epoch(
@@ -114,7 +121,7 @@ def train_epoch(
     rate = 0.0
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     first_bad = torch.full((), plan.steps, dtype=torch.int64, device=world.device)
-    waited = 0.0
+    waited, compiled = 0.0, compile_seconds()
     started = looked = time.perf_counter()
     what = f"epoch {plan.epoch} {plan.resolution} px"
     batches = loader.epoch(plan)
@@ -164,6 +171,7 @@ def train_epoch(
         images_per_second=plan.images / seconds,
         seconds=seconds,
         loader_seconds=waited,
+        compile_seconds=compile_seconds() - compiled if settings.training.compile else None,
     )
 
 
@@ -206,5 +214,6 @@ def epoch_record(
         images_per_second=trained.images_per_second,
         train_seconds=trained.seconds,
         loader_seconds=trained.loader_seconds,
+        compile_seconds=trained.compile_seconds,
         **seconds_and_memory,
     )

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "ffcv_imnet"
 # What a package of the index is imported as, where the two names differ.
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python": "cv2"}
-NOT_LOCKED = {"parquet", "timm"}  # optional groups that `make setup` leaves out
+NOT_LOCKED = {"parquet", "timm", "boards"}  # optional groups that `make setup` leaves out
 # Ours, from the lowest floor up (README.md draws it). A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "settings", "schedules", "records", "statistics"),
     ("images", "beton", "stored", "decoders", "models", "optim", "checkpoint", "distributed",
-     "provenance", "shapes", "quick_ffcv", "bill"),
+     "provenance", "shapes", "quick_ffcv", "bill", "boards"),
     ("data", "run_folder"),
-    ("training", "evaluation", "judgement", "photos", "measure"),
+    ("training", "evaluation", "judgement", "photos", "measure", "pages"),
     ("tools", "__main__"),
     ("write_ffcv", "train_imagenet"),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ffcv_imnet.models import resnet  # noqa: F401  (registers its networks)
+from ffcv_imnet.models import resnet, slim  # noqa: F401  (they register their networks)
 from ffcv_imnet.models.blurpool import apply_blurpool
 from ffcv_imnet.models.registry import build
 from ffcv_imnet.settings import Settings
@@ -33,10 +33,11 @@ def build_model(settings: Settings, classes: int) -> nn.Sequential:
     """The network of `settings`, from uint8 pixels (N, 3, H, W) to logits (N, classes).
 
     Its parameters are those of `torch.manual_seed(training.seed)`. Raises UsageError for an
-    unknown `model.arch`.
+    unknown `model.arch` or an option that it does not have.
     """
     torch.manual_seed(settings.training.seed)
     network = build(settings.model.arch, classes, settings.model.zero_gamma)
+    resnet.apply_options(network, settings.model)
     if settings.training.use_blurpool:
         apply_blurpool(network)
     return nn.Sequential(Normalize(), network)

@@ -7,6 +7,27 @@ from torch import Tensor, nn
 MIN_INPUTS = 16  # ffcv-imagenet's rule: the first convolution, on 3 channels, stays as it is
 
 
+def blur_kernel(channels: int) -> Tensor:
+    """(channels, 1, 3, 3): (1, 2, 1) x (1, 2, 1) / 16 for each channel by itself."""
+    line = torch.tensor([1.0, 2.0, 1.0])
+    return (torch.outer(line, line) / 16).expand(channels, 1, 3, 3).contiguous()
+
+
+class BlurPool2d(nn.Module):
+    """Every second pixel of the blurred input, zero padding of 1: a max-pooling of stride 1 before
+    it makes one without aliasing (arXiv:1904.11486, 3.2)."""
+
+    kernel: Tensor  # (C, 1, 3, 3)
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("kernel", blur_kernel(channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
+        return F.conv2d(x, self.kernel, None, 2, 1, 1, len(self.kernel))
+
+
 class BlurConv2d(nn.Module):
     """`conv` on a blurred input: depthwise (1, 2, 1) x (1, 2, 1) / 16, zero padding of 1.
 
@@ -19,10 +40,7 @@ class BlurConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
-        line = torch.tensor([1.0, 2.0, 1.0])
-        kernel = torch.outer(line, line) / 16
-        kernel = kernel.expand(conv.in_channels, 1, 3, 3).contiguous()
-        self.register_buffer("kernel", kernel, persistent=False)
+        self.register_buffer("kernel", blur_kernel(conv.in_channels), persistent=False)
         self.stride: tuple[int, ...] = (1, 1)
         if conv.kernel_size == (1, 1):
             self.stride, conv.stride = conv.stride, (1, 1)

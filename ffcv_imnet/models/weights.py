@@ -7,7 +7,7 @@ ONNX files.
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from ffcv_imnet import checkpoint
 from ffcv_imnet.errors import RunError, UsageError, in_range, nearest, reason_of
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
-from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite
+from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite, resnet
 from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
 from ffcv_imnet.models.onnx_network import OnnxNetwork
 from ffcv_imnet.models.registry import REGISTRY, TIMM, build
-from ffcv_imnet.settings import Settings, flatten, load
+from ffcv_imnet.settings import Model, Settings, flatten, load
 
 assert "efficientnet_lite0" in REGISTRY, efficientnet_lite  # imported to be registered
 
@@ -46,6 +46,7 @@ class Network:
     origin: str  # for people: what was loaded
     settings: Settings | None = None  # of the run, where these are a checkpoint's
     arch: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of a ResNet, see models/resnet.py
 
     @property
     def uses_blurpool(self) -> bool:
@@ -88,7 +89,8 @@ def load_network(
     elif path.suffix == ".safetensors":
         state, notes = _read_safetensors(path)
         mean, std = (given or notes.get(key) for given, key in ((mean, "mean"), (std, "std")))
-        network = _from_state(path, state, arch or notes.get("arch"), mean, std)
+        options = notes.get("options") if arch is None else None
+        network = _from_state(path, state, arch or notes.get("arch"), mean, std, options or {})
         network = _with_notes(network, notes)
     else:
         content = checkpoint.read(path)
@@ -99,7 +101,7 @@ def load_network(
                 )
             network = _from_checkpoint(path, content, plain)
         else:
-            network = _from_state(path, _tensors(path, content), arch, mean, std)
+            network = _from_state(path, _tensors(path, content), arch, mean, std, {})
     network.model.eval().requires_grad_(False)
     _check_finite(path, network.model)
     return network
@@ -172,7 +174,8 @@ def _from_checkpoint(path: Path, state: dict[str, Any], plain: bool) -> Network:
     kind = "averaged weights" if use_average else "weights"
     how = Preprocess(settings.validation.resolution, settings.validation.crop_ratio)
     origin = f"{kind} of {settings.model.arch} after {epochs} epochs, {len(classes)} classes"
-    return Network(model, len(classes), classes, how, origin, settings, settings.model.arch)
+    arch, options = settings.model.arch, resnet.options_of(settings.model)
+    return Network(model, len(classes), classes, how, origin, settings, arch, options)
 
 
 def _from_onnx(path: Path, mean: Channels | None, std: Channels | None) -> Network:
@@ -193,12 +196,17 @@ def _with_notes(network: Network, notes: dict[str, Any]) -> Network:
 
 
 def _from_state(
-    path: Path, state: State, arch: str | None, mean: Channels | None, std: Channels | None
+    path: Path,
+    state: State,
+    arch: str | None,
+    mean: Channels | None,
+    std: Channels | None,
+    options: dict[str, Any],
 ) -> Network:
     candidates = [arch] if arch else sorted(REGISTRY)
     for name in candidates:
         for blurpool in (False, True):
-            constructor = _constructor(name, blurpool)
+            constructor = _constructor(name, blurpool, options)
             outputs = _outputs_of(constructor, state)
             if outputs is None:
                 continue
@@ -209,22 +217,23 @@ def _from_state(
                 model = nn.Sequential(normalize(mean or MEAN, std or STD), network)
                 origin = f"state dict of {name}{' with BlurPool' if blurpool else ''}"
                 return Network(
-                    model, outputs, None, Preprocess(), f"{origin}, {outputs} classes", arch=name
-                )
+                    model, outputs, None, Preprocess(), f"{origin}, {outputs} classes", arch=name,
+                    options=options,
+                )  # fmt: skip
     if not arch:
         raise UsageError(
             f"{path}: a state dict of none of {', '.join(candidates)}; name its network with --arch "
             f"(one of torchvision's, or {TIMM}NAME)"
         )
-    constructor = _constructor(arch, False)
+    constructor = _constructor(arch, False, options)
     why = _mismatch(constructor(_outputs_of(constructor, state) or 1), state)
     raise RunError(f"{path}: the state dict does not fit {arch}: {why}")
 
 
-def _constructor(name: str, blurpool: bool) -> Callable[[int], nn.Module]:
+def _constructor(name: str, blurpool: bool, options: dict[str, Any]) -> Callable[[int], nn.Module]:
     """Makes the network for a number of classes. Raises UsageError for a name nobody knows."""
     if name in REGISTRY or name.startswith(TIMM):
-        make: Callable[[int], nn.Module] = lambda classes: build(name, classes, False)  # noqa: E731
+        make: Callable[[int], nn.Module] = lambda classes: _registered(name, options, classes)  # noqa: E731
     elif name in tv.list_models(module=tv):
         make = lambda classes: tv.get_model(name, weights=None, num_classes=classes)  # noqa: E731
     else:
@@ -242,6 +251,12 @@ def _constructor(name: str, blurpool: bool) -> Callable[[int], nn.Module]:
         return network
 
     return blurred
+
+
+def _registered(name: str, options: dict[str, Any], classes: int) -> nn.Module:
+    network = build(name, classes, False)
+    resnet.apply_options(network, Model(arch=name, **options))
+    return network
 
 
 def _outputs_of(constructor: Callable[[int], nn.Module], state: State) -> int | None:

@@ -1,12 +1,16 @@
-"""Show runs: their epochs as a table, their curves as a PNG.
+"""Show runs: their epochs as a table, their curves as a PNG, all there is to see as a page.
 
-python -m ffcv_imnet report RUN                      writes RUN/curve.png
-python -m ffcv_imnet report RUN RUN --out both.png   lays the curves over each other
+python -m ffcv_imnet report RUN                       writes RUN/curve.png
+python -m ffcv_imnet report RUN RUN --out both.png    lays the curves over each other
+python -m ffcv_imnet report RUN... --out report.html  one page, readable without a network
 
-RUN is a run's folder or its log.jsonl; a run that still goes on will do.
+RUN is a run's folder or its log.jsonl; a run that still goes on will do. On the page runs that differ
+in nothing but the seed are one curve with a band. Where best.pt and the validation data of a run are
+at hand, the best run of each curve is judged: its classes, confusions and wrong predictions.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,8 +19,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tabulate import tabulate
 
 from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.records import Log, Reached, read_log
+from ffcv_imnet.pages.runs import Group, best, group_runs, origin, reached, read_run, target
+from ffcv_imnet.records import Log
 from ffcv_imnet.tools import ToolParser
+
+if TYPE_CHECKING:
+    from ffcv_imnet.pages.judged import Judged
 
 # Kept apart by colour and by pattern: the plain weights' curve is the thick one.
 SCORES = {
@@ -50,30 +58,6 @@ def table(log: Log) -> str:
     return tabulate(rows, headers, disable_numparse=True, stralign="right")
 
 
-def target(log: Log) -> float:
-    """`training.stop_at` of the run, 0 if it has none."""
-    settings = log.headers[-1].settings if log.headers else {}
-    return float(settings.get("training", {}).get("stop_at", 0.0))
-
-
-def reached(log: Log) -> Reached | None:
-    """When the target was reached: as the summary says, or, in a run that goes on, from its epochs."""
-    if log.summary is not None:
-        return log.summary.reached
-    for epoch in log.epochs if target(log) else []:
-        by = "ema_top_1" if (epoch.ema_top_1 or 0.0) > epoch.top_1 else "top_1"
-        if (top_1 := getattr(epoch, by)) >= target(log):
-            elapsed = epoch.elapsed_seconds
-            return Reached(top_1=top_1, by=by, epoch=epoch.epoch, elapsed_seconds=elapsed)
-    return None
-
-
-def best(log: Log) -> tuple[float, int]:
-    """The best single-view top-1, of the weights or of their average, and its epoch."""
-    top_1, epoch = max((max(e.top_1, e.ema_top_1 or 0.0), -e.epoch) for e in log.epochs)
-    return top_1, -epoch
-
-
 def verdict(log: Log) -> str:
     """What came of the run, in a sentence or two."""
     top_1, epoch = best(log)
@@ -85,19 +69,6 @@ def verdict(log: Log) -> str:
             f" {hit.elapsed_seconds:,.0f} s."
         )
     return f"{text} Target {target(log):g} not reached." if target(log) else f"{text} No target."
-
-
-def origin(log: Log) -> str:
-    """Where and from what the run was made."""
-    if not log.headers:
-        return "no header"
-    header = log.headers[-1]
-    model = header.settings.get("model", {}).get("arch", "?")
-    resumed = f", {len(log.headers) - 1} x resumed" if len(log.headers) > 1 else ""
-    return (
-        f"{model} on {header.device}, {header.precision}, world size {header.world_size}, "
-        f"commit {(header.git_commit or 'unknown')[:12]}{resumed}"
-    )
 
 
 # ---- the picture --------------------------------------------------------------------------------
@@ -208,31 +179,82 @@ def _name_axes(figure: Figure, top: Axes, loss: Axes, plan: Axes, rate: Axes) ->
     figure.align_ylabels([plan])
 
 
+# ---- the page -----------------------------------------------------------------------------------
+
+
+def write_report(groups: list[Group], out: Path, png: Path | None, photographs: int) -> None:
+    """The page at `out`, and each of its charts as a PNG in the folder `png`."""
+    from ffcv_imnet.pages import charts, html  # torch, for judging; the table needs none
+
+    judged = [_judge(group, photographs) for group in groups]
+    tables = {run.name: table(run.log) for group in groups for run in group.runs}
+    page = html.write_page(groups, judged, tables)
+    _replace(out, page.encode())
+    print(f"page: {out} ({len(page) / 1e6:.1f} MB)")
+    if png is not None:
+        drawn = [*html.groups_curves(groups), *html.groups_time(groups)]
+        drawn += html.judged_charts(groups, judged)
+        for number, chart in enumerate(drawn):
+            _replace(png / f"{number}_{chart.name}.png", charts.to_png(chart))
+        print(f"charts: {len(drawn)} PNGs in {png}")
+
+
+def _judge(group: Group, photographs: int) -> "Judged | str":
+    """The group's best run judged, or why it cannot be."""
+    from ffcv_imnet.pages.judged import judge_run
+
+    if not photographs:
+        return "left out by --photographs 0"
+    try:
+        return judge_run(max(group.runs, key=lambda run: best(run.log)[0]), photographs)
+    except (UsageError, RunError) as error:
+        print(f"{group.name}: not judged: {error}")
+        return str(error)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
 # ---- the command --------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> int:
-    """Print each run's table and write the picture."""
+    """Print each run's table and write the picture or the page."""
     parser = ToolParser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder or log")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: RUN/curve.png")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help=".png or .html; default: RUN/curve.png"
+    )
+    parser.add_argument("--png", type=Path, metavar="DIR", help="the page's charts as PNGs too")
+    parser.add_argument("--photographs", type=int, default=24, metavar="N",
+                        help="wrong predictions shown; 0: judge nothing (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
-    out: Path | None = options.out
-    if out is None and len(options.runs) > 1:
-        raise UsageError("several runs make one picture: name it with --out FILE.png")
-    if out is not None and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
-        raise UsageError(f"--out {out}: name a .png file in a folder that exists")
+    out = _output(options.out, options.png, options.runs)
 
-    logs: dict[str, Log] = {}
-    for run in options.runs:
-        folder = run if run.is_dir() else run.parent
-        log = read_log(run)
-        if not log.epochs:
-            raise RunError(f"{run}: no epoch has been logged yet")
-        logs[str(folder)] = log
-        print(f"{folder}: {origin(log)}\n\n{table(log)}\n\n{verdict(log)}")
-        out = out or folder / "curve.png"
-    assert out is not None  # one run at least
-    plot(logs, out)
+    runs = [read_run(path) for path in options.runs]
+    for run in runs:
+        print(f"{run.folder}: {origin(run.log)}\n\n{table(run.log)}\n\n{verdict(run.log)}")
+    out = out or runs[0].folder / "curve.png"
+    if out.suffix.lower() == ".html":
+        write_report(group_runs(runs), out, options.png, max(0, options.photographs))
+        return 0
+    plot({str(run.folder): run.log for run in runs}, out)
     print(f"curve: {out}")
     return 0
+
+
+def _output(out: Path | None, png: Path | None, runs: list[Path]) -> Path | None:
+    """`--out`, if it can be written. Raises UsageError."""
+    if out is None and len(runs) > 1:
+        raise UsageError("several runs make one picture: name it with --out FILE.png or .html")
+    good = out is None or (out.suffix.lower() in (".png", ".html") and out.parent.is_dir())
+    if not good:
+        raise UsageError(f"--out {out}: name a .png or .html file in a folder that exists")
+    if png is not None and (out is None or out.suffix.lower() != ".html"):
+        raise UsageError("--png writes the charts of the page: name it with --out FILE.html")
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+    return out

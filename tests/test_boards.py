@@ -1,0 +1,53 @@
+"""TensorBoard's and Weights & Biases' files hold what the JSON log holds."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+
+import train_imagenet
+from ffcv_imnet.boards import check_boards, numbers
+from ffcv_imnet.errors import UsageError
+from ffcv_imnet.records import Epoch, read_log
+from ffcv_imnet.settings import Settings, load
+from tests.conftest import SmallData
+
+
+def train(settings: Settings, resume: str | None = None) -> list[Epoch]:
+    assert train_imagenet.train(settings, resume, time.perf_counter()) == 0
+    return read_log(Path(settings.logging.folder)).epochs
+
+
+def test_tensorboard_reads_back_what_the_log_says(small: SmallData, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = small.settings(tmp_path / "run", logging__tensorboard=True, training__ema_decay=0.9)
+    epochs = train(settings)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == sorted(numbers(epochs[0]))
+    for name in numbers(epochs[0]):
+        read = [(event.step, event.value) for event in events.Scalars(name)]
+        assert read == [
+            (e.epoch, pytest.approx(getattr(e, name), rel=1e-6)) for e in epochs  # float32
+        ]  # fmt: skip
+
+
+def test_wandb_writes_offline(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(small.settings(tmp_path / "run", logging__wandb=True))
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = written.read_bytes()
+    assert b"train_loss" in content and b"ema_top_1" not in content
+
+
+def test_a_board_without_its_package_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_boards(load().logging)
+    with pytest.raises(UsageError, match=r"logging\.wandb needs .* pip install wandb"):
+        check_boards(load(logging__wandb=True).logging)
