@@ -1,5 +1,6 @@
 """FFCV loaders: the same batches at any number of threads and processes, and never a hang."""
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,16 +16,17 @@ from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_imnet.beton import Manifest, check_beton
-from ffcv_imnet.decoders import CropDecoder
+from ffcv_imnet.beton import Manifest, check_beton, manifest_path
+from ffcv_imnet.decoders import DAMAGES, FLIPS, CropDecoder
 from ffcv_imnet.distributed import World, usable_cores
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.schedules import EpochPlan
-from ffcv_imnet.settings import Settings
+from ffcv_imnet.settings import Data, Settings
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 Indices = NDArray[np.int64]
-PADDING = -1  # label of a picture that only fills up the last validation batch
+# Label of a picture that does not count: what fills up the last validation batch, what is damaged.
+PADDING = -1
 
 
 def check_data(settings: Settings) -> tuple[Manifest, Manifest]:
@@ -149,7 +151,7 @@ class _OrderedLoader(Loader):
     """FFCV's loader with the order of samples given for each epoch."""
 
     def __init__(
-        self, path: str, batch_size: int, decoder: CropDecoder, workers: int, ahead: int
+        self, path: str, batch_size: int, decoder: CropDecoder, workers: int, data: Data
     ) -> None:
         threads = torch.get_num_threads()
         super().__init__(
@@ -158,7 +160,7 @@ class _OrderedLoader(Loader):
             num_workers=workers,
             order=OrderOption.SEQUENTIAL,
             drop_last=False,
-            batches_ahead=ahead,
+            batches_ahead=data.batches_ahead,
             pipelines={
                 "image": [decoder, ToTensor(), ToTorchImage()],
                 "label": [IntDecoder(), ToTensor(), Squeeze(1)],
@@ -166,24 +168,28 @@ class _OrderedLoader(Loader):
         )
         torch.set_num_threads(threads)  # FFCV sets it for the whole process
         self.decoder = decoder
+        self.skip_damaged = data.on_damaged == "skip"
+        self.skipped: set[int] = set()
 
     def batches(self, order: Indices, device: torch.device) -> Batches:
         """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.
 
-        A batch is valid until the next one is taken.
+        A batch is valid until the next one is taken. A damaged picture that is skipped is black
+        and labelled `PADDING`.
 
         Raises:
-            RunError: a stored image did not decode, or the loader's thread failed.
+            RunError: a stored image did not decode and is not to be skipped, or the loader's
+                thread failed.
         """
         threads = torch.get_num_threads()
         copied = copy_event(device)
         epoch = _Epoch(self, order)
         try:
-            for images, labels in epoch:
-                torch.set_num_threads(
-                    threads
-                )  # the loader's thread changed it before its first batch
-                self._check_decoded()
+            for number, (images, labels) in enumerate(epoch):
+                # The loader's thread changed it before its first batch.
+                torch.set_num_threads(threads)
+                start = number * self.batch_size
+                self._check_decoded(order[start : start + self.batch_size], labels)
                 images = images.to(device, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
                 if copied is None:
@@ -194,18 +200,31 @@ class _OrderedLoader(Loader):
                 # FFCV reuses a host buffer some batches later without asking the device. Waiting
                 # for this copy, not for the step behind it, keeps the device busy.
                 copied.synchronize()
-            self._check_decoded()
         finally:
             epoch.stop()
             torch.set_num_threads(threads)
 
-    def _check_decoded(self) -> None:
-        damaged = int(self.decoder.control["damaged"][0])
-        if damaged:
-            raise RunError(
-                f"{self.fname}: the JPEG of sample {damaged - 1} is damaged; "
-                f"write the file again with write_ffcv.py --force"
-            )
+    def _check_decoded(self, samples: Indices, labels: Tensor) -> None:
+        """End at a damaged picture of this batch, or make it one that does not count."""
+        damaged = self.decoder.damaged[samples]
+        for slot in np.flatnonzero(damaged):
+            sample, label = int(samples[slot]), int(labels[slot])
+            what = self._describe(sample, label, int(damaged[slot]))
+            if not self.skip_damaged:
+                raise RunError(
+                    f"{what}; write the file again with write_ffcv.py --force, or train without "
+                    f"the picture: data.on_damaged=skip"
+                )
+            labels[slot] = PADDING
+            if sample not in self.skipped:
+                self.skipped.add(sample)
+                print(f"{what}: skipped", file=sys.stderr, flush=True)
+
+    def _describe(self, sample: int, label: int, damage: int) -> str:
+        manifest = manifest_path(Path(self.fname))
+        classes = Manifest.load(manifest).classes if manifest.is_file() else ()
+        name = classes[label] if 0 <= label < len(classes) else label
+        return f"{self.fname}: the picture of sample {sample}, class {name}, {DAMAGES[damage]}"
 
 
 class TrainLoader:
@@ -221,17 +240,17 @@ class TrainLoader:
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.seed, self.world = samples, settings.training.seed, world
         self.local_batch = local_batch_size(settings, world)
-        self.decoder = CropDecoder(settings.resolution.max_res)
+        self.decoder = CropDecoder(settings.resolution.max_res, samples)
         control = self.decoder.control
         control["seed"], control["random"] = self.seed, 1
-        control["flip"] = settings.augmentation.flip
+        control["flip"] = FLIPS.index(settings.augmentation.flip)
         control["ratio"] = settings.augmentation.crop_ratio
         self.loader = _OrderedLoader(
             path,
             self.local_batch,
             self.decoder,
             workers_of(settings, world),
-            settings.data.batches_ahead,
+            settings.data,
         )
 
     def epoch(self, plan: EpochPlan) -> Batches:
@@ -251,14 +270,14 @@ class ValLoader:
         self.samples, self.world = samples, world
         share = -(-samples // world.size)
         self.local_batch = max(1, min(settings.validation.batch_size // world.size, share))
-        decoder = CropDecoder(settings.validation.resolution)
+        decoder = CropDecoder(settings.validation.resolution, samples)
         decoder.control["central"] = settings.validation.crop_ratio
         self.loader = _OrderedLoader(
             path,
             self.local_batch,
             decoder,
             workers_of(settings, world),
-            settings.data.batches_ahead,
+            settings.data,
         )
 
     def batches(self) -> Batches:

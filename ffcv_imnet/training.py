@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_imnet.checkpoint import Learner
-from ffcv_imnet.data import TrainLoader
+from ffcv_imnet.data import PADDING, TrainLoader
 from ffcv_imnet.distributed import Interrupted, StopSignal, World
 from ffcv_imnet.errors import RunError
 from ffcv_imnet.evaluation import Metrics
@@ -133,7 +133,10 @@ def train_epoch(
             ):
                 logits = learner.forward(images)
                 loss = F.cross_entropy(
-                    logits, labels, label_smoothing=settings.training.label_smoothing
+                    logits,
+                    labels,
+                    ignore_index=PADDING,  # damaged pictures, if they are skipped
+                    label_smoothing=settings.training.label_smoothing,
                 )
             learner.scaler.scale(loss).backward()
             learner.scaler.step(learner.optimizer)

@@ -20,7 +20,7 @@ NOT_LOCKED = {"parquet"}  # an optional group that `make setup` leaves out
 # Ours, from the lowest floor up (README.md draws it). A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "settings", "schedules", "records"),
-    ("images", "beton", "stored", "decoders", "models", "optim", "checkpoint", "distributed",
+    ("images", "beton", "stored", "native", "decoders", "models", "optim", "checkpoint", "distributed",
      "provenance", "shapes"),
     ("data", "run_folder"),
     ("training", "evaluation", "judgement", "photos"),
