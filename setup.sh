@@ -59,6 +59,7 @@ assert all(metadata.version(name) == version.strip() for name, version in pins)
 library = next(pathlib.Path(metadata.distribution("ffcv").locate_file("ffcv")).glob("_libffcv*.so"))
 ctypes.CDLL(str(library))
 PYTHON
+    "$venv/bin/python" -m ffcv_imnet.native.build --check 2>/dev/null
 }
 
 # Its Python runs, is new enough, has pip, was made at this path (scripts such as torchrun carry the
@@ -105,6 +106,7 @@ missing_packages() {
     command -v pkg-config >/dev/null || echo pkg-config
     pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
     pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+    pkg-config --exists libjpeg 2>/dev/null || echo libjpeg-dev
     loads libGL.so.1 || echo libgl1 # opencv-python's own need
     loads libgthread-2.0.so.0 || echo libglib2.0-0
     local apt_python=python3
@@ -167,6 +169,8 @@ rm -f "$stamp"
 install_system_packages
 make_venv
 install_python_packages
+# FFCV could do without, so a failure is said and does not end the set-up.
+"$venv/bin/python" -m ffcv_imnet.native.build || say "the crop decoder was not compiled: loading will be slower"
 sha256sum <"$lock" >"$stamp.partial"
 mv "$stamp.partial" "$stamp"
 say "complete: $("$venv/bin/python" -V), $venv"

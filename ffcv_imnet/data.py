@@ -1,5 +1,6 @@
 """FFCV loaders: the same batches at any number of threads and processes, and never a hang."""
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,16 +22,17 @@ from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_imnet.beton import Manifest, check_beton
-from ffcv_imnet.decoders import CropDecoder
+from ffcv_imnet.beton import Manifest, check_beton, manifest_path
+from ffcv_imnet.decoders import DAMAGES, FLIPS, CropDecoder
 from ffcv_imnet.distributed import World, usable_cores
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.schedules import EpochPlan, batch_sizes, resolutions
-from ffcv_imnet.settings import Settings
+from ffcv_imnet.settings import Data, Settings
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 Indices = NDArray[np.int64]
-PADDING = -1  # label of a picture that only fills up the last validation batch
+# Label of a picture that does not count: what fills up the last validation batch, what is damaged.
+PADDING = -1
 
 
 def check_data(settings: Settings) -> tuple[Manifest, Manifest]:
@@ -179,9 +181,9 @@ class _OrderedLoader:
     """
 
     def __init__(
-        self, path: str, batch_size: int, decoder: CropDecoder, workers: int, ahead: int
+        self, path: str, batch_size: int, decoder: CropDecoder, workers: int, data: Data
     ) -> None:
-        self.fname, self.batch_size, self.batches_ahead = path, batch_size, ahead
+        self.fname, self.batch_size, self.batches_ahead = path, batch_size, data.batches_ahead
         self.num_workers, self.decoder = workers, decoder
         threads = torch.get_num_threads()
         Compiler.set_num_threads(workers)
@@ -201,24 +203,28 @@ class _OrderedLoader:
         _, stages = self.graph.collect_requirements()
         self.code = self.graph.codegen_all(stages)
         torch.set_num_threads(threads)  # FFCV sets it for the whole process
+        self.skip_damaged = data.on_damaged == "skip"
+        self.skipped: set[int] = set()
 
     def batches(self, order: Indices, device: torch.device) -> Batches:
         """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.
 
-        A batch is valid until the next one is taken.
+        A batch is valid until the next one is taken. A damaged picture that is skipped is black
+        and labelled `PADDING`.
 
         Raises:
-            RunError: a stored image did not decode, or the loader's thread failed.
+            RunError: a stored image did not decode and is not to be skipped, or the loader's
+                thread failed.
         """
         threads = torch.get_num_threads()
         copied = copy_event(device)
         epoch = _Epoch(self, order)
         try:
-            for images, labels in epoch:
-                torch.set_num_threads(
-                    threads
-                )  # the loader's thread changed it before its first batch
-                self._check_decoded()
+            for number, (images, labels) in enumerate(epoch):
+                # The loader's thread changed it before its first batch.
+                torch.set_num_threads(threads)
+                start = number * self.batch_size
+                self._check_decoded(order[start : start + self.batch_size], labels)
                 images = images.to(device, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
                 if copied is None:
@@ -229,18 +235,31 @@ class _OrderedLoader:
                 # FFCV reuses a host buffer some batches later without asking the device. Waiting
                 # for this copy, not for the step behind it, keeps the device busy.
                 copied.synchronize()
-            self._check_decoded()
         finally:
             epoch.stop()
             torch.set_num_threads(threads)
 
-    def _check_decoded(self) -> None:
-        damaged = int(self.decoder.control["damaged"][0])
-        if damaged:
-            raise RunError(
-                f"{self.fname}: the JPEG of sample {damaged - 1} is damaged; "
-                f"write the file again with write_ffcv.py --force"
-            )
+    def _check_decoded(self, samples: Indices, labels: Tensor) -> None:
+        """End at a damaged picture of this batch, or make it one that does not count."""
+        damaged = self.decoder.damaged[samples]
+        for slot in np.flatnonzero(damaged):
+            sample, label = int(samples[slot]), int(labels[slot])
+            what = self._describe(sample, label, int(damaged[slot]))
+            if not self.skip_damaged:
+                raise RunError(
+                    f"{what}; write the file again with write_ffcv.py --force, or train without "
+                    f"the picture: data.on_damaged=skip"
+                )
+            labels[slot] = PADDING
+            if sample not in self.skipped:
+                self.skipped.add(sample)
+                print(f"{what}: skipped", file=sys.stderr, flush=True)
+
+    def _describe(self, sample: int, label: int, damage: int) -> str:
+        manifest = manifest_path(Path(self.fname))
+        classes = Manifest.load(manifest).classes if manifest.is_file() else ()
+        name = classes[label] if 0 <= label < len(classes) else label
+        return f"{self.fname}: the picture of sample {sample}, class {name}, {DAMAGES[damage]}"
 
 
 class TrainLoader:
@@ -256,17 +275,17 @@ class TrainLoader:
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.seed, self.world = samples, settings.training.seed, world
         local_batches = [local_batch_size(batch, world) for batch in batch_sizes(settings)]
-        self.decoder = CropDecoder(max(resolutions(settings)))
+        self.decoder = CropDecoder(max(resolutions(settings)), samples)
         control = self.decoder.control
         control["seed"], control["random"] = self.seed, 1
-        control["flip"] = settings.augmentation.flip
+        control["flip"] = FLIPS.index(settings.augmentation.flip)
         control["ratio"] = settings.augmentation.crop_ratio
         self.loader = _OrderedLoader(
             path,
             max(local_batches),
             self.decoder,
             workers_of(settings, world),
-            settings.data.batches_ahead,
+            settings.data,
         )
 
     def epoch(self, plan: EpochPlan) -> Batches:
@@ -286,14 +305,14 @@ class ValLoader:
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.world = samples, world
         self.order, self.local_batch = exact_share(samples, settings.validation.batch_size, world)
-        decoder = CropDecoder(settings.validation.resolution)
+        decoder = CropDecoder(settings.validation.resolution, samples)
         decoder.control["central"] = settings.validation.crop_ratio
         self.loader = _OrderedLoader(
             path,
             self.local_batch,
             decoder,
             workers_of(settings, world),
-            settings.data.batches_ahead,
+            settings.data,
         )
 
     def batches(self) -> Batches:

@@ -4,9 +4,16 @@ FFCV's own decoders draw from numba's per-thread generators: which thread meets 
 decides the pixels. Here every number comes from a counter-based generator, Philox4x32-10 (Salmon,
 Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC11; test vectors:
 `kat_vectors` of the authors' Random123), so the pixels are the same at any number of threads and
-processes. JPEG decoding and resizing are FFCV's.
+processes.
+
+Two decoders stand behind the same crops. `native/crop_resize.c`, where set-up compiled it, decodes
+what the crop needs, at the scale that it needs. Without it FFCV's own functions decode the whole
+JPEG and resize by area: slower, and other pixels by a rounding or a filter.
 """
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,14 +21,17 @@ from typing import Any
 import ffcv_imnet.quick_ffcv  # noqa: F401
 
 # isort: split
+import llvmlite.binding
 import numpy as np
 from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
 from ffcv.libffcv import ctypes_imdecode, ctypes_resize
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
-from numba import carray, get_thread_id, njit, types
+from numba import carray, get_thread_id, njit, prange, types
 from numba.extending import intrinsic
+
+from ffcv_imnet.native import build
 
 MASK = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
@@ -71,9 +81,19 @@ def random_crop(
 
 
 @njit(nogil=True, cache=True)
-def mirrored(seed: int, epoch: int, sample: int) -> bool:
-    """Whether the sample is flipped in this epoch: a bit of block 0 of its random stream."""
-    return philox(seed, sample, epoch, 0, 0)[0] & np.uint64(1) == np.uint64(1)
+def mirrored(mode: int, seed: int, epoch: int, sample: int) -> bool:
+    """Whether the sample is flipped in this epoch; `mode` is its place in `FLIPS`.
+
+    Random: a bit of block 0 of the sample's random stream. Alternating (arXiv:2404.00498, 3.5): that
+    bit of epoch 0, and the other one in every odd epoch, so that two epochs show both sides.
+    """
+    if mode == 0:
+        return False
+    drawn = np.uint64(epoch) if mode == 1 else np.uint64(0)
+    bit = philox(seed, sample, drawn, 0, 0)[0] & np.uint64(1)
+    if mode == 2:
+        bit ^= np.uint64(epoch) & np.uint64(1)
+    return bit == np.uint64(1)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -112,15 +132,94 @@ CONTROL = np.dtype(
         ("seed", "<u8"),
         ("epoch", "<u8"),
         ("random", "<u8"),  # 1: random_crop, 0: central_crop
-        ("flip", "<u8"),
-        ("damaged", "<u8"),  # out: 1 + index of a sample whose JPEG did not decode, else 0
+        ("flip", "<u8"),  # place in FLIPS
         ("scale", "<f8", 2),
         ("ratio", "<f8", 2),
         ("central", "<f8"),
     ]
 )
 WORDS = CONTROL.itemsize // 8
-RANDOM_WORD, FLIP_WORD, DAMAGED_WORD, SCALE_WORD, RATIO_WORD, CENTRAL_WORD = 2, 3, 4, 5, 7, 9
+RANDOM_WORD, FLIP_WORD, SCALE_WORD, RATIO_WORD, CENTRAL_WORD = 2, 3, 4, 6, 8
+FLIPS = ("none", "random", "alternating")
+# What is wrong with a sample, by the number that a decoder leaves in `CropDecoder.damaged`.
+DAMAGES = (
+    "",
+    "is damaged",
+    "has another size than the file's table says",
+    "is neither grey nor RGB",
+    "did not fit into memory",
+)
+JPEG = int(IMAGE_MODES["jpg"])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def chosen_crop(
+    height: int, width: int, sample: int, words: Any, numbers: Any
+) -> tuple[int, int, int, int]:
+    """The crop that the control block, as `words` and as float `numbers`, asks for."""
+    if words[RANDOM_WORD] == 0:
+        return central_crop(height, width, numbers[CENTRAL_WORD])
+    scale = numbers[SCALE_WORD : SCALE_WORD + 2]
+    ratio = numbers[RATIO_WORD : RATIO_WORD + 2]
+    return random_crop(height, width, words[0], words[1], sample, scale, ratio)
+
+
+_crop_resize: Any = types.ExternalFunction(build.FUNCTION, types.int64(*[types.int64] * 13))
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def _decode_natively(
+    indices: Any,
+    out: Any,
+    metadata: Any,
+    file: Any,
+    pointers: Any,
+    sizes: Any,
+    words: Any,
+    numbers: Any,
+    damaged: Any,
+) -> None:
+    """One batch through the C kernel. Compiled once a machine: it closes over nothing."""
+    for slot in prange(len(indices)):
+        sample = indices[slot]
+        field = metadata[sample]
+        start = field["data_ptr"]
+        size = sizes[np.searchsorted(pointers, start)]
+        height: Any = np.int64(field["height"])
+        width: Any = np.int64(field["width"])
+        top, left, h, w = chosen_crop(height, width, sample, words, numbers)
+        damaged[sample] = _crop_resize(
+            file[start : start + size].ctypes.data,
+            np.int64(size),
+            np.int64(field["mode"] == JPEG),
+            height,
+            width,
+            top,
+            left,
+            h,
+            w,
+            out[slot].ctypes.data,
+            out.shape[1],
+            out.shape[2],
+            np.int64(mirrored(words[FLIP_WORD], words[0], words[1], sample)),
+        )
+
+
+@functools.cache
+def native_kernel() -> ctypes.CDLL | None:
+    """The C kernel, known to numba by its name; None, said once, where it was not built."""
+    library = build.load()
+    if library is None:
+        print(
+            "the crop decoder is not compiled (make setup, or python -m ffcv_imnet.native.build): "
+            "images are decoded whole, which is slower",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+    address = ctypes.cast(library.ffcv_imnet_crop_resize, ctypes.c_void_p).value
+    llvmlite.binding.add_symbol(build.FUNCTION, address)
+    return library
 
 
 class CropDecoder(SimpleRGBImageDecoder):
@@ -129,13 +228,23 @@ class CropDecoder(SimpleRGBImageDecoder):
     `control` may be changed between epochs, `resolution` too; neither recompiles anything. An
     image is decoded into its thread's own scratch memory, not into a buffer per image of the
     batch (at 500 px, batch 1024: a megabyte a core instead of 4 GB).
+
+    Args:
+        resolution: side of the output, px.
+        samples: in the whole file.
+
+    Attributes:
+        damaged: (samples,) int8, what was wrong with a sample when it was last decoded: a place
+            in `DAMAGES`, 0 if nothing. Its pixels are black then.
     """
 
-    def __init__(self, resolution: int) -> None:
+    def __init__(self, resolution: int, samples: int) -> None:
         super().__init__()
         self.resolution = resolution
         self.control = np.zeros(1, dtype=CONTROL)
+        self.damaged = np.zeros(samples, dtype=np.int8)  # FFCV makes uint8 arrays read-only
         self.scratch = np.zeros(0, dtype=np.uint8)
+        self.native = native_kernel() is not None
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """FFCV asks this at the start of every epoch: the output buffer, (side, side, 3) an image."""
@@ -145,6 +254,32 @@ class CropDecoder(SimpleRGBImageDecoder):
 
     def generate_code(self) -> Callable[..., Any]:
         """The function that numba compiles: one batch, images in parallel."""
+        return self._native_code() if self.native else self._plain_code()
+
+    def _native_code(self) -> Callable[..., Any]:
+        control_at, damaged_at = self.control.ctypes.data, self.damaged.ctypes.data
+        samples = len(self.damaged)
+
+        def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
+            control: Any = _pointer(control_at)  # type: ignore[call-arg]  # numba adds one
+            marks: Any = _pointer(damaged_at)
+            file, pointers, sizes = storage
+            _decode_natively(
+                indices,
+                destination,
+                metadata,
+                file,
+                pointers,
+                sizes,
+                carray(control, WORDS, np.uint64),
+                carray(control, WORDS, np.float64),
+                carray(marks, samples, np.int8),
+            )
+            return destination[: len(indices)]
+
+        return decode
+
+    def _plain_code(self) -> Callable[..., Any]:
         heights = self.metadata["height"].astype(np.int64)
         widths = self.metadata["width"].astype(np.int64)
         stride = int((heights * widths).max()) * 3 if len(heights) else 0
@@ -154,21 +289,24 @@ class CropDecoder(SimpleRGBImageDecoder):
 
         parallel = threads > 1
         scratch_at, control_at = self.scratch.ctypes.data, self.control.ctypes.data
+        damaged_at, samples = self.damaged.ctypes.data, len(self.damaged)
         read = self.memory_read
         loop = Compiler.get_iterator()
-        jpeg = IMAGE_MODES["jpg"]
 
         def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
             for slot in loop(len(indices)):
                 control: Any = _pointer(control_at)  # type: ignore[call-arg]  # numba adds one
                 words = carray(control, WORDS, np.uint64)
                 numbers = carray(control, WORDS, np.float64)
+                marks: Any = _pointer(damaged_at)
+                damaged = carray(marks, samples, np.int8)
                 sample = indices[slot]
                 field = metadata[sample]
                 stored = read(field["data_ptr"], storage)
                 height, width = np.int64(field["height"]), np.int64(field["width"])
                 pixels = stored
-                if field["mode"] == jpeg:
+                damaged[sample] = 0
+                if field["mode"] == JPEG:
                     thread = get_thread_id() if parallel else 0
                     scratch: Any = _pointer(scratch_at + thread * stride)
                     pixels = carray(scratch, height * width * 3, np.uint8)
@@ -188,19 +326,10 @@ class CropDecoder(SimpleRGBImageDecoder):
                         False,
                     )
                     if status != 0:
-                        words[DAMAGED_WORD] = np.uint64(sample) + np.uint64(1)
-                if words[RANDOM_WORD] != 0:
-                    top, left, h, w = random_crop(
-                        height,
-                        width,
-                        words[0],
-                        words[1],
-                        sample,
-                        numbers[SCALE_WORD : SCALE_WORD + 2],
-                        numbers[RATIO_WORD : RATIO_WORD + 2],
-                    )
-                else:
-                    top, left, h, w = central_crop(height, width, numbers[CENTRAL_WORD])
+                        damaged[sample] = 1
+                        destination[slot] = 0
+                        continue
+                top, left, h, w = chosen_crop(height, width, sample, words, numbers)
                 ctypes_resize(
                     0,
                     pixels.ctypes.data,
@@ -214,7 +343,7 @@ class CropDecoder(SimpleRGBImageDecoder):
                     destination.shape[1],
                     destination.shape[2],
                 )
-                if words[FLIP_WORD] != 0 and mirrored(words[0], words[1], sample):
+                if mirrored(words[FLIP_WORD], words[0], words[1], sample):
                     mirror(destination[slot])
             return destination[: len(indices)]
 

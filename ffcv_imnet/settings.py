@@ -56,13 +56,14 @@ class Switch(Checker):
 
 
 class Choice(Checker):
-    """One of a few words."""
+    """One of a few words; `once` maps what earlier recipes say to what it is called now."""
 
-    def __init__(self, words: Sequence[str]) -> None:
-        self.words = words
+    def __init__(self, words: Sequence[str], once: dict[str, str] | None = None) -> None:
+        self.words, self.once = words, once or {}
 
     def check(self, value: object) -> str:
         word = str(value).lower()
+        word = self.once.get(word, word)
         if word not in self.words:
             raise ValueError
         return word
@@ -202,6 +203,11 @@ class Data:
         None, "decoding threads of one process; default: usable cores over local processes", 1
     )
     batches_ahead: int = _int(3, "batches decoded ahead of the one in use", 1, 64)
+    on_damaged: str = _setting(
+        "stop",
+        Choice(["stop", "skip"]),
+        "a stored picture that does not decode ends the run, or not",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +220,11 @@ class Augmentation:
     crop_ratio: tuple[float, float] = _setting(
         (0.75, 4 / 3), Range(0.01, 100.0), "width over height of a crop"
     )
-    flip: bool = _switch(True, "mirror every picture with probability one half")
+    flip: str = _setting(
+        "random",
+        Choice(["random", "alternating", "none"], once={"true": "random", "false": "none"}),
+        "mirror each picture: by chance, every second epoch (arXiv:2404.00498), or never",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

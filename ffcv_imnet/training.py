@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_imnet.checkpoint import Learner
-from ffcv_imnet.data import TrainLoader
+from ffcv_imnet.data import PADDING, TrainLoader
 from ffcv_imnet.distributed import Interrupted, StopSignal, World
 from ffcv_imnet.errors import RunError
 from ffcv_imnet.evaluation import Metrics
@@ -139,7 +139,12 @@ def train_epoch(
                 world.device.type, learner.dtype, enabled=learner.dtype != torch.float32
             ):
                 logits = learner.forward(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=plan.label_smoothing)
+                loss = F.cross_entropy(
+                    logits,
+                    labels,
+                    ignore_index=PADDING,  # damaged pictures, if they are skipped
+                    label_smoothing=plan.label_smoothing,
+                )
             learner.scaler.scale(loss).backward()
             learner.scaler.step(learner.optimizer)
             learner.scaler.update()

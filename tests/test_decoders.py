@@ -77,7 +77,7 @@ def test_crops_lie_inside_and_cover_the_range() -> None:
         assert top >= 0 and left >= 0 and h > 0 and w > 0
         assert top + h <= 300 and left + w <= 400
         areas.append(h * w / 120_000)
-        flips += d.mirrored(0, 0, sample)
+        flips += d.mirrored(1, 0, 0, sample)
     assert min(areas) < 0.1 and max(areas) > 0.9
     assert abs(flips / 4000 - 0.5) < 0.03  # four standard deviations
 

@@ -1,0 +1,1 @@
+"""C that is compiled at set-up, beside ffcv's own."""
