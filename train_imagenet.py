@@ -105,8 +105,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     if run.finished:
         print(f"{run.path}: the run is finished after {len(run.epochs)} epochs; nothing to do")
         return 0
-    first = len(run.epochs)
-    before = run.epochs[-1].elapsed_seconds if first else 0.0
+    first, trained, before = len(run.epochs), run.trained, run.elapsed_seconds
 
     connect(world)
     stop = StopSignal()
@@ -129,6 +128,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         git_commit=provenance.git_commit(),
         first_epoch=first,
+        first_step=trained.steps,
     )
     if world.is_main:
         run.start(header)
@@ -143,7 +143,12 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             if world.any([stopped is not None])[0]:
                 stopped = stopped or "a limit"  # the clocks of two processes differ by a little
                 break
-            trained = train_epoch(learner, train_loader, plan, settings, world, stop)
+            while trained.steps < plan.steps:
+                trained = train_epoch(learner, train_loader, plan, settings, world, stop, trained)
+                if trained.signal is not None:
+                    raise Interrupted(trained.signal)
+                if trained.steps < plan.steps and world.is_main:
+                    run.save_within(learner, trained, before + time.perf_counter() - started)
             validation_started = time.perf_counter()
             plain, ema = validate(learner, val_loader, world, settings.validation.lr_tta, stop)
             now = time.perf_counter()
@@ -157,6 +162,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
                 peak_memory_bytes=world.peak_memory(),
             )
             run.records.append(epoch)
+            trained = checkpoint.Trained()
             if world.is_main:
                 run.save(learner)
                 boards.add(epoch)
@@ -165,8 +171,9 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
                 break
     except Interrupted as end:
         if world.is_main:
-            name = signal.Signals(end.signal).name
-            print(f"stopped by {name}; --resume auto goes on from epoch {len(run.epochs)}")
+            run.save_within(learner, trained, before + time.perf_counter() - started)
+            name, done = signal.Signals(end.signal).name, len(run.epochs)
+            print(f"stopped by {name}; --resume auto goes on in epoch {done}, step {trained.steps}")
         disconnect(world)
         boards.close()
         run.release()

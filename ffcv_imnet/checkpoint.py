@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,21 @@ class Learner:
         return DTYPES[self.precision]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How far the training of an epoch has come, and what it came to so far."""
+
+    steps: int = 0
+    loss_sum: float = 0.0  # over the steps: the training objective, mean over all processes
+    lr: float = 0.0  # at the last step
+    seconds: float = 0.0
+    loader_seconds: float = 0.0  # waited for batches
+    compile_seconds: float | None = None  # None: not compiled
+    signal: int | None = None  # the one that ended it early
+
+
 def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:
-    """Everything that going on needs. Crops and order need nothing: they follow from the epoch.
+    """Everything that going on needs. Crops and order need nothing: they follow from epoch and step.
 
     Args:
         run: plain values: settings, data checksums, classes, the records so far.
@@ -71,14 +85,42 @@ def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Write under a temporary name, reach the disk, rename: `path` is never half a checkpoint."""
+def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Write under a temporary name, reach the disk, read back, rename: `path` is never half a
+    checkpoint. What bore the name before is kept as `previous`.
+
+    Raises:
+        RunError: the disk is full, or gives back other bytes than it was given.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} could not be written ({reason_of(error)}): make room, and --resume auto goes on "
+            f"from the checkpoint before"
+        ) from error
+    if (damage := damage_of(partial)) is not None:
+        raise RunError(
+            f"{partial} was written and reads back damaged ({damage}): is the disk sound?"
+        )
+    if previous is not None and path.exists():
+        copy(path, previous)
     partial.replace(path)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes; None if each part has its checksum (the zip's CRC-32)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        return reason_of(error)
+    return None if part is None else f"the checksum of {part} differs"
 
 
 def copy(source: Path, target: Path) -> None:
@@ -129,6 +171,8 @@ def read(path: Path) -> Any:
         start and start != b"PK" and not start.startswith(b"\x80")
     ):  # a zip, before torch 1.6 a pickle
         raise UsageError(f"{path} is no file of weights: torch.save did not write it")
+    if start == b"PK" and (damage := damage_of(path)) is not None:
+        raise RunError(f"{path} is damaged, cut off or no file of weights ({damage})")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript's archives, which are refused below

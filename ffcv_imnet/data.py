@@ -288,15 +288,15 @@ class TrainLoader:
             settings.data,
         )
 
-    def epoch(self, plan: EpochPlan) -> Batches:
-        """This process's batches of one epoch; see `_OrderedLoader.batches`."""
+    def epoch(self, plan: EpochPlan, first_step: int = 0) -> Batches:
+        """This process's batches of one epoch from a step on; see `_OrderedLoader.batches`."""
         self.decoder.control["epoch"] = plan.epoch
         self.decoder.control["scale"] = plan.crop_scale
         self.decoder.resolution = plan.resolution
         self.loader.batch_size = local_batch_size(plan.batch_size, self.world)
         order = epoch_order(self.samples, self.seed, plan.epoch)
         order = share_of_order(order, self.loader.batch_size, self.world.rank, self.world.size)
-        return self.loader.batches(order, self.world.device)
+        return self.loader.batches(order[first_step * self.loader.batch_size :], self.world.device)
 
 
 class ValLoader:

@@ -13,6 +13,7 @@ import torch
 from tabulate import tabulate
 
 from ffcv_imnet import checkpoint
+from ffcv_imnet.checkpoint import Trained
 from ffcv_imnet.data import Batches, TrainLoader, ValLoader, check_data
 from ffcv_imnet.distributed import StopSignal, World, connect, describe_world, disconnect
 from ffcv_imnet.evaluation import evaluate
@@ -59,7 +60,7 @@ class _Timed:
                 self.asked.append(asked)
                 yield batch
 
-    def epoch(self, plan: EpochPlan) -> Batches:
+    def epoch(self, plan: EpochPlan, first_step: int = 0) -> Batches:
         return self.batches()
 
     def seconds_a_batch(self, end: float) -> float:
@@ -92,12 +93,17 @@ def measure(
     Raises:
         RunError: the loader failed.
     """
-    still = replace(settings, lr=replace(settings.lr, lr=1e-12))
+    still = replace(
+        settings,
+        lr=replace(settings.lr, lr=1e-12),
+        training=replace(settings.training, checkpoint_minutes=0.0),
+    )
 
     def steps(source: Callable[[], Batches], count: int) -> tuple[_Timed, float]:
         timed = _Timed(source)
         short = replace(plan, steps=count)
-        train_epoch(learner, cast(TrainLoader, timed), short, still, world, _no_signals())
+        batches = cast(TrainLoader, timed)
+        train_epoch(learner, batches, short, still, world, _no_signals(), Trained())
         return timed, timed.seconds_a_batch(time.perf_counter())
 
     def agree(share: float, a_batch: float) -> int:

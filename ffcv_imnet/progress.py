@@ -17,15 +17,22 @@ class Progress:
         what: the word in front of the bar, for instance "epoch 3".
         unit: what is counted, for instance "img".
         enabled: False prints nothing (ranks other than 0).
+        initial: items done before; they do not count in the rate.
     """
 
-    def __init__(self, total: int, what: str, unit: str = "img", enabled: bool = True) -> None:
+    def __init__(
+        self, total: int, what: str, unit: str = "img", enabled: bool = True, initial: int = 0
+    ) -> None:
         self.total, self.what, self.unit, self.enabled = total, what, unit, enabled
-        self.done = 0
+        self.done = self.initial = initial
         self.note = ""
         self.started = self.printed = time.monotonic()
         terminal = enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False) if terminal else None
+        self.bar = (
+            tqdm(total=total, desc=what, unit=f" {unit}", leave=False, initial=initial)
+            if terminal
+            else None
+        )
 
     def update(self, count: int, note: str = "") -> None:
         """`count` more items are done; `note` (loss, resolution) stands behind the bar until the next one."""
@@ -44,7 +51,13 @@ class Progress:
         """The state as one plain line: percent, count, time so far and left, rate, note."""
         elapsed = time.monotonic() - self.started
         meter = tqdm.format_meter(
-            self.done, self.total, elapsed, ncols=0, prefix=self.what, unit=f" {self.unit}"
+            self.done,
+            self.total,
+            elapsed,
+            ncols=0,
+            prefix=self.what,
+            unit=f" {self.unit}",
+            initial=self.initial,
         )
         return f"{meter} {self.note}".rstrip()
 

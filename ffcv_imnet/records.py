@@ -28,6 +28,7 @@ class Header:
     started: str  # UTC, ISO 8601
     git_commit: str | None = None  # of this project, with "+changes" if the tree was not clean
     first_epoch: int = 0  # > 0 on a resumed run
+    first_step: int = 0  # within it, > 0 on a run that was stopped within an epoch
 
 
 @dataclass(frozen=True, kw_only=True)

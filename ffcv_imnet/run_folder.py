@@ -1,25 +1,28 @@
-"""RUN, the folder of one run: log.jsonl, config.yaml, classes.txt, last.pt, best.pt.
+"""RUN, the folder of one run: log.jsonl, config.yaml, classes.txt, last.pt, previous.pt, best.pt.
 
-Resume policy: last.pt holds the records of its epochs; a resumed run first makes log.jsonl say
-exactly those, then goes on with the next epoch. An epoch counts once its checkpoint has its name.
-A run is resumed only under the settings and data that shape its result.
+Resume policy: last.pt holds the records of its epochs, and how far the one after them has come; a
+resumed run first makes log.jsonl say exactly those, then goes on with the next step. An epoch counts
+once its checkpoint has its name. If last.pt is damaged, previous.pt, the checkpoint before, is
+taken. A run is resumed only under the settings and data that shape its result.
 """
 
 import fcntl
 import os
+import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ffcv_imnet import checkpoint, records
 from ffcv_imnet.beton import Manifest
+from ffcv_imnet.checkpoint import Trained
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.records import Epoch, Header, Reached, Record, Summary
 from ffcv_imnet.settings import Settings, differences, to_dict, to_yaml
 
-LOG, LAST, BEST = "log.jsonl", "last.pt", "best.pt"
+LOG, LAST, PREVIOUS, BEST = "log.jsonl", "last.pt", "previous.pt", "best.pt"
 
 
 @dataclass
@@ -31,6 +34,9 @@ class RunFolder:
     classes: tuple[str, ...]
     data: dict[str, str]  # content checksums of train and val
     state: dict[str, Any] | None = None  # the checkpoint to go on from
+    trained: Trained = field(default_factory=Trained)  # of the epoch after those in `records`
+    elapsed_seconds: float = 0.0  # up to the checkpoint, from the start of the run's first part
+    damaged: bool = False  # last.pt is, and `state` is the one before
     records: list[Record] = field(default_factory=list)
     release: Callable[[], object] = lambda: None  # lets another process train in the folder
 
@@ -67,6 +73,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
+            if self.damaged:  # kept for whoever wants to look, and out of previous.pt's way
+                (self.path / LAST).replace(self.path / "damaged.pt")
             (self.path / "config.yaml").write_text(to_yaml(self.settings), encoding="utf-8")
             names = "".join(f"{name}\n" for name in self.classes)
             (self.path / "classes.txt").write_text(names, encoding="utf-8")
@@ -89,15 +97,24 @@ class RunFolder:
         except OSError:
             pass  # a file system without locks
 
-    def save(self, learner: checkpoint.Learner) -> None:
-        """Keep the epoch that was appended to `records`: checkpoint first, then its line in the log."""
+    def save_within(
+        self, learner: checkpoint.Learner, trained: Trained, elapsed_seconds: float
+    ) -> None:
+        """Keep how far an epoch has come. Raises RunError; see `checkpoint.save`."""
         run = {
             "settings": to_dict(self.settings),
             "data": self.data,
             "classes": list(self.classes),
             "records": [records.to_dict(record) for record in self.records],
+            "trained": asdict(replace(trained, signal=None)),
+            "elapsed_seconds": elapsed_seconds,
         }
-        checkpoint.save(checkpoint.state_of(learner, run), self.path / LAST)
+        state = checkpoint.state_of(learner, run)
+        checkpoint.save(state, self.path / LAST, self.path / PREVIOUS)
+
+    def save(self, learner: checkpoint.Learner) -> None:
+        """Keep the epoch that was appended to `records`: checkpoint first, then its line in the log."""
+        self.save_within(learner, Trained(), self.epochs[-1].elapsed_seconds)
         *earlier, newest = [_score(epoch)[0] for epoch in self.epochs]
         if newest > max(earlier, default=-1.0):
             checkpoint.copy(self.path / LAST, self.path / BEST)
@@ -154,6 +171,8 @@ def open_run(settings: Settings, resume: str | None, train: Manifest, val: Manif
         return run
 
     run.state = _load(source)
+    if run.state is None:
+        run.state, run.damaged = checkpoint.load(source.with_name(PREVIOUS)), True
     saved = run.state["run"]
     if differ := differences(to_dict(settings), saved["settings"]):
         raise UsageError(
@@ -165,16 +184,27 @@ def open_run(settings: Settings, resume: str | None, train: Manifest, val: Manif
         which = " and ".join(changed) or "classes"
         raise UsageError(f"--resume: {source} was made from other data ({which} differ)")
     run.records = [records.from_dict(record) for record in saved["records"]]
+    run.trained = Trained(**saved.get("trained", {}))
+    so_far = run.epochs[-1].elapsed_seconds if run.epochs else 0.0
+    run.elapsed_seconds = saved.get("elapsed_seconds", so_far)
     return run
 
 
-def _load(source: Path) -> dict[str, Any]:
-    """`source`'s state; a damaged last.pt's message names best.pt, where that is another file."""
-    best = source.with_name(BEST)
+def _load(source: Path) -> dict[str, Any] | None:
+    """`source`'s state; None, said, if it is a damaged last.pt and previous.pt is whole.
+
+    Without that the message names best.pt, where it is another file.
+    """
+    previous, best = source.with_name(PREVIOUS), source.with_name(BEST)
     try:
         return checkpoint.load(source)
     except RunError as error:
-        if source.name != LAST or not best.is_file() or best.samefile(source):
+        if source.name != LAST:
+            raise
+        if previous.is_file() and checkpoint.damage_of(previous) is None:
+            print(f"{error}: going on from {previous}, the one before", file=sys.stderr)
+            return None
+        if not best.is_file() or best.samefile(source):
             raise
         raise RunError(f"{error}; --resume {best} goes on from the best epoch") from error
 

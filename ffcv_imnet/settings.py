@@ -298,6 +298,10 @@ class Training:
     seed: int = _int(0, "of initial weights, order, crops and flips", 0, 2**63 - 1)
     stop_at: float = _float(0.0, "target of top_1 or ema_top_1, a fraction of one; 0: none", 0, 1)
     stop_when_reached: bool = _switch(False, "end the run at the target instead of at its epochs")
+    checkpoint_minutes: float = _float(
+        10.0,
+        "between checkpoints within an epoch; one is written after each epoch too; 0: only then",
+    )
     max_hours: float = _float(
         0.0, "stop at a checkpoint before this much is spent, earlier parts included; 0: none"
     )
@@ -385,6 +389,7 @@ NOT_OF_THE_RESULT = (
     "data.num_workers",
     "data.batches_ahead",
     "logging.folder",
+    "training.checkpoint_minutes",
     "training.max_hours",
     "training.max_cost",
     "cost.dollars_per_hour",

@@ -1,8 +1,8 @@
 """One epoch forward."""
 
+import signal
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ffcv_imnet.checkpoint import Learner
+from ffcv_imnet.checkpoint import Learner, Trained
 from ffcv_imnet.data import PADDING, TrainLoader
-from ffcv_imnet.distributed import Interrupted, StopSignal, World
+from ffcv_imnet.distributed import StopSignal, World
 from ffcv_imnet.errors import RunError
 from ffcv_imnet.evaluation import Metrics
 from ffcv_imnet.models import build_model
@@ -83,18 +83,6 @@ def compile_static(module: nn.Module) -> nn.Module:
     return cast(nn.Module, torch.compile(module, dynamic=False))
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What an epoch of training came to."""
-
-    loss: float  # mean training objective over all processes
-    lr: float  # at the last step
-    images_per_second: float
-    seconds: float
-    loader_seconds: float  # waited for batches
-    compile_seconds: float | None = None  # None: not compiled
-
-
 def compile_seconds() -> float:
     """What torch.compile has taken in this process so far."""
     return float(torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0))
@@ -107,26 +95,34 @@ def train_epoch(
     settings: Settings,
     world: World,
     stop: StopSignal,
+    before: Trained,
 ) -> Trained:
-    """Make the steps of one epoch.
+    """Make the steps of one epoch that `before` has not made.
 
+    Returns early, after the step in hand, when a signal arrived or a checkpoint is due; call it again
+    with what it returned to go on. BatchNorm's running statistics are then made equal on all processes.
     Loss and the first step at which it was not finite stay on the device; the host reads them
     every `LOOK_EVERY` seconds.
 
     Raises:
         RunError: the loss became NaN or infinite, or the loader failed.
-        Interrupted: a signal arrived; the step in hand was finished.
     """
     learner.model.train()
-    rate = 0.0
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    rate, ended = 0.0, None
+    minutes = settings.training.checkpoint_minutes or float("inf")
+    summed = before.loss_sum * world.size if world.is_main else 0.0
+    loss_sum = torch.tensor(summed, dtype=torch.float64, device=world.device)
     first_bad = torch.full((), plan.steps, dtype=torch.int64, device=world.device)
     waited, compiled = 0.0, compile_seconds()
     started = looked = time.perf_counter()
     what = f"epoch {plan.epoch} {plan.resolution} px"
-    batches = loader.epoch(plan)
-    with closing(batches), Progress(plan.images, what, enabled=world.is_main) as progress:
-        for step in range(plan.steps):
+    batches = loader.epoch(plan, before.steps)
+    made = before.steps * plan.batch_size
+    with (
+        closing(batches),
+        Progress(plan.images, what, enabled=world.is_main, initial=made) as progress,
+    ):
+        for step in range(before.steps, plan.steps):
             asked = time.perf_counter()
             images, labels = next(batches)
             waited += time.perf_counter() - asked
@@ -161,22 +157,29 @@ def train_epoch(
             progress.update(plan.batch_size)
 
             if world.size == 1 or last or step % AGREE_EVERY == 0:
-                due = last or time.perf_counter() - looked > LOOK_EVERY
-                stopped, look = world.any([stop.received is not None, due])
-                if stopped:
-                    raise Interrupted(stop.received or 15)
-                if look:
-                    looked = time.perf_counter()
+                now = time.perf_counter()
+                save = now - started > 60 * minutes
+                stopped, save, look = world.any(
+                    [stop.received is not None, save, last or save or now - looked > LOOK_EVERY]
+                )
+                if look or stopped:
+                    looked = now
                     _check_finite(int(first_bad), plan, world)
-                    progress.update(0, f"loss {float(loss_sum) / (step + 1):.3f} lr {rate:.4g}")
-    seconds = time.perf_counter() - started
+                    mean = (float(loss_sum) - summed) / (step + 1 - before.steps)
+                    progress.update(0, f"loss {mean:.3f} lr {rate:.4g}")
+                if stopped or save:
+                    world.share(learner.model)  # the checkpoint is one process's
+                    ended = (stop.received or signal.SIGTERM) if stopped else None
+                    break
+    compiling = compile_seconds() - compiled + (before.compile_seconds or 0.0)
     return Trained(
-        loss=float(world.sum(loss_sum)) / (plan.steps * world.size),
+        steps=step + 1,
+        loss_sum=float(world.sum(loss_sum)) / world.size,
         lr=rate,
-        images_per_second=plan.images / seconds,
-        seconds=seconds,
-        loader_seconds=waited,
-        compile_seconds=compile_seconds() - compiled if settings.training.compile else None,
+        seconds=before.seconds + time.perf_counter() - started,
+        loader_seconds=before.loader_seconds + waited,
+        compile_seconds=compiling if settings.training.compile else None,
+        signal=ended,
     )
 
 
@@ -188,7 +191,7 @@ def _check_finite(first_bad: int, plan: EpochPlan, world: World) -> None:
         raise RunError(
             f"the training loss became NaN or infinite in epoch {plan.epoch}, {where}: start again in "
             f"another logging.folder with a lower lr.lr or a longer lr.lr_peak_epoch; what was saved "
-            f"of earlier epochs is kept"
+            f"before is kept"
         )
 
 
@@ -205,7 +208,7 @@ def epoch_record(
         resolution=plan.resolution,
         batch_size=plan.batch_size,
         lr=trained.lr,
-        train_loss=trained.loss,
+        train_loss=trained.loss_sum / plan.steps,
         val_loss=plain.loss,
         top_1=plain.top_1,
         top_5=plain.top_5,
@@ -216,7 +219,7 @@ def epoch_record(
         ema_top_5=ema.top_5 if ema else None,
         ema_tta_top_1=ema.tta_top_1 if ema else None,
         ema_tta_top_5=ema.tta_top_5 if ema else None,
-        images_per_second=trained.images_per_second,
+        images_per_second=plan.images / trained.seconds,
         train_seconds=trained.seconds,
         loader_seconds=trained.loader_seconds,
         compile_seconds=trained.compile_seconds,

@@ -180,6 +180,7 @@ def proportional_memory(pid: int) -> float:
 
 def first_steps(folder: Path, started: float) -> int:
     """What `train_imagenet.py` does until the first batch, then four steps of training."""
+    from ffcv_imnet.checkpoint import Trained
     from ffcv_imnet.data import TrainLoader, ValLoader, check_data
     from ffcv_imnet.distributed import StopSignal, connect, describe_world, disconnect
     from ffcv_imnet.schedules import plan_run
@@ -209,14 +210,14 @@ def first_steps(folder: Path, started: float) -> int:
     first = time.time() - started
     batches.close()
     plan = dataclasses.replace(plan, steps=4)
-    trained = train_epoch(learner, loader, plan, settings, world, StopSignal())
+    trained = train_epoch(learner, loader, plan, settings, world, StopSignal(), Trained())
     disconnect(world)
     said = {
         "imports s": imported,
         "checked s": checked,
         "loaders s": loaded,
         "first batch s": first,
-        "loss": trained.loss,
+        "loss": trained.loss_sum / trained.steps,
     }
     (folder / "first_steps.json").write_text(json.dumps(said))
     print(f"first batch {first:.1f} s after the command, of which imports {imported:.1f} s")
