@@ -352,7 +352,7 @@ def test_dry_run_needs_no_data() -> None:
     assert done.returncode == 0 and done.stderr == ""
     assert "1,281,167 training images (ImageNet's number" in done.stdout
     assert "lr: {lr: 0.25" in done.stdout
-    plan, bill = done.stdout.split("\n\n")[1:3]
+    plan, bill = done.stdout.split("\n\n")[2:4]
     rows = [line.split() for line in plan.splitlines()[2:]]
     assert [int(row[1]) for row in rows] == [160] * 12 + [192] * 4
     assert bill.startswith("the bill:")
