@@ -431,9 +431,9 @@ def _verify_pixels(path: Path, tables: Tables, index: int, data: bytes) -> None:
     try:  # not OpenCV, whose libjpeg prints a line of its own
         height, width = decode_rgb(data).shape[:2]
         found = f"is {width} x {height}"
-    except BadImage as bad:
+    except BadImage:
         height, width = 0, 0
-        found = f"does not decode ({bad})"
+        found = "does not decode"
     if (height, width) != said:
         raise RunError(
             f"sample {index:,} of {path} {found}, said to be {said[1]} x {said[0]}: {_again(path)}"

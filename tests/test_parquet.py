@@ -165,14 +165,15 @@ def test_a_download_with_holes_is_refused(tree: Path, tmp_path: Path) -> None:
 
 def test_shards_that_are_not_images_with_labels(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
-    for images, labels, reason in [
+    cases: list[tuple[list[Any], list[Any], str]] = [
         (["text"], [0], "holds string, not encoded images"),
         ([b"x"], [0.5], "holds double, not numbers or names"),
         ([b"x"], [-1], "images without labels"),
         ([{"bytes": b"x", "path": None}], [None], "holds null, not numbers|without labels"),
         ([{"bytes": b"x", "path": "a_n00000001.JPEG"}, {"bytes": b"x", "path": "a_n00000002.JPEG"}],
          [0, 0], "label 0 is n00000001 and n00000002"),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for images, labels, reason in cases:
         shard(path, images, labels)
         with pytest.raises((RunError, UsageError), match=reason):
             ParquetShards([path])

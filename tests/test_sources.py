@@ -74,7 +74,7 @@ def test_flat_validation_images(data: Path) -> None:
     (flat / "notes.txt").write_text("")
     assert open_source("val", root, val_labels=held).ignored == 1
     before = source.fingerprint()
-    held.write_text(held.read_text().replace("n00000000", "n00000009"))
+    held.write_text(held.read_text().replace(",n00000000", ",n00000009"))
     assert open_source("val", root, val_labels=held).fingerprint() != before
     (flat / "new.JPEG").write_bytes(b"")
     with pytest.raises(RunError, match=r"1 of the 10 images of .* have no label, for instance new"):
