@@ -109,12 +109,24 @@ def test_options_that_contradict_each_other(data: Path) -> None:
 
 def test_an_archive_of_the_other_split_or_of_folders(data: Path) -> None:
     official = (data / "train.tar").rename(data / "ILSVRC2012_img_train.tar")
-    with pytest.raises(UsageError, match="is the archive of train, and --split is val"):
+    with pytest.raises(UsageError, match="is the archive of train, not of val"):
         open_source("val", data, tar=official)
     folders = tar_of(*(member(f"train/n{i}/{i}.JPEG", b"1") for i in range(3)))
     (data / "mine.tar").write_bytes(folders)
     with pytest.raises(UsageError, match=r"in folders, for instance train/n0/0\.JPEG: unpack it"):
         open_source("train", data, tar=data / "mine.tar")
+
+
+def test_a_folder_too_deep_a_zip_and_a_folder_of_tars(data: Path) -> None:
+    (data / "kaggle.zip").write_bytes(b"PK")
+    for place, reason in [
+        (data / "tree/train", rf"has no folder 'train'.*did you mean {data}/tree\?"),
+        (data / "kaggle.zip", "is a file, not a folder"),
+        (data, r"a tar is read with --tar"),
+        (data / "none", "does not exist"),
+    ]:
+        with pytest.raises(UsageError, match=reason):
+            open_source("train", place)
 
 
 def test_the_same_photographs_are_stored_alike(data: Path) -> None:

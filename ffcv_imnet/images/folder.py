@@ -98,6 +98,10 @@ def _check_root(root: Path) -> None:
     if root.is_dir():
         return
     layout = f"expected {root}/<class name>/*.jpg"
+    if root.parent.is_file():
+        raise UsageError(
+            f"{root.parent} is a file, not a folder (a zip must be unpacked): {layout}"
+        )
     if not root.parent.is_dir():
         raise UsageError(f"the folder {root.parent} does not exist: {layout}")
     names = sorted(entry.name for entry in os.scandir(root.parent))
@@ -105,6 +109,10 @@ def _check_root(root: Path) -> None:
     # Lower case first: "Train" for "train" is the commonest slip.
     close = [name for name in names if name.lower() == root.name.lower()]
     hint = f" (did you mean {close[0]}?)" if close else nearest(root.name, names)
+    if root.parent.absolute().name == root.name:
+        hint = f" (did you mean {root.parent.absolute().parent}?)"
+    elif any(name.endswith(".tar") for name in names):
+        hint = " (a tar is read with --tar)"
     raise UsageError(f"{root.parent} has no folder {root.name!r}: {layout}; it holds {holds}{hint}")
 
 

@@ -51,6 +51,8 @@ def shards_of(folder: Path, split: str) -> list[Path]:
         RunError: their names say that there should be more.
     """
     names = ("val", "validation") if split == "val" else (split,)
+    if not folder.exists():
+        raise UsageError(f"{folder} does not exist")
     if folder.is_file():
         if (said := SHARD.match(folder.name)) and said[1] not in names:
             raise UsageError(f"{folder} is a shard of {said[1]}, and --split is {split}")

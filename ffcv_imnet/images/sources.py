@@ -34,9 +34,7 @@ def open_source(
     if split == "train" and val_labels is not None:
         raise UsageError("--val_labels goes with --split val")
     if tar is not None:
-        other = "val" if split == "train" else "train"
-        if tar.name == OFFICIAL.format(other):
-            raise UsageError(f"{tar} is the archive of {other}, and --split is {split}")
+        check_split(tar, split)
         return TarArchive(tar, read_labels(val_labels) if val_labels else None)
     if parquet is not None:
         if val_labels is not None:
@@ -53,6 +51,13 @@ def open_source(
             )
         return FlatFolder(folder, read_labels(labels))
     return ImageFolderTree(folder)
+
+
+def check_split(tar: Path, split: str) -> None:
+    """Raises UsageError where the archive's name is the official one of the other split."""
+    other = "val" if split == "train" else "train"
+    if tar.name == OFFICIAL.format(other):
+        raise UsageError(f"{tar} is the archive of {other}, not of {split}")
 
 
 def reading_order(source: ImageSource) -> NDArray[np.int64]:

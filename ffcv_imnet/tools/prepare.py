@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.images.labels import read_labels
+from ffcv_imnet.images.sources import check_split
 from ffcv_imnet.images.tar import TarArchive, describe_fault, index_tar
 from ffcv_imnet.progress import Progress
 from ffcv_imnet.tools import ToolParser
@@ -98,6 +99,7 @@ def open_splits(options: argparse.Namespace) -> list[Split]:
     for name, tar in (("train", options.train_tar), ("val", options.val_tar)):
         if tar is None:
             continue
+        check_split(tar, name)
         print(f"{tar}: reading its headers", flush=True)
         wnids = read_labels(options.val_labels) if name == "val" else None
         images = TarArchive(tar, wnids, damaged=True)
