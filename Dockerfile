@@ -10,7 +10,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential pkg-config libopencv-dev \
-        libturbojpeg0-dev libgl1 libglib2.0-0t64 python3-dev python3-venv make \
+        libturbojpeg0-dev libjpeg-dev libgl1 libglib2.0-0t64 python3-dev python3-venv make \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /work
 # NVIDIA's image holds pip to its own builds; the lock's are wanted, in a .venv of their own.
@@ -18,5 +18,7 @@ ENV PIP_CONSTRAINT="" OMP_WAIT_POLICY=PASSIVE
 COPY setup.sh requirements.lock ./
 RUN bash setup.sh && .venv/bin/python -m pip cache purge
 COPY . .
+# set-up ran before the sources were there, so that an edit of them does not repeat it
+RUN .venv/bin/python -m ffcv_imnet.native.build
 ENTRYPOINT ["/work/.venv/bin/python"]
 CMD ["train_imagenet.py", "--help"]

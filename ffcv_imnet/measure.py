@@ -2,8 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,8 @@ from ffcv_imnet.training import build_learner, train_epoch
 
 # Of the seconds given, what the loader alone, the step alone and both together get: the prediction
 # rests on the last.
-SHARES = (1 / 6, 1 / 3, 1 / 2)
+SHARES = (1 / 12, 1 / 4, 2 / 3)
+ROUNDS = 2  # over all resolutions: a shared machine is faster in one minute than in the next
 PILOT_STEPS = 3  # what tells how long a step takes; the first one compiles
 
 
@@ -46,10 +46,12 @@ class _Timed:
         self.source, self.samples = source, samples
         self.asked: list[float] = []
         self.first_batch = 0.0
+        self.ended = 0.0
         self.until = float("inf")
 
     def batches(self) -> Batches:
-        with closing(self.source()) as source:
+        source = self.source()
+        try:
             while len(self.asked) < PILOT_STEPS or time.perf_counter() < self.until:
                 asked = time.perf_counter()
                 batch = next(source, None)
@@ -59,15 +61,29 @@ class _Timed:
                     self.first_batch = time.perf_counter() - asked
                 self.asked.append(asked)
                 yield batch
+        finally:
+            # Stopping a loader in mid-epoch takes it a second or two that no whole epoch spends.
+            self.ended = time.perf_counter()
+            source.close()
 
     def epoch(self, plan: EpochPlan, first_step: int = 0) -> Batches:
         return self.batches()
 
-    def seconds_a_batch(self, end: float) -> float:
+    @property
+    def seconds(self) -> float:
+        """From the first question to the end of the last batch's step."""
+        return self.ended - self.asked[0]
+
+    @property
+    def seconds_a_batch(self) -> float:
         """Mean, without the first one, which starts threads, where there is another."""
-        spans = [b - a for a, b in pairwise([*self.asked, end])]
+        spans = [b - a for a, b in pairwise([*self.asked, self.ended])]
         later = spans[1:] or spans
         return sum(later) / len(later)
+
+    def warm_up(self, a_batch: float, first_batch: float) -> float:
+        """Seconds that these batches took more than they will, warm."""
+        return max(0.0, self.seconds - len(self.asked) * a_batch - first_batch)
 
 
 def _no_signals() -> StopSignal:
@@ -99,46 +115,60 @@ def measure(
         training=replace(settings.training, checkpoint_minutes=0.0),
     )
 
-    def steps(source: Callable[[], Batches], count: int) -> tuple[_Timed, float]:
+    def steps(source: Callable[[], Batches], count: int) -> _Timed:
         timed = _Timed(source)
         short = replace(plan, steps=count)
         batches = cast(TrainLoader, timed)
         train_epoch(learner, batches, short, still, world, _no_signals(), Trained())
-        return timed, timed.seconds_a_batch(time.perf_counter())
+        return timed
 
-    def agree(share: float, a_batch: float) -> int:
+    def agree(share: float) -> int:
         """Steps that fill a share of the time: the same number on every process."""
-        wanted = torch.tensor(share * seconds / a_batch, dtype=torch.float64, device=world.device)
+        steps = share * seconds / pilot.seconds_a_batch
+        wanted = torch.tensor(steps, dtype=torch.float64, device=world.device)
         return min(plan.steps, max(PILOT_STEPS, round(float(world.sum(wanted)) / world.size)))
 
     def real() -> Batches:
         return loader.epoch(plan)
 
-    started = time.perf_counter()
-    pilot_steps = min(PILOT_STEPS, plan.steps)
-    _, a_batch = steps(real, pilot_steps)
-    pilot = time.perf_counter() - started
-
+    pilot = steps(real, min(PILOT_STEPS, plan.steps))
     alone = _Timed(real)
     alone.until = time.perf_counter() + SHARES[0] * seconds
     for images, labels in alone.batches():
         last = images, labels
-    loading = alone.seconds_a_batch(time.perf_counter())
     kept = last[0].clone(), last[1].clone()  # the loader reuses its buffers
 
     def same() -> Batches:
         while True:
             yield kept
 
-    _, a_step = steps(same, agree(SHARES[1], a_batch))
-    together, a_batch = steps(real, agree(SHARES[2], a_batch))
+    still_batch = steps(same, agree(SHARES[1]))
+    together = steps(real, agree(SHARES[2]))
     return Rates(
         resolution=plan.resolution,
-        loader=plan.batch_size / loading,
-        step=plan.batch_size / a_step,
-        both=plan.batch_size / a_batch,
+        loader=plan.batch_size / alone.seconds_a_batch,
+        step=plan.batch_size / still_batch.seconds_a_batch,
+        both=plan.batch_size / together.seconds_a_batch,
         first_batch=together.first_batch,
-        warm_up=max(0.0, pilot - together.first_batch - pilot_steps * a_batch),
+        warm_up=pilot.warm_up(together.seconds_a_batch, together.first_batch),
+    )
+
+
+def mean(rounds: Sequence[Rates]) -> Rates:
+    """Of several measurements at one resolution: equal numbers of images, so their times are averaged.
+
+    The warm-up is the first one's.
+    """
+
+    def rate(values: list[float]) -> float:
+        return len(values) / sum(1 / value for value in values)
+
+    return replace(
+        rounds[0],
+        loader=rate([r.loader for r in rounds]),
+        step=rate([r.step for r in rounds]),
+        both=rate([r.both for r in rounds]),
+        first_batch=sum(r.first_batch for r in rounds) / len(rounds),
     )
 
 
@@ -149,6 +179,7 @@ class Measured:
     start_up: float  # seconds from the script's start to the first epoch
     rates: tuple[Rates, ...]  # one for each resolution of the plan
     validation: float  # seconds of the passes after one epoch
+    validation_warm_up: float  # that the first of them takes more
     checkpoint: float  # seconds to save one
     device: str
     plans: tuple[EpochPlan, ...]
@@ -161,8 +192,12 @@ class Measured:
 
     def run_seconds(self) -> float:
         """The whole run, start-up and compilation included."""
-        warm_up = sum(rate.warm_up for rate in self.rates)
-        return self.start_up + warm_up + sum(map(self.epoch_seconds, self.plans))
+        return self.start_up + self.warm_up + sum(map(self.epoch_seconds, self.plans))
+
+    @property
+    def warm_up(self) -> float:
+        """Seconds of compilation and tuning in the whole run."""
+        return self.validation_warm_up + sum(rate.warm_up for rate in self.rates)
 
 
 def measure_run(settings: Settings, started: float, seconds: float = 30.0) -> Measured | None:
@@ -187,13 +222,22 @@ def measure_run(settings: Settings, started: float, seconds: float = 30.0) -> Me
     start_up = time.perf_counter() - started
 
     first = {plan.resolution: plan for plan in reversed(plans)}
-    rates = tuple(
-        measure(learner, loader, first[side], settings, world, seconds) for side in sorted(first)
+    rounds = [
+        [
+            measure(learner, loader, first[side], settings, world, seconds / ROUNDS)
+            for side in sorted(first)
+        ]
+        for _ in range(ROUNDS)
+    ]
+    rates = tuple(mean(of_one) for of_one in zip(*rounds, strict=True))
+    validation, validation_warm_up = _validation_seconds(
+        learner, val_loader, world, settings, seconds / 3
     )
     measured = Measured(
         start_up=start_up,
         rates=rates,
-        validation=_validation_seconds(learner, val_loader, world, settings, seconds / 3),
+        validation=validation,
+        validation_warm_up=validation_warm_up,
         checkpoint=_checkpoint_seconds(learner, Path(settings.logging.folder)),
         device=world.device_name(),
         plans=plans,
@@ -208,16 +252,21 @@ def _validation_seconds(
     world: World,
     settings: Settings,
     seconds: float,
-) -> float:
-    """All passes after one epoch, warmed up."""
-    tta = settings.validation.lr_tta
-    for budget in (0.0, seconds):  # the first one compiles
+) -> tuple[float, float]:
+    """All passes after one epoch, and what the first one takes more, for it compiles."""
+
+    def judge(budget: float) -> _Timed:
         timed = _Timed(loader.batches, loader.samples)
         timed.until = time.perf_counter() + budget
+        tta = settings.validation.lr_tta
         evaluate(learner.judge, cast(ValLoader, timed), world, learner.dtype, tta=tta)
-        a_batch = timed.seconds_a_batch(time.perf_counter())
+        return timed
+
+    cold, warm = judge(0.0), judge(seconds)
     batches = -(-loader.samples // (loader.local_batch * world.size))
-    return (timed.first_batch + batches * a_batch) * (1 if learner.ema is None else 2)
+    one = warm.first_batch + batches * warm.seconds_a_batch
+    passes = 1 if learner.ema is None else 2
+    return passes * one, cold.warm_up(warm.seconds_a_batch, warm.first_batch)
 
 
 def _checkpoint_seconds(learner: checkpoint.Learner, folder: Path) -> float:
@@ -269,7 +318,7 @@ def describe(measured: Measured, price: float | None) -> str:
     return (
         f"measured on {measured.device}\n\n{table}\n\n" + "".join(f"{a}\n" for a in advice) + "\n"
         f"start-up {measured.start_up:.1f} s, compilation and tuning "
-        f"{sum(rate.warm_up for rate in measured.rates):.1f} s, validation {measured.validation:.1f} s "
+        f"{measured.warm_up:.1f} s, validation {measured.validation:.1f} s "
         f"and checkpoint {measured.checkpoint:.1f} s an epoch\n"
         f"this run will take {total:,.0f} s ({total / 3600:.2f} h){cost}"
     )

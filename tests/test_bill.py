@@ -149,7 +149,7 @@ def test_price() -> None:
 def test_limits_by_hand() -> None:
     """The last epoch: 100 s of training at 160 px, 20 s of validation; the next at 320 px."""
     last = replace(EPOCH, resolution=160, train_seconds=100.0, val_seconds=20.0)
-    plan = EpochPlan(1, 320, 8, 1, (0.1, 1.0), 0.1, 0.1)
+    plan = EpochPlan(1, 320, 8, 1, (0.1, 1.0), 0.1, False, 0.1, 0.1)
     needed = 1.1 * (400 + 20)
     hour = load(training__max_hours=1)
     assert bill.limit_reached(hour, None, [last], plan, 3600 - needed) is None
