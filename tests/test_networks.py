@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ OPTIONS = {
     "model__squeeze_excite": True,
     "model__antialias_maxpool": True,
 }
-NETWORKS = [(name, {}) for name in sorted(REGISTRY) if name != "tiny"] + [("resnet18", OPTIONS)]
+NETWORKS: list[tuple[str, dict[str, object]]] = [
+    (name, {}) for name in sorted(REGISTRY) if name != "tiny"
+] + [("resnet18", OPTIONS)]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,7 @@ def test_a_network_goes_all_the_way(
 # ---- ResNet's options ---------------------------------------------------------------------------
 
 
-def changed(**options: object) -> nn.Module:
+def changed(**options: object) -> Any:
     return build_model(load(model__arch="resnet18", training__use_blurpool=False, **options), 10)[1]
 
 
@@ -85,7 +88,8 @@ def test_pooled_shortcuts_average_what_the_strided_ones_skip() -> None:
     x = torch.arange(2 * 64 * 4 * 4.0).view(2, 64, 4, 4)
     expected = nn.functional.conv2d(x.view(2, 64, 2, 2, 2, 2).mean((3, 5)), shortcuts[0][1].weight)
     assert torch.allclose(shortcuts[0](x), expected, rtol=1e-4)
-    first = build_model(load(model__arch="resnet50", model__shortcut="avgpool"), 10)[1].layer1[0]
+    deeper: Any = build_model(load(model__arch="resnet50", model__shortcut="avgpool"), 10)[1]
+    first = deeper.layer1[0]
     assert isinstance(first.downsample[0], nn.Conv2d)  # without a stride there is nothing to pool
 
 

@@ -73,7 +73,8 @@ def test_seeds_are_one_group_with_mean_and_extremes(tmp_path: Path) -> None:
     recipe, other = group_runs([read_run(path) for path in paths])
     assert (recipe.name, len(recipe.runs), other.name) == ("recipe", 3, "other")
     line = series(recipe, "top_1")
-    assert line is not None and line.epochs == [0, 1] and line.minutes == [0.2, 0.4]
+    assert line is not None and line.epochs == [0, 1]
+    assert line.minutes == pytest.approx([0.2, 0.4])
     assert line.mean == pytest.approx([0.3, 0.5])
     assert (line.low[0], line.high[0]) == pytest.approx((0.2, 0.4))
     assert series(recipe, "ema_top_1") is None

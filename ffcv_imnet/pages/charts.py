@@ -254,7 +254,7 @@ def _targets(axes: Axes, groups: Sequence[Group], against: str, palette: Palette
             x = hit.elapsed_seconds / 60 if against == "minutes" else hit.epoch
             y = hit.top_1 if len(group.runs) == 1 else target(group.runs[0].log)
             axes.plot(
-                [x], [y], marker="o", markersize=7, markerfacecolor=palette.surface,
+                [x], [y], "o", markersize=7, markerfacecolor=palette.surface,
                 markeredgecolor=colour, markeredgewidth=2, zorder=5,
             )  # fmt: skip
 
