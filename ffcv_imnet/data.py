@@ -288,9 +288,7 @@ class TrainLoader:
             settings.data,
         )
 
-    def epoch(
-        self, plan: EpochPlan, first_step: int = 0, only: Indices | None = None
-    ) -> Batches:
+    def epoch(self, plan: EpochPlan, first_step: int = 0, only: Indices | None = None) -> Batches:
         """This process's batches of one epoch from a step on, or what they make of the samples
         `only`, in that order; see `_OrderedLoader.batches`."""
         self.decoder.control["epoch"] = plan.epoch

@@ -97,7 +97,7 @@ def crops_of(loader: TrainLoader, plan: EpochPlan, indices: NDArray[np.int64]) -
     """What an epoch makes of some samples, (side, side, 3) uint8 each, in their order."""
     # Neither crop nor flip depends on the batch.
     small = replace(plan, batch_size=len(indices))
-    with closing(loader.epoch(small, indices)) as batches:
+    with closing(loader.epoch(small, only=indices)) as batches:
         images = np.concatenate([pixels.cpu().numpy().copy() for pixels, _ in batches])
     return [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in images]
 
