@@ -288,15 +288,17 @@ class TrainLoader:
             settings.data,
         )
 
-    def epoch(self, plan: EpochPlan, first_step: int = 0) -> Batches:
-        """This process's batches of one epoch from a step on; see `_OrderedLoader.batches`."""
+    def epoch(self, plan: EpochPlan, first_step: int = 0, only: Indices | None = None) -> Batches:
+        """This process's batches of one epoch from a step on, or what they make of the samples
+        `only`, in that order; see `_OrderedLoader.batches`."""
         self.decoder.control["epoch"] = plan.epoch
         self.decoder.control["scale"] = plan.crop_scale
         self.decoder.resolution = plan.resolution
         self.loader.batch_size = local_batch_size(plan.batch_size, self.world)
         order = epoch_order(self.samples, self.seed, plan.epoch)
         order = share_of_order(order, self.loader.batch_size, self.world.rank, self.world.size)
-        return self.loader.batches(order[first_step * self.loader.batch_size :], self.world.device)
+        order = order[first_step * self.loader.batch_size :] if only is None else only
+        return self.loader.batches(order, self.world.device)
 
 
 class ValLoader:

@@ -14,7 +14,7 @@ from ffcv_imnet.models.registry import register
 
 STEM = (32, 64)
 # Channels, blocks, and whether the first block halves the picture.
-SLIM18 = ((64, 1, False), (128, 2, True), (288, 3, True))
+SLIM18 = ((64, 1, False), (128, 2, True), (320, 3, True))
 
 
 class SlimBlock(nn.Module):

@@ -33,7 +33,7 @@ class Palette:
     grid: str
     surface: str
     series: tuple[str, ...]
-    parts: tuple[str, ...]  # of `PARTS`
+    parts: tuple[str, ...]  # of `PARTS`; none of them a run's
 
     def variables(self) -> dict[str, str]:
         """CSS variable -> colour."""
@@ -45,12 +45,12 @@ class Palette:
 LIGHT = Palette(
     "#1b1e23", "#667080", "#e6e9ed", "#ffffff",
     ("#2b63d9", "#d1570b", "#0b8a6a", "#a8418f", "#8a6a00", "#4a6572"),
-    ("#2b63d9", "#d1570b", "#a8418f", "#0b8a6a", "#b4bbc4"),
+    ("#46536a", "#b47700", "#7d55d8", "#21868a", "#8d96a3"),
 )  # fmt: skip
 DARK = Palette(
     "#e8eaee", "#98a2b0", "#2b313a", "#14171c",
     ("#7aa7ff", "#ff9d5c", "#46c9a4", "#e58bd0", "#d9b64a", "#9fb6c3"),
-    ("#7aa7ff", "#ff9d5c", "#e58bd0", "#46c9a4", "#4c5562"),
+    ("#a9b4c6", "#e5b94f", "#b79bff", "#5cc3c6", "#6f7988"),
 )  # fmt: skip
 # Hexadecimal values that nothing else has: they become `var(--name)` in the SVG.
 STAND_INS = Palette(
@@ -254,7 +254,7 @@ def _targets(axes: Axes, groups: Sequence[Group], against: str, palette: Palette
             x = hit.elapsed_seconds / 60 if against == "minutes" else hit.epoch
             y = hit.top_1 if len(group.runs) == 1 else target(group.runs[0].log)
             axes.plot(
-                [x], [y], marker="o", markersize=7, markerfacecolor=palette.surface,
+                [x], [y], "o", markersize=7, markerfacecolor=palette.surface,
                 markeredgecolor=colour, markeredgewidth=2, zorder=5,
             )  # fmt: skip
 

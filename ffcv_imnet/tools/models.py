@@ -1,0 +1,136 @@
+"""List the networks: parameters, operations, images a second here, top-1 where a record has it.
+
+python -m ffcv_imnet models                               no network is run
+python -m ffcv_imnet models --measure                     times a training step of each, seconds a network
+python -m ffcv_imnet models resnet18 --model.stem=deep    some of them, with options
+
+Operations are those of one picture forward, additions and multiplications counted separately
+(torch's FlopCounterMode), with BlurPool as training.use_blurpool has it.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ffcv_imnet.distributed import describe_world
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.models import build_model
+from ffcv_imnet.models.registry import REGISTRY
+from ffcv_imnet.progress import Progress
+from ffcv_imnet.records import read_log
+from ffcv_imnet.settings import Settings, flatten, load, to_dict
+from ffcv_imnet.tools import ToolParser
+from ffcv_imnet.training import choose_precision
+
+SIDES = (128, 160, 192, 224)
+CLASSES = 1000
+STEPS = 7  # timed, after one that is not; their median counts
+BATCH = {"cpu": 32, "cuda": 256}
+RECORDS = Path("records")
+
+
+def main(argv: list[str]) -> int:
+    """Print the table. Exit status 0."""
+    parser = ToolParser("models", __doc__)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="default: all of the registry")
+    add("--measure", action="store_true", help="time training steps on this machine")
+    add("--resolution", type=int, default=160, metavar="PX", help="of --measure (default: 160)")
+    add("--batch_size", type=int, metavar="N", help=f"of --measure; default: {BATCH}")
+    options, rest = parser.parse_known_args(argv)
+    overrides = {}
+    for word in rest:
+        key, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key or not value:
+            raise UsageError(f"unexpected {word!r}; settings are given as --section.name=value")
+        overrides[key.replace(".", "__")] = value
+
+    names = options.names or sorted(REGISTRY)
+    every = {name: load(**{**overrides, "model__arch": name}) for name in names}
+    scores = recorded(RECORDS)
+    measured = measure(every, options.resolution, options.batch_size) if options.measure else {}
+    columns = ["network", "parameters", *(f"GFLOP, {side} px" for side in SIDES)]
+    columns += ["training images/s"] if measured else []
+    rows = []
+    for name, settings in every.items():
+        with torch.device("meta"):
+            model = build_model(settings, CLASSES).eval()
+        row = [name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"]
+        row += [f"{operations(model, side) / 1e9:.2f}" for side in SIDES]
+        row += [f"{measured[name]:,.0f}"] if measured else []
+        rows.append([*row, "; ".join(scores.get(name, []))])
+    print(tabulate(rows, [*columns, "top-1 (record)"], disable_numparse=True,
+                   colalign=("left", *["right"] * (len(columns) - 1), "left")))  # fmt: skip
+    if overrides:
+        print("with " + ", ".join(rest))
+    return 0
+
+
+def operations(model: nn.Module, side: int) -> int:
+    """Floating-point operations of one picture of `side` px, forward; on the meta device nothing is computed."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"))
+    return int(counter.get_total_flops())
+
+
+def measure(every: dict[str, Settings], side: int, batch: int | None) -> dict[str, float]:
+    """Training images a second of each network: forward and backward, as training runs them, without a loader."""
+    device = describe_world().device
+    count = batch or BATCH[device.type]
+    precision = choose_precision("auto", device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    print(f"timing on {describe_world().device_name()}, {precision}, batch {count}, {side} px")
+    found = {}
+    with Progress(len(every) * (STEPS + 1), "measuring", unit="step") as progress:
+        for name, settings in every.items():
+            model = build_model(settings, CLASSES).to(device).to(memory_format=torch.channels_last)
+            seconds = []
+            for _ in range(STEPS + 1):
+                seconds.append(step_seconds(model.train(), count, side, dtype))
+                progress.update(1, name)
+            found[name] = count / statistics.median(seconds[1:])
+    return found
+
+
+def step_seconds(model: nn.Module, count: int, side: int, dtype: torch.dtype) -> float:
+    """One forward and backward pass."""
+    device = next(model.parameters()).device
+    pixels = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    started = time.perf_counter()
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = F.cross_entropy(model(pixels), labels)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    loss.item()  # waits for the device
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def recorded(records: Path) -> dict[str, list[str]]:
+    """By network, the best top-1 of each record, and its options where it had any."""
+    found: dict[str, list[str]] = {}
+    default = flatten(to_dict(load()))
+    for path in sorted(records.glob("*/log.jsonl")):
+        try:
+            log = read_log(path)
+        except RunError:
+            continue  # of an older or a newer format: it has no number for this table
+        if not log.headers or log.summary is None:
+            continue
+        model = log.headers[-1].settings.get("model", {})
+        chosen = [
+            f"{key}={value}" for key, value in model.items()
+            if key not in ("arch", "zero_gamma") and value != default.get(f"model.{key}", value)
+        ]  # fmt: skip
+        text = f"{100 * log.summary.best_top_1:.1f} % {', '.join([*chosen, path.parent.name])}"
+        found.setdefault(str(model.get("arch", "?")), []).append(text)
+    return found

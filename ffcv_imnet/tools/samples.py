@@ -1,0 +1,146 @@
+"""Draw what the network is fed: the same photographs, a row a resolution, as several epochs crop them.
+
+python -m ffcv_imnet samples --config rn_configs/rn18_16ep.yaml
+python -m ffcv_imnet samples --beton data/mine/train.beton --config C --out samples.png
+
+The pixels are those of the training loader: seeded crops, mirroring, resizing. Every crop is enlarged
+to the same size, so that the small ones show how little they hold.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+from ffcv_imnet.beton import check_beton, read_tables
+from ffcv_imnet.data import TrainLoader
+from ffcv_imnet.distributed import describe_world
+from ffcv_imnet.errors import UsageError
+from ffcv_imnet.images import Pixels
+from ffcv_imnet.images.imagenet import imagenet_names
+from ffcv_imnet.progress import Progress
+from ffcv_imnet.schedules import EpochPlan, plan_run
+from ffcv_imnet.settings import load
+from ffcv_imnet.tools import ToolParser
+
+INK, MUTED = "#1b1e23", "#667080"
+INCHES = 0.95  # a crop's side
+
+
+def main(argv: list[str]) -> int:
+    """Write the picture and say what it shows. Exit status 0."""
+    parser = ToolParser("samples", __doc__)
+    add = parser.add_argument
+    add("--config", action="append", default=[], metavar="FILE", help="of the run; repeatable")
+    add("--beton", type=Path, metavar="FILE", help="default: the config's data.train_dataset")
+    add("--photographs", type=int, default=4, metavar="N", help="default: %(default)s")
+    add("--epochs", type=int, default=3, metavar="N",
+        help="at most, of each resolution (default: %(default)s)")  # fmt: skip
+    add(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        metavar="FILE.png",
+        help="default: %(default)s",
+    )
+    options = parser.parse_args(argv)
+    if options.out.suffix.lower() != ".png" or not options.out.parent.is_dir():
+        raise UsageError(f"--out {options.out}: name a .png file in a folder that exists")
+    if min(options.photographs, options.epochs) < 1:
+        raise UsageError("--photographs and --epochs are at least 1")
+
+    chosen = {"data__train_dataset": options.beton} if options.beton else {}
+    settings = load(*options.config, **chosen)
+    beton = Path(settings.data.train_dataset)
+    manifest = check_beton(beton)
+    count = min(options.photographs, manifest.samples)
+    indices = np.linspace(0, manifest.samples - 1, count).astype(
+        np.int64
+    )  # spread over the classes
+    rows = rows_of(plan_run(settings, manifest.samples), options.epochs)
+    loader = TrainLoader(str(beton), manifest.samples, settings, describe_world())
+    crops: list[list[list[Pixels]]] = []
+    with Progress(sum(map(len, rows)), "cropping", unit="epoch") as progress:
+        for row in rows:
+            crops.append([])
+            for plan in row:
+                crops[-1].append(crops_of(loader, plan, indices))
+                progress.update(1)
+    classes = [manifest.classes[label] for label in read_tables(beton).labels[indices]]
+    names = [imagenet_names().get(name, name) for name in classes]
+    draw(rows, crops, names, options.out)
+    print(tabulate(
+        [(f"{row[0].resolution} px", ", ".join(str(p.epoch) for p in row)) for row in rows],
+        ("resolution", "epochs shown"),
+    ))  # fmt: skip
+    print(f"{count} photographs of {beton}: {options.out}")
+    return 0
+
+
+def rows_of(plans: Sequence[EpochPlan], epochs: int) -> list[list[EpochPlan]]:
+    """For each resolution of the plan, in its order, at most `epochs` of its epochs, spread evenly."""
+    by_side: dict[int, list[EpochPlan]] = {}
+    for plan in plans:
+        by_side.setdefault(plan.resolution, []).append(plan)
+    return [
+        [every[i] for i in sorted(set(np.linspace(0, len(every) - 1, epochs).astype(int).tolist()))]
+        for every in by_side.values()
+    ]
+
+
+def crops_of(loader: TrainLoader, plan: EpochPlan, indices: NDArray[np.int64]) -> list[Pixels]:
+    """What an epoch makes of some samples, (side, side, 3) uint8 each, in their order."""
+    # Neither crop nor flip depends on the batch.
+    small = replace(plan, batch_size=len(indices))
+    with closing(loader.epoch(small, only=indices)) as batches:
+        images = np.concatenate([pixels.cpu().numpy().copy() for pixels, _ in batches])
+    return [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in images]
+
+
+def draw(
+    rows: Sequence[Sequence[EpochPlan]],
+    crops: Sequence[Sequence[Sequence[Pixels]]],
+    names: Sequence[str],
+    path: Path,
+) -> None:
+    """A PNG: resolutions downwards; photographs to the right, each under its epochs."""
+    wide = max(map(len, rows))
+    columns = len(names) * wide
+    figure = Figure(
+        figsize=(INCHES * (columns + 0.9), INCHES * (len(rows) * 1.25 + 0.4)), facecolor="white"
+    )
+    left, top = 0.9 / (columns + 0.9), 0.4 / (len(rows) * 1.25 + 0.4)
+    high = (1 - top) / len(rows)
+    step = (1 - left) / columns
+    for number, name in enumerate(names):
+        start = left + (number * wide + 0.1) * step
+        short = name if len(name) <= 7 * wide else name[: 7 * wide - 1] + "…"
+        figure.text(start, 1 - top * 0.55, short, ha="left", va="center", color=INK,
+                    weight="bold", fontsize=9, parse_math=False)  # fmt: skip
+    for r, (row, of_row) in enumerate(zip(rows, crops, strict=True)):
+        bottom = 1 - top - (r + 1) * high
+        figure.text(
+            0.1 * left,
+            bottom + high * 0.6,
+            f"{row[0].resolution} px",
+            va="center",
+            color=INK,
+            fontsize=9,
+        )
+        for e, (plan, pictures) in enumerate(zip(row, of_row, strict=True)):
+            for number, pixels in enumerate(pictures):
+                x = left + (number * wide + e) * step
+                inner = 0.04 * step if e else 0.10 * step  # photographs stand apart
+                axes = figure.add_axes((x + inner, bottom + 0.19 * high, step * 0.9, high * 0.8))
+                axes.imshow(pixels, interpolation="nearest")
+                axes.set_axis_off()
+                figure.text(x + inner + step * 0.45, bottom + 0.1 * high, f"epoch {plan.epoch}", ha="center",
+                            va="center", color=MUTED, fontsize=7)  # fmt: skip
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=110)
+    partial.replace(path)

@@ -1,0 +1,149 @@
+"""Every network of the registry trains, resumes, is judged and exported; ResNet's options are what they say."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import train_imagenet
+from ffcv_imnet.errors import UsageError
+from ffcv_imnet.models import build_model
+from ffcv_imnet.models.blurpool import BlurPool2d
+from ffcv_imnet.models.registry import REGISTRY, build
+from ffcv_imnet.models.resnet import apply_options
+from ffcv_imnet.models.weights import load_network
+from ffcv_imnet.records import Epoch, read_log
+from ffcv_imnet.settings import Model, load
+from ffcv_imnet.tools import evaluate, export, models
+from tests.conftest import SmallData
+
+OPTIONS = {
+    "model__stem": "deep",
+    "model__shortcut": "avgpool",
+    "model__squeeze_excite": True,
+    "model__antialias_maxpool": True,
+}
+NETWORKS: list[tuple[str, dict[str, object]]] = [
+    (name, {}) for name in sorted(REGISTRY) if name != "tiny"
+] + [("resnet18", OPTIONS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), NETWORKS, ids=lambda v: v if isinstance(v, str) else str(len(v))
+)
+def test_a_network_goes_all_the_way(
+    name: str, options: dict[str, object], small: SmallData, tmp_path: Path
+) -> None:
+    """A run of two steps that goes on for two more; its weights are judged as the log says, and exported."""
+    pytest.importorskip("onnxruntime", reason="the group `export` is not installed")
+    folder = tmp_path / "run"
+    short = {"model__arch": name, "model__zero_gamma": True, "training__batch_size": 50,
+             "training__ema_decay": 0.5, "validation__batch_size": 33, "lr__lr": 0.01, **options}  # fmt: skip
+    settings = small.settings(folder, training__epochs=1, lr__lr_peak_epoch=0, **short)
+    assert train_imagenet.train(settings, None, time.perf_counter()) == 0
+    longer = small.settings(folder, training__epochs=1, lr__lr_peak_epoch=0, **short)
+    assert train_imagenet.train(longer, "auto", time.perf_counter()) == 0  # finished: nothing to do
+
+    best, judged = folder / "best.pt", tmp_path / "judged.json"
+    assert (
+        evaluate.main(["--weights", str(best), "--data", str(small.val), "--out", str(judged)]) == 0
+    )
+    (view,) = json.loads(judged.read_text())["views"]
+    (epoch,) = read_log(folder).epochs
+    assert isinstance(epoch, Epoch) and view["top_1"] == pytest.approx(epoch.ema_top_1)
+
+    out = tmp_path / "onnx" / "model.onnx"
+    out.parent.mkdir()
+    assert export.main(["--weights", str(best), "--out", str(out)]) == 0
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    from_run = load_network(best).model(pixels)
+    assert torch.equal(load_network(out.with_suffix(".safetensors")).model(pixels), from_run)
+
+
+# ---- ResNet's options ---------------------------------------------------------------------------
+
+
+def changed(**options: object) -> Any:
+    return build_model(load(model__arch="resnet18", training__use_blurpool=False, **options), 10)[1]
+
+
+def test_the_deep_stem_has_the_shape_of_the_plain_one() -> None:
+    network, x = changed(model__stem="deep"), torch.randn(2, 3, 33, 47)
+    convolutions = [m for m in network.conv1.modules() if isinstance(m, nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels, m.stride[0]) for m in convolutions] == [
+        (3, 32, 2), (32, 32, 1), (32, 64, 1)
+    ]  # fmt: skip
+    assert network.conv1(x).shape == torchvision.models.resnet18().conv1(x).shape
+
+
+def test_pooled_shortcuts_average_what_the_strided_ones_skip() -> None:
+    network = changed(model__shortcut="avgpool")
+    shortcuts = [m.downsample[0] for m in network.modules() if getattr(m, "downsample", None)]
+    assert len(shortcuts) == 3 and all(isinstance(s, nn.Sequential) for s in shortcuts)
+    x = torch.arange(2 * 64 * 4 * 4.0).view(2, 64, 4, 4)
+    expected = nn.functional.conv2d(x.view(2, 64, 2, 2, 2, 2).mean((3, 5)), shortcuts[0][1].weight)
+    assert torch.allclose(shortcuts[0](x), expected, rtol=1e-4)
+    deeper: Any = build_model(load(model__arch="resnet50", model__shortcut="avgpool"), 10)[1]
+    first = deeper.layer1[0]
+    assert isinstance(first.downsample[0], nn.Conv2d)  # without a stride there is nothing to pool
+
+
+def test_squeeze_and_excitation_scales_the_residual_branch() -> None:
+    network = changed(model__squeeze_excite=True, model__zero_gamma=True)
+    blocks = [m for m in network.modules() if isinstance(m, torchvision.models.resnet.BasicBlock)]
+    assert all(isinstance(b.bn2[1], torchvision.ops.SqueezeExcitation) for b in blocks)
+    x = torch.rand(2, 64, 8, 8)
+    assert torch.allclose(blocks[0](x), x)  # zero gamma still makes a block the identity
+
+
+def test_the_antialiased_max_pool_by_hand() -> None:
+    network = changed(model__antialias_maxpool=True)
+    x = torch.rand(1, 64, 8, 8)
+    every = nn.functional.max_pool2d(x, 3, 1, 1)
+    padded = nn.functional.pad(every, (1, 1, 1, 1))
+    weights = torch.tensor([1.0, 2.0, 1.0])
+    expected = sum(
+        weights[i] * weights[j] / 16 * padded[:, :, i : i + 8, j : j + 8]
+        for i in range(3)
+        for j in range(3)
+    )
+    assert isinstance(expected, torch.Tensor)
+    assert torch.allclose(network.maxpool(x), expected[:, :, ::2, ::2], atol=1e-6)
+    assert BlurPool2d(3)(torch.ones(1, 3, 7, 9)).shape == (1, 3, 4, 5)
+
+
+def test_without_options_nothing_changes_and_other_networks_refuse_them() -> None:
+    network = build("resnet18", 10, False)
+    before = list(network.state_dict())
+    apply_options(network, Model())
+    assert list(network.state_dict()) == before
+    with pytest.raises(
+        UsageError, match=r"model\.stem is an option of resnet18, .* not of model\.arch slim18"
+    ):
+        build_model(load(model__arch="slim18", model__stem="deep"), 10)
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def test_the_table_of_networks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert models.main(["resnet18", "slim18", "--training.use_blurpool=false"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    # 1.814 billion multiply-adds at 224 px, as torchvision states for ResNet-18, are twice as many operations.
+    assert rows["resnet18"][1:3] == ["11.7", "M"] and rows["resnet18"][6] == "3.63"
+    for ours, theirs in zip(rows["slim18"][3:7], rows["resnet18"][3:7], strict=True):
+        assert float(ours) < float(theirs)
+    monkeypatch.setattr(models, "STEPS", 1)
+    assert models.main(["tiny", "--measure", "--resolution", "32", "--batch_size", "2"]) == 0
+    assert "training images/s" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="section"):
+        models.main(["--stem=deep"])
+    with pytest.raises(UsageError, match="resnet18"):
+        models.main(["resnet_18"])
