@@ -97,6 +97,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
 
     check_arch(settings.model.arch)
     price = bill.price(settings)
+    limit = bill.limit(settings, price)
     check_boards(settings.logging)
     world = describe_world()
     train_set, val_set = check_data(settings)
@@ -135,17 +136,15 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         print(f"{run.path}: {header.device}, {header.precision}, world size {world.size}")
     boards = Boards(run.path, header, enabled=world.is_main)
 
-    stopped = None
+    status, stopped, limit_name = 0, None, limit.name if limit else None
     try:
         for plan in plans[first:]:
-            elapsed = before + time.perf_counter() - started
-            stopped = bill.limit_reached(settings, price, run.epochs, plan, elapsed)
-            if world.any([stopped is not None])[0]:
-                stopped = stopped or "a limit"  # the clocks of two processes differ by a little
-                break
+            stop.deadline = started - before + bill.training_seconds(limit, run.epochs)
+            if world.any([stop.late])[0]:
+                raise Interrupted(None)
             while trained.steps < plan.steps:
                 trained = train_epoch(learner, train_loader, plan, settings, world, stop, trained)
-                if trained.signal is not None:
+                if trained.signal is not None or trained.late:
                     raise Interrupted(trained.signal)
                 if trained.steps < plan.steps and world.is_main:
                     run.save_within(learner, trained, before + time.perf_counter() - started)
@@ -170,20 +169,19 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             if settings.training.stop_when_reached and run.reached():
                 break
     except Interrupted as end:
+        status = 0 if end.signal is None else 128 + end.signal
         if world.is_main:
             run.save_within(learner, trained, before + time.perf_counter() - started)
-            name, done = signal.Signals(end.signal).name, len(run.epochs)
-            print(f"stopped by {name}; --resume auto goes on in epoch {done}, step {trained.steps}")
-        disconnect(world)
-        boards.close()
-        run.release()
-        return 128 + end.signal
+            stopped = signal.Signals(end.signal).name if end.signal else limit_name
+            where = f"in epoch {len(run.epochs)}, step {trained.steps}"
+            print(f"stopped by {stopped} {where}; --resume auto goes on")
+    if world.is_main and status == 0 and run.epochs:
+        summary = run.finish(before + time.perf_counter() - started, price, stopped)
+        print(describe_end(summary, settings))
     disconnect(world)
-    if world.is_main:
-        print(describe_end(run.finish(price, stopped), settings))
     boards.close()
     run.release()
-    return 0
+    return status
 
 
 def manifest_summary(path: str, manifest: Manifest) -> dict[str, Any]:
@@ -225,8 +223,6 @@ def describe_end(summary: Summary, settings: Settings) -> str:
         text += f"\ntarget {target:g} was not reached"
     if summary.cost_dollars is not None:
         text += f"\ncost: ${summary.cost_dollars:,.2f}"
-    if summary.stopped is not None:
-        text += f"\nstopped by {summary.stopped}; raise it, and --resume auto goes on"
     return text
 
 

@@ -25,7 +25,7 @@ MACHINES = Path(__file__).with_name("machines.yaml")
 THROUGHPUTS = Path(__file__).with_name("throughputs.yaml")
 IMAGENET_VAL_IMAGES = 50_000
 IMAGENET_CLASSES = 1000
-MARGIN = 1.1  # on the predicted length of the next epoch, for the checkpoint and a slower hour
+RESERVE = 10.0  # seconds before a limit that are kept for the checkpoint and the end
 
 
 @dataclass(frozen=True)
@@ -272,34 +272,32 @@ def describe(
 # ---- limits -------------------------------------------------------------------------------------
 
 
-def limit_reached(
-    settings: Settings,
-    dollars_per_hour: float | None,
-    epochs: list[Epoch],
-    plan: EpochPlan,
-    elapsed: float,
-) -> str | None:
-    """Why `plan`'s epoch must not be started, as a sentence's start; None if it may.
+@dataclass(frozen=True, order=True)
+class Limit:
+    """When a run must end."""
 
-    Its length is predicted from the last epoch's, by the pixels, with a tenth more. A run without an
-    epoch yet has nothing to predict from, nor a checkpoint to stop at, and makes one.
+    seconds: float  # since it began, all its parts
+    name: str  # of the setting, with its value
 
-    Args:
-        elapsed: seconds since the run began, earlier parts included.
-    """
+
+def limit(settings: Settings, dollars_per_hour: float | None) -> Limit | None:
+    """The nearer of `training.max_hours` and `training.max_cost`; None where neither is set."""
     training = settings.training
     limits = []
     if training.max_hours:
-        limits.append((training.max_hours * 3600, f"training.max_hours {training.max_hours:g}"))
+        name = f"training.max_hours {training.max_hours:g}"
+        limits.append(Limit(training.max_hours * 3600, name))
     if training.max_cost and dollars_per_hour:
         seconds = training.max_cost / dollars_per_hour * 3600
-        limits.append((seconds, f"training.max_cost {training.max_cost:g}"))
-    if not limits or not epochs:
-        return None
-    last = epochs[-1]
-    pixels = (plan.resolution / last.resolution) ** 2
-    needed = MARGIN * (last.train_seconds * pixels + last.val_seconds)
-    seconds, name = min(limits)
-    if elapsed + needed <= seconds:
-        return None
-    return f"{name}: {elapsed / 3600:.2f} h are spent and the next epoch needs about {needed / 3600:.2f} h"
+        limits.append(Limit(seconds, f"training.max_cost {training.max_cost:g}"))
+    return min(limits, default=None)
+
+
+def training_seconds(limit: Limit | None, epochs: list[Epoch]) -> float:
+    """Seconds since the run began after which no further step is made.
+
+    Early enough for a checkpoint, and for the validation that may stand before it.
+    """
+    if limit is None:
+        return float("inf")
+    return limit.seconds - RESERVE - (epochs[-1].val_seconds if epochs else 0.0)

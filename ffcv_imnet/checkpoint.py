@@ -50,6 +50,7 @@ class Trained:
     loader_seconds: float = 0.0  # waited for batches
     compile_seconds: float | None = None  # None: not compiled
     signal: int | None = None  # the one that ended it early
+    late: bool = False  # ended early by a limit of hours or dollars
 
 
 def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The world as torchrun describes it: one process a device, or a single process without torchrun."""
 
+import math
 import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -117,23 +119,29 @@ def usable_cores() -> int:
 
 
 class Interrupted(Exception):
-    """A signal asked to end; `signal` is its number."""
+    """Asked to end: `signal` is the signal's number, or None at a limit of hours or dollars."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int | None) -> None:
         super().__init__(number)
         self.signal = number
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C so that the loop can end after the step in hand.
+    """Notes SIGTERM and Ctrl-C so that the loop can end after the step in hand, as it does at `deadline`.
 
     A second signal acts at once, for whoever cannot wait.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.deadline = math.inf  # of time.perf_counter()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.perf_counter() >= self.deadline
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -106,7 +106,7 @@ class RunFolder:
             "data": self.data,
             "classes": list(self.classes),
             "records": [records.to_dict(record) for record in self.records],
-            "trained": asdict(replace(trained, signal=None)),
+            "trained": asdict(replace(trained, signal=None, late=False)),
             "elapsed_seconds": elapsed_seconds,
         }
         state = checkpoint.state_of(learner, run)
@@ -120,16 +120,18 @@ class RunFolder:
             checkpoint.copy(self.path / LAST, self.path / BEST)
         records.append(self.path / LOG, self.epochs[-1])
 
-    def finish(self, dollars_per_hour: float | None = None, stopped: str | None = None) -> Summary:
-        """Write the log's last line. A run that a limit `stopped` can still be resumed."""
+    def finish(
+        self, elapsed_seconds: float, dollars_per_hour: float | None, stopped: str | None
+    ) -> Summary:
+        """Write the log's last line; there must be an epoch. One that a limit `stopped` can be resumed."""
         best = max(self.epochs, key=lambda epoch: _score(epoch)[0])
         summary = Summary(
             reached=self.reached(),
             best_top_1=_score(best)[0],
             best_epoch=best.epoch,
             epochs=len(self.epochs),
-            elapsed_seconds=self.epochs[-1].elapsed_seconds,
-            cost_dollars=cost_of(self.epochs[-1].elapsed_seconds, dollars_per_hour),
+            elapsed_seconds=elapsed_seconds,
+            cost_dollars=cost_of(elapsed_seconds, dollars_per_hour),
             stopped=stopped,
         )
         self.records.append(summary)

@@ -99,7 +99,7 @@ def train_epoch(
 ) -> Trained:
     """Make the steps of one epoch that `before` has not made.
 
-    Returns early, after the step in hand, when a signal arrived or a checkpoint is due; call it again
+    Returns early, after the step in hand, when a signal arrived, a limit is near or a checkpoint is due; call it again
     with what it returned to go on. BatchNorm's running statistics are then made equal on all processes.
     Loss and the first step at which it was not finite stay on the device; the host reads them
     every `LOOK_EVERY` seconds.
@@ -108,7 +108,7 @@ def train_epoch(
         RunError: the loss became NaN or infinite, or the loader failed.
     """
     learner.model.train()
-    rate, ended = 0.0, None
+    rate, ended, late = 0.0, None, False
     minutes = settings.training.checkpoint_minutes or float("inf")
     summed = before.loss_sum * world.size if world.is_main else 0.0
     loss_sum = torch.tensor(summed, dtype=torch.float64, device=world.device)
@@ -159,15 +159,15 @@ def train_epoch(
             if world.size == 1 or last or step % AGREE_EVERY == 0:
                 now = time.perf_counter()
                 save = now - started > 60 * minutes
-                stopped, save, look = world.any(
-                    [stop.received is not None, save, last or save or now - looked > LOOK_EVERY]
+                stopped, late, save, look = world.any(
+                    [stop.received is not None, stop.late, save, last or now - looked > LOOK_EVERY]
                 )
-                if look or stopped:
+                if look or stopped or late or save:
                     looked = now
                     _check_finite(int(first_bad), plan, world)
                     mean = (float(loss_sum) - summed) / (step + 1 - before.steps)
                     progress.update(0, f"loss {mean:.3f} lr {rate:.4g}")
-                if stopped or save:
+                if stopped or late or save:
                     world.share(learner.model)  # the checkpoint is one process's
                     ended = (stop.received or signal.SIGTERM) if stopped else None
                     break
@@ -180,6 +180,7 @@ def train_epoch(
         loader_seconds=before.loader_seconds + waited,
         compile_seconds=compiling if settings.training.compile else None,
         signal=ended,
+        late=late,
     )
 
 

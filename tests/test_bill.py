@@ -7,9 +7,10 @@ import pytest
 
 import train_imagenet
 from ffcv_imnet import bill, records
+from ffcv_imnet.distributed import StopSignal
 from ffcv_imnet.errors import UsageError
 from ffcv_imnet.run_folder import cost_of
-from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
+from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.settings import Settings, load, parse
 from tests.conftest import SmallData
 from tests.test_records import EPOCH
@@ -147,20 +148,16 @@ def test_price() -> None:
 
 
 def test_limits_by_hand() -> None:
-    """The last epoch: 100 s of training at 160 px, 20 s of validation; the next at 320 px."""
-    last = replace(EPOCH, resolution=160, train_seconds=100.0, val_seconds=20.0)
-    plan = EpochPlan(1, 320, 8, 1, (0.1, 1.0), 0.1, False, 0.1, 0.1)
-    needed = 1.1 * (400 + 20)
-    hour = load(training__max_hours=1)
-    assert bill.limit_reached(hour, None, [last], plan, 3600 - needed) is None
-    why = bill.limit_reached(hour, None, [last], plan, 3601 - needed)
-    assert why is not None and why.startswith("training.max_hours 1: 0.87 h are spent")
-    assert bill.limit_reached(hour, None, [], plan, 1e9) is None  # no checkpoint to stop at
-    assert bill.limit_reached(load(), None, [last], plan, 1e9) is None
-    money = load(training__max_cost=2, cost__dollars_per_hour=4)  # half an hour
-    assert bill.limit_reached(money, 4.0, [last], plan, 1800 - needed) is None
-    why = bill.limit_reached(money, 4.0, [last], plan, 1801 - needed)
-    assert why is not None and why.startswith("training.max_cost 2")
+    assert bill.limit(load(), 4.0) is None
+    hour = bill.limit(load(training__max_hours=1), None)
+    assert hour == bill.Limit(3600, "training.max_hours 1")
+    both = load(training__max_hours=1, training__max_cost=2, cost__dollars_per_hour=4)
+    half_an_hour = bill.limit(both, 4.0)
+    assert half_an_hour == bill.Limit(1800, "training.max_cost 2")
+    epoch = replace(EPOCH, val_seconds=20.0)
+    assert bill.training_seconds(half_an_hour, [epoch]) == 1800 - 20 - bill.RESERVE
+    assert bill.training_seconds(half_an_hour, []) == 1800 - bill.RESERVE
+    assert bill.training_seconds(None, [epoch]) == float("inf")
     assert cost_of(1800, 4.0) == 2.0 and cost_of(1800, None) is None
 
 
@@ -170,35 +167,42 @@ def test_a_run_stops_at_its_limit_and_resumes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Told that each epoch takes a fortieth of an hour: a limit of a twentieth leaves room for one."""
-    honest = bill.limit_reached
-
-    def slow(
-        settings: Settings,
-        price: float,
-        epochs: list[records.Epoch],
-        plan: EpochPlan,
-        elapsed: float,
-    ) -> str | None:
-        told = [replace(epoch, train_seconds=89.0, val_seconds=1.0) for epoch in epochs]
-        return honest(settings, price, told, plan, 90.0 * len(epochs))
-
-    monkeypatch.setattr(bill, "limit_reached", slow)
+    """The time is up after one epoch and two steps of the next."""
     plain = {"training__epochs": 3, "cost__dollars_per_hour": 3600}
-    limited = small.settings(tmp_path / "run", **plain, training__max_hours=0.05)
+    limited = small.settings(tmp_path / "run", **plain, training__max_hours=1)
+    asked: list[None] = []
+
+    def late(stop: StopSignal) -> bool:
+        asked.append(None)
+        return len(asked) > 1 + 6 + 1 + 1  # before each epoch, and in each of its steps
+
+    monkeypatch.setattr(StopSignal, "late", property(late))
     assert run(limited) == 0
-    assert "stopped by training.max_hours 0.05" in capsys.readouterr().out
+    assert "stopped by training.max_hours 1 in epoch 1, step 2;" in capsys.readouterr().out
     log = records.read_log(tmp_path / "run")
     assert len(log.epochs) == 1 and log.summary is not None
-    assert log.summary.stopped is not None and "raise" not in log.summary.stopped
+    assert log.summary.stopped == "training.max_hours 1"
+    assert log.summary.elapsed_seconds > log.epochs[-1].elapsed_seconds
     assert log.summary.cost_dollars == pytest.approx(log.summary.elapsed_seconds, abs=1e-3)
 
     assert run(limited, "auto") == 0  # the same limit: nothing more, and no harm
-    assert len(records.read_log(tmp_path / "run").epochs) == 1
+    assert "in epoch 1, step 2" in capsys.readouterr().out
+    monkeypatch.undo()
     assert run(small.settings(tmp_path / "run", **plain), "auto") == 0
     resumed = records.read_log(tmp_path / "run")
+    starts = [(header.first_epoch, header.first_step) for header in resumed.headers]
+    assert starts == [(0, 0), (1, 2), (1, 2)]  # the second had no time at all
     assert run(small.settings(tmp_path / "whole", **plain)) == 0
     assert results(resumed) == results(records.read_log(tmp_path / "whole"))
     assert resumed.summary is not None and resumed.summary.stopped is None
     last = (tmp_path / "run/log.jsonl").read_text().splitlines()[-1]
     assert '"type": "summary"' in last and "cost_dollars" in last
+
+
+def test_a_limit_within_the_first_epoch(
+    small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = small.settings(tmp_path / "run", training__max_hours=1e-9)
+    assert run(settings) == 0
+    assert "stopped by training.max_hours 1e-09 in epoch 0, step 0" in capsys.readouterr().out
+    assert records.read_log(tmp_path / "run").summary is None
