@@ -151,7 +151,7 @@ def test_a_checkpoint_and_its_average(small: SmallData, tmp_path: Path) -> None:
     model = save_run(settings, classes, tmp_path / "last.pt")
     plain, average = (load_network(tmp_path / "last.pt", plain=p) for p in (True, False))
     torch.testing.assert_close(logits(plain.model), logits(model))  # channels last in training
-    assert "EMA" in average.origin
+    assert "averaged" in average.origin
     assert (logits(average.model) - logits(model)).abs().max() > 0.01
     assert plain.classes == classes and plain.how == Preprocess(32, 224 / 256)
     with pytest.raises(UsageError, match="knows its network"):

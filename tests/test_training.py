@@ -395,7 +395,7 @@ def test_failed_work_is_status_1(small: SmallData, tmp_path: Path) -> None:
     config.write_text(to_yaml(damaged.settings(tmp_path / "run", training__batch_size=100)))
     done = command("--config", config)
     assert done.returncode == 1
-    assert "sample 5 is damaged" in done.stderr and "Traceback" not in done.stderr
+    assert "the picture of sample 5, class" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_killed_in_mid_epoch_and_resumed(whole: Path, small: SmallData, tmp_path: Path) -> None:
