@@ -134,12 +134,11 @@ def draw(
         )
         for e, (plan, pictures) in enumerate(zip(row, of_row, strict=True)):
             for number, pixels in enumerate(pictures):
-                x = left + (number * wide + e) * step
-                inner = 0.04 * step if e else 0.10 * step  # photographs stand apart
-                axes = figure.add_axes((x + inner, bottom + 0.19 * high, step * 0.9, high * 0.8))
+                x = left + (number * wide + 0.1 + 0.96 * e) * step  # photographs stand apart
+                axes = figure.add_axes((x, bottom + 0.19 * high, step * 0.9, high * 0.8))
                 axes.imshow(pixels, interpolation="nearest")
                 axes.set_axis_off()
-                figure.text(x + inner + step * 0.45, bottom + 0.1 * high, f"epoch {plan.epoch}", ha="center",
+                figure.text(x + step * 0.45, bottom + 0.1 * high, f"epoch {plan.epoch}", ha="center",
                             va="center", color=MUTED, fontsize=7)  # fmt: skip
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png", dpi=110)
