@@ -86,16 +86,17 @@ def measure(every: dict[str, Settings], side: int, batch: int | None) -> dict[st
     precision = choose_precision("auto", device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     print(f"timing on {describe_world().device_name()}, {precision}, batch {count}, {side} px")
-    found = {}
+    built = {
+        name: build_model(settings, CLASSES).to(device).to(memory_format=torch.channels_last)
+        for name, settings in every.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in built}
     with Progress(len(every) * (STEPS + 1), "measuring", unit="step") as progress:
-        for name, settings in every.items():
-            model = build_model(settings, CLASSES).to(device).to(memory_format=torch.channels_last)
-            seconds = []
-            for _ in range(STEPS + 1):
-                seconds.append(step_seconds(model.train(), count, side, dtype))
+        for _ in range(STEPS + 1):  # in turns, so that what disturbs the machine hits all of them
+            for name, model in built.items():
+                seconds[name].append(step_seconds(model.train(), count, side, dtype))
                 progress.update(1, name)
-            found[name] = count / statistics.median(seconds[1:])
-    return found
+    return {name: count / statistics.median(taken[1:]) for name, taken in seconds.items()}
 
 
 def step_seconds(model: nn.Module, count: int, side: int, dtype: torch.dtype) -> float:
