@@ -13,7 +13,7 @@ from PIL import Image
 
 from ffcv_imnet.beton import Tables, check_beton, read_tables
 from ffcv_imnet.data import ValLoader
-from ffcv_imnet.distributed import describe_world
+from ffcv_imnet.distributed import connect, describe_world
 from ffcv_imnet.errors import UsageError
 from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.images.pixels import decode_rgb
@@ -75,6 +75,7 @@ def judge_run(run: Run, photographs: int) -> Judged:
     outputs = match_classes(network, manifest.classes, str(data))
 
     world = describe_world()
+    connect(world)  # all cores
     precision = choose_precision(chosen.training.precision, world.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model = network.model.to(world.device).to(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffcv_imnet.distributed import describe_world
+from ffcv_imnet.distributed import connect, describe_world
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.models import build_model
 from ffcv_imnet.models.registry import REGISTRY
@@ -81,11 +81,13 @@ def operations(model: nn.Module, side: int) -> int:
 
 def measure(every: dict[str, Settings], side: int, batch: int | None) -> dict[str, float]:
     """Training images a second of each network: forward and backward, as training runs them, without a loader."""
-    device = describe_world().device
+    world = describe_world()
+    connect(world)  # all cores
+    device = world.device
     count = batch or BATCH[device.type]
     precision = choose_precision("auto", device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    print(f"timing on {describe_world().device_name()}, {precision}, batch {count}, {side} px")
+    print(f"timing on {world.device_name()}, {precision}, batch {count}, {side} px")
     built = {
         name: build_model(settings, CLASSES).to(device).to(memory_format=torch.channels_last)
         for name, settings in every.items()
