@@ -15,6 +15,7 @@ import write_ffcv
 from ffcv_imnet import data, decoders, distributed, shapes
 from ffcv_imnet.beton import manifest_path, read_tables
 from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.native import build
 from ffcv_imnet.schedules import EpochPlan, plan_run
 from ffcv_imnet.settings import Settings
 from tests.conftest import SmallData
@@ -212,6 +213,73 @@ def test_a_damaged_jpeg_is_named(small: SmallData, tmp_path: Path) -> None:
         RunError, match=rf"sample {data.epoch_order(100, 0, 1)[3]}, class \w+, is damaged"
     ):
         train_batches(damaged.settings(tmp_path), damaged)
+
+
+def test_a_damaged_jpeg_may_be_skipped_and_is_counted(
+    small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = data.epoch_order(100, 0, 1)
+    damaged = damage(small, tmp_path, sample=int(order[3]))
+    settings = damaged.settings(tmp_path, data__on_damaged="skip")
+    loader = data.TrainLoader(str(damaged.train), 100, settings, ALONE)
+    plan = plan_run(settings, 100)[1]
+    batches = [(images.clone(), labels.clone()) for images, labels in loader.epoch(plan)]
+    whole = train_batches(small.settings(tmp_path), small)
+    assert loader.loader.skipped == {order[3]}
+    assert f"sample {order[3]}, class" in capsys.readouterr().err
+    for number, (ours, theirs) in enumerate(zip(batches, whole, strict=True)):
+        for slot in range(16):
+            if (number, slot) == (0, 3):
+                assert ours[1][slot] == data.PADDING and not ours[0][slot].any()
+            else:
+                assert ours[1][slot] == theirs[1][slot]
+                assert torch.equal(ours[0][slot], theirs[0][slot])
+
+
+def test_without_the_compiled_decoder_the_same_crops_come(
+    small: SmallData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_it = train_batches(small.settings(tmp_path), small)
+    monkeypatch.setattr(build, "load", lambda: None)
+    decoders.native_kernel.cache_clear()
+    try:
+        for _ in range(2):
+            without = train_batches(small.settings(tmp_path), small)
+        assert capsys.readouterr().err.count("is not compiled") == 1
+        damaged = damage(small, tmp_path, sample=3)
+        with pytest.raises(RunError, match=r"sample 3, class .* is damaged"):
+            train_batches(damaged.settings(tmp_path), damaged)
+    finally:
+        decoders.native_kernel.cache_clear()
+    for (images, labels), (again, labels_again) in zip(with_it, without, strict=True):
+        assert torch.equal(labels, labels_again)
+        # Another filter, the same boxes and flips: other boxes would be 40 levels off.
+        assert (images.float() - again.float()).abs().mean() < 6
+
+
+def test_alternating_flips_show_both_sides(small: SmallData, tmp_path: Path) -> None:
+    def pictures(epoch: int) -> dict[int, Tensor]:
+        settings = small.settings(
+            tmp_path, augmentation__flip="alternating", augmentation__crop_scale=(1.0, 1.0)
+        )
+        loader = data.TrainLoader(str(small.train), 100, settings, ALONE)
+        loader.decoder.control["random"] = 0  # the whole picture: what differs is the flip
+        loader.decoder.control["central"] = 1.0
+        plan = dataclasses.replace(plan_run(settings, 100)[0], epoch=epoch)
+        order = data.epoch_order(100, 0, epoch)
+        images = torch.cat([images.clone() for images, _ in loader.epoch(plan)])
+        return dict(zip(order.tolist(), images, strict=False))
+
+    first, second, third = (pictures(epoch) for epoch in (0, 1, 2))
+    for sample in first.keys() & second.keys():
+        assert torch.equal(first[sample], second[sample].flip(-1))
+    for sample in first.keys() & third.keys():
+        assert torch.equal(first[sample], third[sample])
+    flips = {decoders.mirrored(2, 0, 0, sample) for sample in range(20)}
+    assert flips == {False, True}
 
 
 def test_an_error_in_the_loaders_thread_ends_the_epoch(

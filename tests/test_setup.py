@@ -15,15 +15,21 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PACKAGE = "ffcv_imnet"
 # What a package of the index is imported as, where the two names differ.
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python": "cv2"}
-NOT_LOCKED = {"parquet", "timm", "boards"}  # optional groups that `make setup` leaves out
+IMPORTED_AS = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "opencv-python": "cv2",
+    "nvidia-dali-cuda120": "nvidia",
+    "spdl-io": "spdl",
+}
+NOT_LOCKED = {"parquet", "timm", "boards", "peers"}  # optional groups that `make setup` leaves out
 # Ours, from the lowest floor up (README.md draws it). A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "settings", "schedules", "records", "statistics"),
     ("images", "beton", "stored", "native", "decoders", "models", "optim", "checkpoint",
      "distributed", "provenance", "shapes", "quick_ffcv", "bill", "boards"),
     ("data", "run_folder"),
-    ("training", "evaluation", "judgement", "photos", "measure", "pages"),
+    ("training", "evaluation", "judgement", "photos", "measure", "peers", "pace", "pages"),
     ("tools", "__main__"),
     ("write_ffcv", "train_imagenet"),
 )  # fmt: skip
@@ -178,7 +184,8 @@ def users(package: str) -> set[str]:
 
 def test_who_may_import_what() -> None:
     assert users("fastargs") <= {"settings"}
-    assert users("ffcv") <= {"beton", "decoders", "data", "quick_ffcv"}
+    # peers: to measure against it
+    assert users("ffcv") <= {"beton", "decoders", "data", "quick_ffcv", "peers"}
     assert not users("torch") & set(FLOORS[0]) and not users("ffcv") & set(FLOORS[0])
     for path in sources():
         if "tests" not in path.parts and room(path) != "tools":

@@ -391,6 +391,17 @@ int64_t ffcv_imnet_crop_resize(const uint8_t *stored, int64_t size, int64_t is_j
     return status;
 }
 
+/* Only the decoding of the above, for measuring: the pixels stay in scratch memory. */
+int64_t ffcv_imnet_crop_decode(const uint8_t *stored, int64_t size, int64_t height, int64_t width, int64_t top,
+                               int64_t left, int64_t rows, int64_t columns, int64_t out_rows,
+                               int64_t out_columns) {
+    Picture picture;
+    Thread *thread = own_memory();
+    if (thread == NULL) return NO_MEMORY;
+    return decode(thread, stored, size, height, width, top, left, rows, columns,
+                  shrinking(rows, columns, out_rows, out_columns), &picture);
+}
+
 /* Scratch memory of the calling thread, bytes; libjpeg's own (about 0.1 MB) is not counted. */
 int64_t ffcv_imnet_scratch_bytes(void) {
     Thread *thread = own_memory();

@@ -1,0 +1,278 @@
+"""Measure loaders against each other, or a recipe's loader against its model.
+
+python -m ffcv_imnet benchmark loader --beton data/beton/train.beton --resolution 128 160 192 --json OUT
+python -m ffcv_imnet benchmark train --config rn_configs/rn18_16ep.yaml
+
+`loader`: each loader in its own process, in alternation, medians of several rounds. DALI and SPDL
+take part where they are installed; libjpeg-turbo, decoding the same crops and nothing else, is the
+limit. `train`: images/s of the loader alone, of the model alone on a batch that stays on the device,
+and of both, at every resolution of the plan.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ffcv_imnet import pace, provenance
+from ffcv_imnet.beton import Manifest, manifest_path, read_tables
+from ffcv_imnet.data import TrainLoader, check_data
+from ffcv_imnet.distributed import describe_world, usable_cores
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.peers import NEEDS, PEERS, Spec
+from ffcv_imnet.progress import Progress
+from ffcv_imnet.schedules import plan_run
+from ffcv_imnet.settings import load
+from ffcv_imnet.tools import ToolParser
+from ffcv_imnet.training import build_learner
+
+ROUNDS = 5
+STEPS = 20  # of `train`, timed at each resolution
+WARM = 5
+# Multiply-adds counted as two, dense, bf16 or fp16: the makers' data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}
+
+
+def main(argv: list[str]) -> int:
+    """The tool. Returns 0."""
+    options = parse(argv)
+    if options.what == "train":
+        return benchmark_train(options.config)
+    return benchmark_loader(options)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises UsageError."""
+    parser = ToolParser("benchmark", __doc__)
+    parser.add_argument("what", choices=["loader", "train"])
+    add = parser.add_argument
+    add("--config", action="append", help="train: a recipe; may be given several times")
+    add("--beton", type=Path, help="loader: the .beton that is loaded")
+    add("--data_dir", type=Path, help="its images as a folder a class; default: those it stores")
+    add("--resolution", type=int, nargs="+", default=[128, 160, 192], metavar="PX")
+    add("--batch_size", type=int, default=512)
+    add("--num_workers", type=int, default=usable_cores())
+    add("--rounds", type=int, default=ROUNDS)
+    add("--loaders", nargs="+", choices=list(PEERS), help="default: all that are installed")
+    add("--json", type=Path, help="where the rows go")
+    options = parser.parse_args(argv)
+    if options.what == "train" and not options.config:
+        raise UsageError("benchmark train needs --config, a recipe")
+    if options.what == "loader" and options.beton is None:
+        raise UsageError("benchmark loader needs --beton, a file of write_ffcv.py")
+    if options.rounds < 1:
+        raise UsageError("--rounds must be at least 1")
+    return options
+
+
+# ---- loaders ------------------------------------------------------------------------------------
+
+
+def benchmark_loader(options: argparse.Namespace) -> int:
+    """Rounds of all loaders in alternation; table, JSON."""
+    tables = read_tables(options.beton)
+    if len(tables.labels) < options.batch_size:
+        raise UsageError(
+            f"{options.beton} holds {len(tables.labels)} images, fewer than --batch_size "
+            f"{options.batch_size}: take a smaller batch"
+        )
+    names = options.loaders or installed(bool((tables.modes == 0).all()))
+    with ExitStack() as stack:
+        folder = options.data_dir
+        if folder is None and set(names) & {"torchvision", "dali", "spdl"}:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            unpack(options.beton, folder)
+        spec = Spec(
+            beton=str(options.beton),
+            folder=str(folder),
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+        )
+        peers = {name: stack.enter_context(Peer(name, spec)) for name in names}
+        passes = measure(peers, options.resolution, options.rounds)
+    rows = summarise(passes)
+    print(table(rows, options.num_workers))
+    if options.json:
+        write_json(options, rows, passes)
+    return 0
+
+
+def installed(jpegs: bool) -> list[str]:
+    """The loaders that can run here; those that read JPEG files only where the .beton stores such."""
+
+    def there(name: str) -> bool:
+        package = NEEDS.get(name)
+        return package is None or importlib.util.find_spec(package.split(".")[0]) is not None
+
+    return [name for name in PEERS if there(name) and (jpegs or name in ("ffcv_imnet", "ffcv"))]
+
+
+def unpack(beton: Path, folder: Path) -> None:
+    """The stored JPEGs as files, a folder a class: the same bytes for the loaders that read files."""
+    tables = read_tables(beton)
+    with beton.open("rb") as file:
+        for i, label in enumerate(tables.labels):
+            (folder / f"{label:04}").mkdir(exist_ok=True)
+            file.seek(int(tables.pointers[i]))
+            path = folder / f"{label:04}" / f"{i:08}.jpg"
+            path.write_bytes(file.read(int(tables.sizes[i])))
+
+
+class Peer:
+    """A loader in its process (`ffcv_imnet.peers`)."""
+
+    def __init__(self, name: str, spec: Spec) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "ffcv_imnet.peers", name, json.dumps(asdict(spec))]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+
+    def one_pass(self, resolution: int) -> dict[str, Any]:
+        """What the process says of one pass. Raises RunError with its last words if it ended."""
+        assert self.process.stdin and self.process.stdout
+        line = ""
+        if self.process.poll() is None:
+            self.process.stdin.write(f"{resolution}\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            words = self.errors.read().strip().splitlines() or ["no message"]
+            raise RunError(f"the loader {self.name} failed: {words[-1]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+Passes = dict[tuple[str, int], list[dict[str, Any]]]
+
+
+def measure(peers: dict[str, Peer], resolutions: list[int], rounds: int) -> Passes:
+    """`rounds` passes of each loader at each resolution, in turns; an unmeasured one before."""
+    passes: Passes = {}
+    total = len(resolutions) * (rounds + 1) * len(peers)
+    with Progress(total, "benchmark", "pass") as progress:
+        for resolution in resolutions:
+            for number in range(rounds + 1):
+                for name, peer in peers.items():
+                    answer = peer.one_pass(resolution)
+                    if number:
+                        passes.setdefault((name, resolution), []).append(answer)
+                    progress.update(1, f"{name} {resolution} px")
+    return passes
+
+
+def summarise(passes: Passes) -> list[dict[str, Any]]:
+    """One row a loader and resolution: median rate, spread (max - min over median), ratios, memory.
+
+    The ratios are medians of the rounds' own ratios: what slows a round slows all its loaders.
+    """
+
+    def rates(name: str, resolution: int) -> list[float]:
+        return [p["images"] / p["seconds"] for p in passes.get((name, resolution), [])]
+
+    def ratio(name: str, other: str, resolution: int) -> float | None:
+        pairs = zip(rates(name, resolution), rates(other, resolution), strict=False)
+        ratios = [a / b for a, b in pairs]
+        return round(statistics.median(ratios), 3) if ratios else None
+
+    rows = []
+    for (name, resolution), runs in passes.items():
+        own = rates(name, resolution)
+        median = statistics.median(own)
+        row = {
+            "loader": name,
+            "resolution": resolution,
+            "images_per_second": round(median, 1),
+            "spread": round((max(own) - min(own)) / median, 4),
+            "ratio_to_stock": ratio(name, "ffcv", resolution),
+            "ratio_to_limit": ratio(name, "turbojpeg", resolution),
+            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        }
+        rows.append({key: value for key, value in row.items() if value is not None})
+    return rows
+
+
+def table(rows: list[dict[str, Any]], cores: int) -> str:
+    """The rows for a person."""
+    columns = "loader", "px", "images/s", "a core", "spread", "x stock", "of limit", "peak memory"
+    lines = [
+        (
+            row["loader"],
+            row["resolution"],
+            f"{row['images_per_second']:,.0f}",
+            f"{row['images_per_second'] / cores:,.0f}",
+            f"{row['spread']:.1%}",
+            f"{row['ratio_to_stock']:.2f}" if "ratio_to_stock" in row else "",
+            f"{row['ratio_to_limit']:.0%}" if "ratio_to_limit" in row else "",
+            f"{row['peak_memory_bytes'] / 1e6:,.0f} MB",
+        )
+        for row in rows
+    ]
+    return tabulate(lines, columns, disable_numparse=True, stralign="right")
+
+
+def write_json(options: argparse.Namespace, rows: list[dict[str, Any]], passes: Passes) -> None:
+    """Rows, every single pass, and what a result must name to be believed."""
+    manifest = manifest_path(options.beton)
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": provenance.cpu_name(),
+        "cores": usable_cores(),
+        "git_commit": provenance.git_commit(),
+        "versions": provenance.versions(),
+        "samples": len(read_tables(options.beton).labels),
+        "stored": Manifest.load(manifest).settings if manifest.is_file() else {},
+        "batch_size": options.batch_size,
+        "num_workers": options.num_workers,
+        "rounds": options.rounds,
+        "rows": rows,
+        "passes": [
+            {"loader": name, "resolution": side, **run}
+            for (name, side), runs in passes.items()
+            for run in runs
+        ],
+    }
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def benchmark_train(config: list[str]) -> int:
+    """Loader, model and both at every resolution of the recipe's plan."""
+    settings = load(*config)
+    world = describe_world()
+    train_set, _ = check_data(settings)
+    plans = {plan.resolution: plan for plan in plan_run(settings, train_set.samples)}
+    loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
+    learner = build_learner(settings, len(train_set.classes), world)
+    lines = []
+    for side, plan in plans.items():
+        lines.append(pace.measure(side, plan, loader, learner, settings, world, STEPS, WARM))
+    name = world.device_name()
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    print(f"{name}, {learner.precision}, batch {settings.training.batch_size}")
+    columns = "px", "loader alone", "model alone", "both", "limited by", "MFU"
+    print(tabulate([line.row(peak) for line in lines], columns, disable_numparse=True))
+    return 0

@@ -1,0 +1,98 @@
+"""The benchmark: its arithmetic, its processes, what it says of mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ffcv_imnet import pace
+from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.tools import benchmark
+from tests.conftest import SmallData
+
+
+def run(rate: float, memory: int = 1000) -> dict[str, float]:
+    return {"images": rate, "seconds": 1.0, "peak_memory_bytes": memory}
+
+
+def test_ratios_are_medians_of_each_rounds_own() -> None:
+    """The machine was half as fast in the second round; no ratio shows it."""
+    passes = {
+        ("ffcv_imnet", 128): [run(400, 7), run(200, 9), run(400)],
+        ("ffcv", 128): [run(200), run(100), run(200)],
+        ("turbojpeg", 128): [run(500), run(250), run(500)],
+    }
+    ours, stock, limit = benchmark.summarise(passes)
+    assert ours["images_per_second"] == 400 and ours["spread"] == 0.5
+    assert ours["ratio_to_stock"] == 2 and ours["ratio_to_limit"] == 0.8
+    assert ours["peak_memory_bytes"] == 1000 and stock["ratio_to_stock"] == 1
+    assert limit["ratio_to_limit"] == 1
+    alone = benchmark.summarise({("ffcv_imnet", 96): [run(10)]})
+    assert "ratio_to_stock" not in alone[0]
+    assert "ffcv_imnet" in benchmark.table([ours, *alone], cores=2)
+
+
+def test_loader_benchmark_end_to_end(
+    small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.json"
+    command = f"loader --beton {small.train} --resolution 32 48 --batch_size 16 --num_workers 1"
+    command += f" --rounds 1 --loaders ffcv_imnet torchvision --json {out}"
+    assert benchmark.main(command.split()) == 0
+    report = json.loads(out.read_text())
+    assert {(row["loader"], row["resolution"]) for row in report["rows"]} == {
+        (name, side) for name in ("ffcv_imnet", "torchvision") for side in (32, 48)
+    }
+    for row in report["rows"]:
+        assert row["images_per_second"] > 0 and row["peak_memory_bytes"] > 0
+    assert all(one["images"] == 96 for one in report["passes"])
+    assert report["processor"] and report["date"] and report["samples"] == 100
+    assert "torchvision" in capsys.readouterr().out
+
+
+def test_a_loader_that_fails_says_why(small: SmallData) -> None:
+    spec = benchmark.Spec(beton="nowhere.beton", folder="", batch_size=1, num_workers=1)
+    with (
+        benchmark.Peer("ffcv_imnet", spec) as peer,
+        pytest.raises(RunError, match=r"loader ffcv_imnet failed: .*nowhere\.beton"),
+    ):
+        peer.one_pass(32)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("loader", "needs --beton"),
+        ("train", "needs --config"),
+        ("loader --beton B --rounds 0", "--rounds must be"),
+        ("loader --beton B --loaders fast", "invalid choice"),
+        ("both", "invalid choice"),
+    ],
+)
+def test_mistakes(command: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        benchmark.main(command.split())
+
+
+def test_a_batch_larger_than_the_data(small: SmallData) -> None:
+    with pytest.raises(UsageError, match="holds 100 images, fewer than"):
+        benchmark.main(["loader", "--beton", str(small.train)])
+
+
+def test_what_limits() -> None:
+    def of(loader: float, host: float, model: float) -> pace.Pace:
+        return pace.Pace(128, loader, host, model, min(loader, model), 1e9)
+
+    assert of(100, 100, 50).limit() == "model"
+    assert of(100, 105, 200).limit() == "loader"
+    assert of(100, 150, 200).limit() == "host copy"
+    assert of(100, 105, 200).row(1e12)[-1] == "10.0%"
+    assert of(100, 105, 200).row(None)[-1] == "peak not known"
+
+
+def test_training_benchmark(small: SmallData, tmp_path: Path) -> None:
+    from ffcv_imnet.settings import to_yaml
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(small.settings(tmp_path / "run")))
+    assert benchmark.main(["train", "--config", str(recipe)]) == 0

@@ -1,0 +1,194 @@
+"""The C kernel against PIL: every scale, odd sources, crops at the borders, damage."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ffcv_imnet.decoders import DAMAGES, JPEG
+from ffcv_imnet.native import build
+
+library = build.load()
+pytestmark = pytest.mark.skipif(library is None, reason="the crop decoder is not compiled")
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours, sharp edges and some noise, as a camera gives them."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / a + y / b + c) for a, b, c in rng.uniform(5, 60, (6, 3))]
+    colours = np.stack([waves[0] + waves[1], waves[2] - waves[3], waves[4] + waves[5]], -1)
+    edges = np.sign(np.sin(x / 17 - y / 29))[..., None] * rng.uniform(10, 40, 3)
+    noise = rng.normal(0, 3, (height, width, 3))
+    return np.clip(128 + 35 * colours + edges + noise, 0, 255).astype(np.uint8)
+
+
+def jpeg(picture: np.ndarray, mode: str = "RGB", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).convert(mode).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+def opened(stored: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"))
+
+
+def resized(picture: np.ndarray, box: Box, side: int) -> np.ndarray:
+    """PIL's answer, as int."""
+    top, left, h, w = box
+    crop = Image.fromarray(picture[top : top + h, left : left + w])
+    return np.asarray(crop.resize((side, side), Image.Resampling.BILINEAR)).astype(int)
+
+
+def kernel(
+    stored: bytes, size: tuple[int, int], box: Box, side: int, mode: int = JPEG, flip: bool = False
+) -> tuple[int, np.ndarray]:
+    """Status and pixels, as int."""
+    assert library is not None
+    data, out = np.frombuffer(stored, np.uint8), np.full((side, side, 3), 99, np.uint8)
+    status = library.ffcv_imnet_crop_resize(
+        data.ctypes.data, len(data), mode == JPEG, *size, *box, out.ctypes.data, side, side, flip
+    )
+    return status, out.astype(int)
+
+
+def boxes(height: int, width: int, seed: int) -> list[Box]:
+    """The whole, the corners, and some in between."""
+    rng = np.random.default_rng(seed)
+    h, w = max(1, height // 2), max(1, width // 3)
+    found = [(0, 0, height, width), (0, 0, h, w), (height - h, width - w, h, w)]
+    for _ in range(5):
+        h, w = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
+        found.append(
+            (int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w)
+        )
+    return found
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "4:2:0": {"subsampling": 2},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "grey": {"mode": "L"},
+    "restarts": {"restart_marker_rows": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_is_decoded_as_the_whole(kind: str) -> None:
+    """Where nothing is resized the pixels are PIL's, exactly: also beside the crop's borders."""
+    stored = jpeg(photograph(131, 197), **KINDS[kind])  # type: ignore[arg-type]
+    whole = opened(stored).astype(int)
+    for side in (1, 5, 16, 33, 131):
+        for top in (0, 1, 15, 16, 17, 131 - side):
+            for left in (0, 15, 16, 31, 197 - side):
+                if top + side <= 131:
+                    status, ours = kernel(stored, (131, 197), (top, left, side, side), side)
+                    assert status == 0
+                    expected = whole[top : top + side, left : left + side]
+                    assert np.array_equal(ours, expected), (side, top, left)
+
+
+@pytest.mark.parametrize("shrunk", [1, 2, 4, 8])
+def test_resizing_at_every_scale_is_near_pil(shrunk: int) -> None:
+    """Mean difference below 0.4 levels where all is decoded, else below that of resizing by area.
+
+    Stock FFCV resizes by area; PIL's BOX stands for it here.
+    """
+    ours_off, area_off = [], []
+    for seed in range(4):
+        stored = jpeg(photograph(400, 300, seed))
+        whole = opened(stored)
+        for box in [(3, 5, 389, 290), (0, 0, 300, 300), (101, 37, 299, 263)]:
+            side = int(min(box[2:]) / shrunk / 1.3)
+            status, ours = kernel(stored, whole.shape[:2], box, side)
+            assert status == 0
+            reference = resized(whole, box, side)
+            crop = Image.fromarray(whole).crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
+            area = np.asarray(crop.resize((side, side), Image.Resampling.BOX)).astype(int)
+            ours_off.append(np.abs(ours - reference).mean())
+            area_off.append(np.abs(area - reference).mean())
+    bound = 0.4 if shrunk == 1 else 1.2 * float(np.mean(area_off))
+    assert np.mean(ours_off) < bound, (np.mean(ours_off), np.mean(area_off))
+
+
+SIZES = [(1, 1), (1, 400), (400, 1), (2, 3), (17, 2000), (3000, 5), (100, 140), (333, 500)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [8, 37, 128])
+def test_raw_pixels_are_pils(size: tuple[int, int], side: int) -> None:
+    """From one pixel to a panorama, shrunk and enlarged: never off by more than rounding.
+
+    Where hundreds of rows make one, cutting each product to 16 bits adds up to a second level.
+    """
+    picture = photograph(*size)
+    bound = 2 if max(size) > 60 * side else 1
+    for box in boxes(*size, seed=side):
+        status, ours = kernel(picture.tobytes(), size, box, side, mode=1)
+        assert status == 0
+        assert np.abs(ours - resized(picture, box, side)).max() <= bound, box
+        _, flipped = kernel(picture.tobytes(), size, box, side, mode=1, flip=True)
+        assert np.array_equal(flipped, ours[:, ::-1])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_odd_jpegs_decode(size: tuple[int, int]) -> None:
+    stored = jpeg(photograph(*size))
+    for box in boxes(*size, seed=3):
+        status, ours = kernel(stored, size, box, 32)
+        assert status == 0
+        # Shrunk by at most 8 in the decoder, so the means agree whatever the filter does.
+        assert abs(ours.mean() - resized(opened(stored), box, 32).mean()) < 4
+
+
+def test_white_stays_white_and_black_black() -> None:
+    for level in (0, 255):
+        picture = np.full((300, 900, 3), level, np.uint8)
+        for side in (16, 100, 299, 400):
+            for mode, stored in ((JPEG, jpeg(picture)), (1, picture.tobytes())):
+                _, ours = kernel(stored, (300, 900), (0, 1, 300, 899), side, mode)
+                assert (ours == level).all()
+
+
+def test_validation_crops_agree_with_pil() -> None:
+    """The README's number: central crops of 400 px pictures to 256 and 224 px."""
+    for seed in range(3):
+        stored = jpeg(photograph(300, 400, seed))
+        for side in (224, 256):
+            _, ours = kernel(stored, (300, 400), (19, 69, 262, 262), side)
+            off = np.abs(ours - resized(opened(stored), (19, 69, 262, 262), side))
+            assert off.max() <= 1 and off.mean() < 0.4
+
+
+def test_damage_is_noticed_and_leaves_no_pixels() -> None:
+    stored = jpeg(photograph(200, 300))
+    everything = (0, 0, 200, 300)
+    middle = len(stored) // 2
+    cases = {
+        "cut off": stored[:middle],
+        "no header": bytes(100) + stored[100:],
+        "a hole": stored[:middle] + bytes(400) + stored[middle + 400 :],
+        "empty": stored[:2],
+        "a marker inside": stored[:middle] + b"\xff\xd9" + stored[middle + 2 :],
+    }
+    for name, damaged in cases.items():
+        status, pixels = kernel(damaged, (200, 300), everything, 64)
+        assert DAMAGES[status] == "is damaged" and not pixels.any(), name
+    status, _ = kernel(stored, (300, 200), (0, 0, 200, 200), 64)
+    assert "another size" in DAMAGES[status]
+    status, _ = kernel(jpeg(photograph(64, 64), mode="CMYK"), (64, 64), (0, 0, 64, 64), 16)
+    assert "neither grey nor RGB" in DAMAGES[status]
+    status, _ = kernel(bytes(10), (64, 64), (0, 0, 64, 64), 16, mode=1)
+    assert DAMAGES[status] == "is damaged"
+    # The decoder is as good as new afterwards.
+    assert kernel(stored, (200, 300), everything, 64)[0] == 0
+
+
+def test_a_library_of_another_source_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build.library_path()
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    assert build.library_path() != before and build.load() is None
