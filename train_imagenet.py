@@ -159,6 +159,9 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
                 val_seconds=now - validation_started,
                 elapsed_seconds=before + now - started,
                 peak_memory_bytes=world.peak_memory(),
+                loader_start_seconds=(
+                    train_loader.loader.start_seconds if plan is plans[first] else None
+                ),
             )
             run.records.append(epoch)
             trained = checkpoint.Trained()
@@ -196,12 +199,14 @@ def manifest_summary(path: str, manifest: Manifest) -> dict[str, Any]:
 
 def describe(epoch: Epoch, epochs: int) -> str:
     """One line for a person."""
+    start = epoch.loader_start_seconds
+    first = f"  first batch after {start:.1f} s" if start is not None else ""
     ema = f"  ema_top_1 {epoch.ema_top_1:.4f}" if epoch.ema_top_1 is not None else ""
     return (
         f"epoch {epoch.epoch} (of 0-{epochs - 1})  {epoch.resolution} px  "
         f"train_loss {epoch.train_loss:.3f}  val_loss {epoch.val_loss:.3f}  "
         f"top_1 {epoch.top_1:.4f}  top_5 {epoch.top_5:.4f}{ema}  "
-        f"{epoch.images_per_second:,.0f} img/s  {epoch.elapsed_seconds:,.0f} s"
+        f"{epoch.images_per_second:,.0f} img/s  {epoch.elapsed_seconds:,.0f} s{first}"
     )
 
 

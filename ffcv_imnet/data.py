@@ -1,6 +1,7 @@
 """FFCV loaders: the same batches at any number of threads and processes, and never a hang."""
 
 import sys
+import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -185,6 +186,7 @@ class _OrderedLoader:
     ) -> None:
         self.fname, self.batch_size, self.batches_ahead = path, batch_size, data.batches_ahead
         self.num_workers, self.decoder = workers, decoder
+        started = time.perf_counter()
         threads = torch.get_num_threads()
         Compiler.set_num_threads(workers)
         self.reader = Reader(path)
@@ -205,6 +207,8 @@ class _OrderedLoader:
         torch.set_num_threads(threads)  # FFCV sets it for the whole process
         self.skip_damaged = data.on_damaged == "skip"
         self.skipped: set[int] = set()
+        self.construction_seconds = time.perf_counter() - started
+        self.start_seconds: float | None = None  # construction and wait for the first batch of all
 
     def batches(self, order: Indices, device: torch.device) -> Batches:
         """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.
@@ -218,9 +222,13 @@ class _OrderedLoader:
         """
         threads = torch.get_num_threads()
         copied = copy_event(device)
+        asked = time.perf_counter()
         epoch = _Epoch(self, order)
         try:
             for number, (images, labels) in enumerate(epoch):
+                if self.start_seconds is None:
+                    waited = time.perf_counter() - asked
+                    self.start_seconds = self.construction_seconds + waited
                 # The loader's thread changed it before its first batch.
                 torch.set_num_threads(threads)
                 start = number * self.batch_size

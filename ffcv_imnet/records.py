@@ -55,6 +55,8 @@ class Epoch:
     images_per_second: float  # training images over train_seconds, all processes together
     train_seconds: float
     loader_seconds: float  # the part of train_seconds that rank 0 waited for its loader
+    # from constructing the loader to its first batch, where this process made its first one
+    loader_start_seconds: float | None = None
     compile_seconds: float | None = None  # the part of it that torch.compile took; absent without
     val_seconds: float
     elapsed_seconds: float  # since the script started, earlier parts of a resumed run included

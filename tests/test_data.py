@@ -346,3 +346,13 @@ def test_more_workers_than_cores(small: SmallData, tmp_path: Path) -> None:
     settings = dataclasses.replace(small.settings(tmp_path), data=default)
     assert data.workers_of(settings, shared) == 1
     assert data.workers_of(settings, ALONE) == distributed.usable_cores()
+
+
+def test_the_start_is_timed_once(small: SmallData, tmp_path: Path) -> None:
+    settings = small.settings(tmp_path)
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
+    plan = plan_run(settings, small.train_samples)[0]
+    assert loader.loader.start_seconds is None
+    seen = [loader.loader.start_seconds for _ in range(2) for _ in loader.epoch(plan)]
+    assert len(set(seen)) == 1 and seen[0] is not None
+    assert seen[0] > loader.loader.construction_seconds > 0
