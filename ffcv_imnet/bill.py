@@ -103,7 +103,7 @@ def price(settings: Settings) -> float | None:
 # ---- operations ---------------------------------------------------------------------------------
 
 
-def _image_flops(settings: Settings, classes: int, side: int, training: bool) -> float:
+def image_flops(settings: Settings, classes: int, side: int, training: bool) -> float:
     """Operations on one image; a multiplication and an addition are two, as torch counts."""
     of_shape = replace(Settings().training, use_blurpool=settings.training.use_blurpool)
     return _count(Settings(model=settings.model, training=of_shape), classes, side, training)
@@ -129,10 +129,10 @@ def run_flops(
     Convolutions and matrix products, counted by torch on its meta device: nothing is computed.
     """
     training = sum(
-        plan.images * _image_flops(settings, classes, plan.resolution, True) for plan in plans
+        plan.images * image_flops(settings, classes, plan.resolution, True) for plan in plans
     )
     passes = (2 if settings.validation.lr_tta else 1) * (2 if settings.training.ema_decay else 1)
-    judged = _image_flops(settings, classes, settings.validation.resolution, False)
+    judged = image_flops(settings, classes, settings.validation.resolution, False)
     return training, len(plans) * val_images * passes * judged
 
 

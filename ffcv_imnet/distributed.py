@@ -132,10 +132,10 @@ class StopSignal:
     A second signal acts at once, for whoever cannot wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listen: bool = True) -> None:
         self.received: int | None = None
         self.deadline = math.inf  # of time.perf_counter()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if listen else ():
             signal.signal(number, self._note)
 
     @property

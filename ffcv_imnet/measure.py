@@ -86,13 +86,6 @@ class _Timed:
         return max(0.0, self.seconds - len(self.asked) * a_batch - first_batch)
 
 
-def _no_signals() -> StopSignal:
-    """Nothing to obey: Ctrl-C ends a measurement as it ends any command."""
-    stop = StopSignal.__new__(StopSignal)
-    stop.received = None
-    return stop
-
-
 def measure(
     learner: checkpoint.Learner,
     loader: TrainLoader,
@@ -119,7 +112,8 @@ def measure(
         timed = _Timed(source)
         short = replace(plan, steps=count)
         batches = cast(TrainLoader, timed)
-        train_epoch(learner, batches, short, still, world, _no_signals(), Trained())
+        deaf = StopSignal(listen=False)  # Ctrl-C ends a measurement as it ends any command
+        train_epoch(learner, batches, short, still, world, deaf, Trained())
         return timed
 
     def agree(share: float) -> int:

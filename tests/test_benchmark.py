@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ffcv_imnet import pace
 from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.settings import to_yaml
 from ffcv_imnet.tools import benchmark
 from tests.conftest import SmallData
 
@@ -64,7 +64,8 @@ def test_a_loader_that_fails_says_why(small: SmallData) -> None:
     [
         ("loader", "needs --beton"),
         ("train", "needs --config"),
-        ("loader --beton B --rounds 0", "--rounds must be"),
+        ("loader --beton B --rounds 0", "--rounds: '0' is not a whole number"),
+        ("loader --beton B --num_workers 4096", "--num_workers: '4096' is not"),
         ("loader --beton B --loaders fast", "invalid choice"),
         ("both", "invalid choice"),
     ],
@@ -79,20 +80,19 @@ def test_a_batch_larger_than_the_data(small: SmallData) -> None:
         benchmark.main(["loader", "--beton", str(small.train)])
 
 
-def test_what_limits() -> None:
-    def of(loader: float, host: float, model: float) -> pace.Pace:
-        return pace.Pace(128, loader, host, model, min(loader, model), 1e9)
-
-    assert of(100, 100, 50).limit() == "model"
-    assert of(100, 105, 200).limit() == "loader"
-    assert of(100, 150, 200).limit() == "host copy"
-    assert of(100, 105, 200).row(1e12)[-1] == "10.0%"
-    assert of(100, 105, 200).row(None)[-1] == "peak not known"
-
-
-def test_training_benchmark(small: SmallData, tmp_path: Path) -> None:
-    from ffcv_imnet.settings import to_yaml
-
+def test_training_benchmark(
+    small: SmallData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(to_yaml(small.settings(tmp_path / "run")))
-    assert benchmark.main(["train", "--config", str(recipe)]) == 0
+    two = {"resolution__max_res": 64, "resolution__start_ramp": 1, "resolution__end_ramp": 1}
+    recipe.write_text(to_yaml(small.settings(tmp_path / "run", **two)))
+    monkeypatch.setitem(benchmark.PEAK_FLOPS, "thread", 1e12)  # as if the processor's were known
+    assert benchmark.main(["train", "--config", str(recipe), "--seconds", "1"]) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.strip()[:2] in ("32", "64")]
+    assert [row[0] for row in rows] == ["32", "64"]
+    assert all(row[-1].endswith("%") for row in rows)
+    assert not (tmp_path / "run").exists()

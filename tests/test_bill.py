@@ -47,7 +47,7 @@ def test_operations_of_a_network_by_hand() -> None:
 def test_operations_of_resnet18_as_published() -> None:
     """torchvision's page of its weights: 1.81 billion multiply-adds at 224 px."""
     settings = load(training__use_blurpool=False)
-    assert bill._image_flops(settings, 1000, 224, False) / 2e9 == pytest.approx(1.81, abs=0.01)
+    assert bill.image_flops(settings, 1000, 224, False) / 2e9 == pytest.approx(1.81, abs=0.01)
 
 
 # ---- throughputs and the bill -------------------------------------------------------------------

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("images", "beton", "stored", "native", "decoders", "models", "optim", "checkpoint",
      "distributed", "provenance", "shapes", "quick_ffcv", "bill", "boards"),
     ("data", "run_folder"),
-    ("training", "evaluation", "judgement", "photos", "measure", "peers", "pace", "pages"),
+    ("training", "evaluation", "judgement", "photos", "measure", "peers", "pages"),
     ("tools", "__main__"),
     ("write_ffcv", "train_imagenet"),
 )  # fmt: skip

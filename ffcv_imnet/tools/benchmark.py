@@ -24,11 +24,14 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ffcv_imnet import pace, provenance
+from ffcv_imnet import provenance
 from ffcv_imnet.beton import Manifest, manifest_path, read_tables
+from ffcv_imnet.bill import image_flops
 from ffcv_imnet.data import TrainLoader, check_data
-from ffcv_imnet.distributed import describe_world, usable_cores
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.distributed import connect, describe_world, disconnect, usable_cores
+from ffcv_imnet.errors import RunError, UsageError, in_range
+from ffcv_imnet.measure import bottleneck
+from ffcv_imnet.measure import measure as measure_training
 from ffcv_imnet.peers import NEEDS, PEERS, Spec
 from ffcv_imnet.progress import Progress
 from ffcv_imnet.schedules import plan_run
@@ -37,8 +40,6 @@ from ffcv_imnet.tools import ToolParser
 from ffcv_imnet.training import build_learner
 
 ROUNDS = 5
-STEPS = 20  # of `train`, timed at each resolution
-WARM = 5
 # Multiply-adds counted as two, dense, bf16 or fp16: the makers' data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     """The tool. Returns 0."""
     options = parse(argv)
     if options.what == "train":
-        return benchmark_train(options.config)
+        return benchmark_train(options.config, options.seconds)
     return benchmark_loader(options)
 
 
@@ -55,14 +56,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UsageError."""
     parser = ToolParser("benchmark", __doc__)
     parser.add_argument("what", choices=["loader", "train"])
-    add = parser.add_argument
+    add, cores = parser.add_argument, usable_cores()
     add("--config", action="append", help="train: a recipe; may be given several times")
     add("--beton", type=Path, help="loader: the .beton that is loaded")
     add("--data_dir", type=Path, help="its images as a folder a class; default: those it stores")
-    add("--resolution", type=int, nargs="+", default=[128, 160, 192], metavar="PX")
-    add("--batch_size", type=int, default=512)
-    add("--num_workers", type=int, default=usable_cores())
-    add("--rounds", type=int, default=ROUNDS)
+    pixels, some = in_range(int, 1, 4096), in_range(int, 1)
+    add("--resolution", type=pixels, nargs="+", default=[128, 160, 192], metavar="PX")
+    add("--batch_size", type=some, default=512, metavar="N")
+    add("--num_workers", type=in_range(int, 1, cores), default=cores, metavar="N")
+    add("--rounds", type=some, default=ROUNDS, metavar="N", help="default: %(default)s")
+    add("--seconds", type=in_range(float, 0.1), default=30.0, metavar="S",
+        help="train: of measuring at each resolution (default: %(default)g)")  # fmt: skip
     add("--loaders", nargs="+", choices=list(PEERS), help="default: all that are installed")
     add("--json", type=Path, help="where the rows go")
     options = parser.parse_args(argv)
@@ -70,8 +74,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("benchmark train needs --config, a recipe")
     if options.what == "loader" and options.beton is None:
         raise UsageError("benchmark loader needs --beton, a file of write_ffcv.py")
-    if options.rounds < 1:
-        raise UsageError("--rounds must be at least 1")
     return options
 
 
@@ -259,20 +261,37 @@ def write_json(options: argparse.Namespace, rows: list[dict[str, Any]], passes: 
 # ---- training -----------------------------------------------------------------------------------
 
 
-def benchmark_train(config: list[str]) -> int:
-    """Loader, model and both at every resolution of the recipe's plan."""
+def benchmark_train(config: list[str], seconds: float) -> int:
+    """`train`: print loader, model and both, at each resolution of the plan."""
     settings = load(*config)
     world = describe_world()
     train_set, _ = check_data(settings)
-    plans = {plan.resolution: plan for plan in plan_run(settings, train_set.samples)}
+    plans = plan_run(settings, train_set.samples)
+    connect(world)
     loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
     learner = build_learner(settings, len(train_set.classes), world)
-    lines = []
-    for side, plan in plans.items():
-        lines.append(pace.measure(side, plan, loader, learner, settings, world, STEPS, WARM))
-    name = world.device_name()
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    print(f"{name}, {learner.precision}, batch {settings.training.batch_size}")
-    columns = "px", "loader alone", "model alone", "both", "limited by", "MFU"
-    print(tabulate([line.row(peak) for line in lines], columns, disable_numparse=True))
+    device = world.device_name()
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    rows, advice = [], []
+    for side, plan in sorted({plan.resolution: plan for plan in reversed(plans)}.items()):
+        rates = measure_training(learner, loader, plan, settings, world, seconds)
+        limit, change = bottleneck(rates, world.device.type == "cuda")
+        flops = image_flops(settings, len(train_set.classes), side, True)
+        used = f"{rates.both * flops / world.size / peak:.1%}" if peak else "peak not known"
+        speeds = [f"{value:,.0f}" for value in (rates.loader, rates.step, rates.both)]
+        rows.append((side, *speeds, limit, used))
+        advice.append(change)
+    disconnect(world)
+    if world.is_main:
+        columns = (
+            "px",
+            "loader img/s",
+            "model img/s",
+            "both img/s",
+            "limit",
+            "model FLOP utilisation",
+        )
+        print(f"{device}, {learner.precision}, batch {settings.training.batch_size}\n")
+        print(tabulate(rows, columns, disable_numparse=True, stralign="right"))
+        print("\n" + "\n".join(dict.fromkeys(advice)))
     return 0
