@@ -83,9 +83,9 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("--split", type=split_name, required=True, metavar="{train,val}", help="which one to write")
-    add("--data_dir", type=Path, default=Path("data/imagenet"), metavar="DIR",
+    add("--data_dir", type=Path, metavar="DIR",
         help="holds train/ and val/, one folder a class in each, or Kaggle's layout"
-        " (default: %(default)s)")  # fmt: skip
+        " (default: data/imagenet)")  # fmt: skip
     add("--tar", type=Path, metavar="FILE",
         help="read ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar in place instead")  # fmt: skip
     add("--parquet", type=Path, metavar="DIR",
@@ -128,6 +128,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options, extra = parser.parse_known_args(args)
     if extra:
         raise UsageError(f"{extra[0]!r} is not an option (--help lists the options)")
+    for other in ("tar", "parquet"):
+        if options.data_dir and getattr(options, other):
+            raise UsageError(f"--data_dir and --{other} exclude each other: give one of them")
+    options.data_dir = options.data_dir or Path("data/imagenet")
     if options.max_resolution and options.short_side:
         raise UsageError("--max_resolution and --short_side exclude each other: give one of them")
     if options.max_resolution is None and not options.short_side:

@@ -31,8 +31,11 @@ class Number(Checker):
             raise ValueError
         number = float(value)
         whole = self.kind is int
-        if not self.low <= number <= self.high or (whole and number != int(number)):
-            raise ValueError  # NaN fails the first comparison
+        # JSON has no infinity, and int() of it is another error.
+        if not (math.isfinite(number) and self.low <= number <= self.high):
+            raise ValueError
+        if whole and number != int(number):
+            raise ValueError
         return int(value) if whole else number  # int(value): a 63-bit seed does not fit a float
 
     def help(self) -> str:

@@ -62,6 +62,8 @@ def test_later_wins(tmp_path: Path) -> None:
         ("--resum=auto", "(did you mean resume?)"),
         ("--lr.lr=fast", "lr.lr must be a number"),
         ("--lr.lr=nan", "lr.lr must be a number"),
+        ("--training.max_hours=inf", "training.max_hours must be a number of at least 0"),
+        ("--training.epochs=inf", "training.epochs must be an integer of at least 1"),
         ("--lr.lr=-1", "lr.lr must be a number of at least"),
         ("--training.epochs=1.5", "training.epochs must be an integer"),
         ("--training.epochs=0", "of at least 1"),

@@ -180,6 +180,13 @@ def test_other_damage_is_noticed(tree: Path, tmp_path: Path) -> None:
             TarArchive(put(tmp_path / "x.tar", what))
 
 
+@pytest.mark.parametrize("blocks", range(15, 22))
+def test_the_end_may_lie_in_two_records(blocks: int, tmp_path: Path) -> None:
+    # One length in twenty: the second block of the end begins a record, 10,752 bytes of zeros.
+    inner = train_of(member("n0_1.JPEG", b"x" * 512 * blocks))
+    assert len(TarArchive(put(tmp_path / "train.tar", inner))) == 1
+
+
 def test_what_is_no_tar(tmp_path: Path) -> None:
     for data, reason in [
         (b"", "not a tar"),

@@ -345,6 +345,7 @@ MISTAKES = {
     "--split train --num_workers 0": "'0' is not a whole number of at least 1",
     "--split train --num_workers 100000": "more than the .* cores",
     "--split train --subset 1.5": "'1.5' is not a whole number",
+    "--split train --tar t.tar --data_dir d": "--data_dir and --tar exclude each other",
     "--split train --data_dir nowhere": "nowhere does not exist: expected nowhere/train/<class",
     "--split val": "has no folder 'val'",
 }

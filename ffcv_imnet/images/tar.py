@@ -28,7 +28,7 @@ from ffcv_imnet.images.labels import labels_of
 BLOCK = 512  # bytes: headers lie on this boundary
 BATCH = 4096  # headers checked at a time: 2 MB
 END = bytes(BLOCK)
-RECORD = 20 * BLOCK  # what tar fills up with zeros behind the end, unless told otherwise
+RECORD = 20 * BLOCK  # filled up with zeros; the two blocks of the end may lie in two records
 TAIL = 1 << 20  # zeros that may follow the end of the file's own tar
 LONGEST_NAME = 1 << 16  # bytes of a GNU or pax header that are read
 FORMAT = 1  # of the cached index
@@ -100,7 +100,7 @@ def scan_tar(descriptor: int, where: str, start: int, end: int, outer: bool) -> 
                     raise _Stop("it ends without an end mark")
                 break
             if header == END:
-                _check_tail(descriptor, position, end, TAIL if outer else RECORD)
+                _check_tail(descriptor, position, end, TAIL if outer else RECORD + BLOCK)
                 break
             try:
                 size = int(header[124:135], 8)
