@@ -207,7 +207,7 @@ def _load(source: Path) -> dict[str, Any] | None:
             print(f"{error}: going on from {previous}, the one before", file=sys.stderr)
             return None
         if not best.is_file() or best.samefile(source):
-            raise
+            raise RunError(f"{error}; start again in another logging.folder") from error
         raise RunError(f"{error}; --resume {best} goes on from the best epoch") from error
 
 

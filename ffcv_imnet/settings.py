@@ -19,6 +19,8 @@ from fastargs.validation import Checker
 
 from ffcv_imnet.errors import Parser, UsageError, nearest
 
+MOST_EPOCHS = 100_000  # the plan has a row for each
+
 
 class Number(Checker):
     """An int or a float within bounds."""
@@ -121,7 +123,7 @@ class Stages(Checker):
     """A list of `Stage`s: in YAML as it is, on the command line as YAML text."""
 
     columns: ClassVar[dict[str, Checker]] = {
-        "epochs": Number(int, 1, math.inf),
+        "epochs": Number(int, 1, MOST_EPOCHS),
         "resolution": Number(int, 8, 4096),
         "crop_scale": Range(0.001, 1.0),
         "batch_size": Number(int, 1, math.inf),
@@ -273,7 +275,7 @@ class Lr:
 class Training:
     """Optimisation"""
 
-    epochs: int = _int(16, "passes over the training set", 1)
+    epochs: int = _int(16, "passes over the training set", 1, MOST_EPOCHS)
     batch_size: int = _int(1024, "global: over all processes", 1)
     optimizer: str = _setting(
         "sgd", Choice(["sgd", "muon"]), "muon: for the convolutions, SGD for everything else"

@@ -84,7 +84,10 @@ def _read_text(path: Path) -> dict[str, str]:
         image, wnid = stem(words[0]), words[1]
         _check_name(path, number, wnid)
         if found.setdefault(image, wnid) != wnid:
-            raise UsageError(f"{path}, line {number}: {image} has two classes")
+            raise UsageError(
+                f"{path}, line {number}: {image} has two classes; is it a label file, an image and "
+                f"its class a line?"
+            )
     if not found:
         raise UsageError(f"{path} holds no labels")
     return found
