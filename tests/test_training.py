@@ -254,7 +254,8 @@ def test_damaged_checkpoint(whole: Path, small: SmallData, tmp_path: Path) -> No
     checkpoint.copy(bad, last)
     checkpoint.copy(last, best)  # a link: as damaged as the other
     with pytest.raises(
-        RunError, match=r"last\.pt is damaged, cut off or no file of weights \(.*\); start again in another"
+        RunError,
+        match=r"last\.pt is damaged, cut off or no file of weights \(.*\); start again in another",
     ):
         run(settings, "auto")
     best.unlink()
