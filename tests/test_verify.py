@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,7 @@ def test_beton(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(data / "tree/train" / source.name(3), picture(99, 43, 57))
     status, said = run(capsys, train, "--data_dir", data / "tree")
     assert status == 1 and f"sample 3 does not show {source.name(3)}" in said
+    assert re.search(r"^BAD .*14 of 15 samples equal", said, re.M)
     place = int(beton.read_tables(train).pointers[4]) + 300
     with train.open("r+b") as file:
         file.seek(place)
@@ -142,6 +144,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for words, reason in [
         ([str(tmp_path / "none")], "does not exist"),
         ([str(tmp_path / "x.txt")], "neither a .tar, a .beton nor a .parquet"),
+        ([str(tmp_path), "--tar", "t.tar", "--data_dir", "d"], "exclude each other"),
     ]:
         with pytest.raises(UsageError, match=reason):
             verify.main(words)

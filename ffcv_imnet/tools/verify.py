@@ -138,6 +138,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.num_workers < 1:
         raise UsageError("--num_workers must be at least 1")
+    sources = [name for name in ("data_dir", "tar", "parquet") if getattr(options, name)]
+    if len(sources) > 1:
+        raise UsageError(f"--{sources[0]} and --{sources[1]} exclude each other: give one of them")
     for path in options.paths:
         if not path.exists():
             raise UsageError(f"{path} does not exist")
@@ -425,14 +428,15 @@ def compare_samples(
     chosen = np.random.default_rng(0).choice(
         len(numbers), min(SAMPLES, len(numbers)), replace=False
     )
-    same = 0
+    same, bad = 0, report.bad
     for index in np.sort(chosen).tolist():
         difference = sample_difference(path, tables, source, index, int(numbers[index]), pixels)
         same += difference == 0
         if difference > NEAR:
             name = source.name(int(numbers[index]))
             report.say("BAD", path, f"sample {index:,} does not show {name} of {where}")
-    report.say("ok", path, f"{same} of {len(chosen)} samples equal {where} bit for bit")
+    level = "ok" if report.bad == bad else "BAD"
+    report.say(level, path, f"{same} of {len(chosen)} samples equal {where} bit for bit")
 
 
 def sample_difference(
