@@ -283,7 +283,8 @@ class TrainLoader:
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.seed, self.world = samples, settings.training.seed, world
         local_batches = [local_batch_size(batch, world) for batch in batch_sizes(settings)]
-        self.decoder = CropDecoder(max(resolutions(settings)), samples)
+        whole = settings.data.decoder == "whole"
+        self.decoder = CropDecoder(max(resolutions(settings)), samples, whole)
         control = self.decoder.control
         control["seed"], control["random"] = self.seed, 1
         control["flip"] = FLIPS.index(settings.augmentation.flip)
@@ -315,7 +316,8 @@ class ValLoader:
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.world = samples, world
         self.order, self.local_batch = exact_share(samples, settings.validation.batch_size, world)
-        decoder = CropDecoder(settings.validation.resolution, samples)
+        whole = settings.data.decoder == "whole"
+        decoder = CropDecoder(settings.validation.resolution, samples, whole)
         decoder.control["central"] = settings.validation.crop_ratio
         self.loader = _OrderedLoader(
             path,

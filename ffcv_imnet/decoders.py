@@ -232,19 +232,20 @@ class CropDecoder(SimpleRGBImageDecoder):
     Args:
         resolution: side of the output, px.
         samples: in the whole file.
+        whole: decode whole pictures and resize by area even where the C kernel is there.
 
     Attributes:
         damaged: (samples,) int8, what was wrong with a sample when it was last decoded: a place
             in `DAMAGES`, 0 if nothing. Its pixels are black then.
     """
 
-    def __init__(self, resolution: int, samples: int) -> None:
+    def __init__(self, resolution: int, samples: int, whole: bool = False) -> None:
         super().__init__()
         self.resolution = resolution
         self.control = np.zeros(1, dtype=CONTROL)
         self.damaged = np.zeros(samples, dtype=np.int8)  # FFCV makes uint8 arrays read-only
         self.scratch = np.zeros(0, dtype=np.uint8)
-        self.native = native_kernel() is not None
+        self.native = not whole and native_kernel() is not None
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """FFCV asks this at the start of every epoch: the output buffer, (side, side, 3) an image."""

@@ -208,6 +208,11 @@ class Data:
         None, "decoding threads of one process; default: usable cores over local processes", 1
     )
     batches_ahead: int = _int(3, "batches decoded ahead of the one in use", 1, 64)
+    decoder: str = _setting(
+        "crop",
+        Choice(["crop", "whole"]),
+        "crop: fast, decodes the crop alone, resizes as PIL's bilinear; whole: FFCV's, resizes by area",
+    )
     on_damaged: str = _setting(
         "stop",
         Choice(["stop", "skip"]),

@@ -254,6 +254,8 @@ def test_without_the_compiled_decoder_the_same_crops_come(
             train_batches(damaged.settings(tmp_path), damaged)
     finally:
         decoders.native_kernel.cache_clear()
+    whole = train_batches(small.settings(tmp_path, data__decoder="whole"), small)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole, without, strict=True))
     for (images, labels), (again, labels_again) in zip(with_it, without, strict=True):
         assert torch.equal(labels, labels_again)
         # Another filter, the same boxes and flips: other boxes would be 40 levels off.
