@@ -101,6 +101,23 @@ class Log:
     summary: Summary | None = None  # None: the run has not finished
 
 
+def best_of(epoch: Epoch) -> tuple[float, str]:
+    """The better of the weights' and their average's top-1, never test-time augmented, and its name."""
+    if epoch.ema_top_1 is not None and epoch.ema_top_1 > epoch.top_1:
+        return epoch.ema_top_1, "ema_top_1"
+    return epoch.top_1, "top_1"
+
+
+def first_reached(epochs: list[Epoch], target: float) -> Reached | None:
+    """The first epoch at or above `target`; None if there is none, or the target is 0."""
+    for epoch in epochs if target else []:
+        top_1, by = best_of(epoch)
+        if top_1 >= target:
+            elapsed = epoch.elapsed_seconds
+            return Reached(top_1=top_1, by=by, epoch=epoch.epoch, elapsed_seconds=elapsed)
+    return None
+
+
 def to_dict(record: Record | Reached) -> dict[str, Any]:
     """A record as JSON's types, its type's name first, without the fields that do not apply."""
     out: dict[str, Any] = {} if isinstance(record, Reached) else {"type": record.TYPE}

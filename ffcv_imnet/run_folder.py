@@ -54,14 +54,7 @@ class RunFolder:
 
     def reached(self) -> Reached | None:
         """The first epoch at or above `training.stop_at`, if there is one."""
-        target = self.settings.training.stop_at
-        for epoch in self.epochs if target else []:
-            top_1, by = _score(epoch)
-            if top_1 >= target:
-                return Reached(
-                    top_1=top_1, by=by, epoch=epoch.epoch, elapsed_seconds=epoch.elapsed_seconds
-                )
-        return None
+        return records.first_reached(self.epochs, self.settings.training.stop_at)
 
     def start(self, header: Header) -> None:
         """Write what stands in the folder before the first step.
@@ -115,7 +108,7 @@ class RunFolder:
     def save(self, learner: checkpoint.Learner) -> None:
         """Keep the epoch that was appended to `records`: checkpoint first, then its line in the log."""
         self.save_within(learner, Trained(), self.epochs[-1].elapsed_seconds)
-        *earlier, newest = [_score(epoch)[0] for epoch in self.epochs]
+        *earlier, newest = [records.best_of(epoch)[0] for epoch in self.epochs]
         if newest > max(earlier, default=-1.0):
             checkpoint.copy(self.path / LAST, self.path / BEST)
         records.append(self.path / LOG, self.epochs[-1])
@@ -124,10 +117,10 @@ class RunFolder:
         self, elapsed_seconds: float, dollars_per_hour: float | None, stopped: str | None
     ) -> Summary:
         """Write the log's last line; there must be an epoch. One that a limit `stopped` can be resumed."""
-        best = max(self.epochs, key=lambda epoch: _score(epoch)[0])
+        best = max(self.epochs, key=lambda epoch: records.best_of(epoch)[0])
         summary = Summary(
             reached=self.reached(),
-            best_top_1=_score(best)[0],
+            best_top_1=records.best_of(best)[0],
             best_epoch=best.epoch,
             epochs=len(self.epochs),
             elapsed_seconds=elapsed_seconds,
@@ -142,13 +135,6 @@ class RunFolder:
 def cost_of(seconds: float, dollars_per_hour: float | None) -> float | None:
     """Dollars, to the cent's hundredth; None without a price."""
     return None if dollars_per_hour is None else round(seconds / 3600 * dollars_per_hour, 4)
-
-
-def _score(epoch: Epoch) -> tuple[float, str]:
-    """The better of the weights' and their average's top-1, never test-time augmented."""
-    if epoch.ema_top_1 is not None and epoch.ema_top_1 > epoch.top_1:
-        return epoch.ema_top_1, "ema_top_1"
-    return epoch.top_1, "top_1"
 
 
 def open_run(settings: Settings, resume: str | None, train: Manifest, val: Manifest) -> RunFolder:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ffcv_imnet.errors import RunError
-from ffcv_imnet.records import Epoch, Log, Reached, read_log
+from ffcv_imnet.records import Epoch, Log, Reached, best_of, first_reached, read_log
 from ffcv_imnet.settings import NOT_OF_THE_RESULT, flatten
 
 SEED = "training.seed"
@@ -56,17 +56,12 @@ def reached(log: Log) -> Reached | None:
     """When the target was reached: as the summary says, or, in a run that goes on, from its epochs."""
     if log.summary is not None:
         return log.summary.reached
-    for epoch in log.epochs if target(log) else []:
-        by = "ema_top_1" if (epoch.ema_top_1 or 0.0) > epoch.top_1 else "top_1"
-        if (top_1 := getattr(epoch, by)) >= target(log):
-            elapsed = epoch.elapsed_seconds
-            return Reached(top_1=top_1, by=by, epoch=epoch.epoch, elapsed_seconds=elapsed)
-    return None
+    return first_reached(log.epochs, target(log))
 
 
 def best(log: Log) -> tuple[float, int]:
     """The best single-view top-1, of the weights or of their average, and its epoch."""
-    top_1, epoch = max((max(e.top_1, e.ema_top_1 or 0.0), -e.epoch) for e in log.epochs)
+    top_1, epoch = max((best_of(e)[0], -e.epoch) for e in log.epochs)
     return top_1, -epoch
 
 
