@@ -6,9 +6,9 @@ Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC11; test ve
 `kat_vectors` of the authors' Random123), so the pixels are the same at any number of threads and
 processes.
 
-Two decoders stand behind the same crops. `native/crop_resize.c`, where set-up compiled it, decodes
-what the crop needs, at the scale that it needs. Without it FFCV's own functions decode the whole
-JPEG and resize by area: slower, and other pixels by a rounding or a filter.
+Two decoders stand behind the same crops, and both shrink by area. `native/crop_resize.c`, where
+set-up compiled it, decodes what the crop needs, at the scale that it needs. Without it FFCV's own
+functions decode the whole JPEG: slower, and other pixels by a rounding or by the DCT's smoothing.
 """
 
 import ctypes
@@ -232,7 +232,7 @@ class CropDecoder(SimpleRGBImageDecoder):
     Args:
         resolution: side of the output, px.
         samples: in the whole file.
-        whole: decode whole pictures and resize by area even where the C kernel is there.
+        whole: decode whole pictures, with FFCV's functions, even where the C kernel is there.
 
     Attributes:
         damaged: (samples,) int8, what was wrong with a sample when it was last decoded: a place

@@ -211,7 +211,7 @@ class Data:
     decoder: str = _setting(
         "crop",
         Choice(["crop", "whole"]),
-        "crop: fast, decodes the crop alone, resizes as PIL's bilinear; whole: FFCV's, resizes by area",
+        "crop: fast, decodes the crop alone; whole: FFCV's, to compare with",
     )
     on_damaged: str = _setting(
         "stop",

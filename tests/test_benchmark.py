@@ -80,6 +80,12 @@ def test_a_batch_larger_than_the_data(small: SmallData) -> None:
         benchmark.main(["loader", "--beton", str(small.train)])
 
 
+def test_a_folder_without_images(small: SmallData, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no folders of images there"):
+        command = ["loader", "--beton", str(small.train), "--data_dir", str(tmp_path)]
+        benchmark.main([*command, "--batch_size", "10"])
+
+
 def test_training_benchmark(
     small: SmallData,
     tmp_path: Path,

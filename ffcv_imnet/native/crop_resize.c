@@ -3,8 +3,9 @@
  * A training crop needs neither the rows and columns of a JPEG outside it nor, when it is shrunk,
  * every pixel inside: libjpeg-turbo skips the former (jpeg_skip_scanlines, jpeg_crop_scanline; the
  * Huffman codes above the crop still have to be read) and decodes at 1/2, 1/4 or 1/8 through smaller
- * inverse DCTs. What is left to shrink, by less than two, is resized with a triangle as wide as the
- * shrinking, which is PIL's antialiased BILINEAR.
+ * inverse DCTs. What is left to shrink, by less than two, is averaged over the area that an output
+ * pixel covers (OpenCV's INTER_AREA, PIL's BOX), as the published recipes do; what is enlarged is
+ * interpolated linearly.
  *
  * Resizing is two passes of one loop, "a row is a weighted sum of rows", which compilers turn into
  * vector instructions: the columns pass works on transposed blocks of BLOCK rows. All sums are in
@@ -116,38 +117,46 @@ typedef struct {
     uint16_t *weights; /* `widest` an output row; those in use sum to 65535 */
 } Taps;
 
-/* Triangle weights for `out` rows over [start, start + length) of a source whose rows `low` to
- * `high` may be used: those of PIL's ImagingPrecompute, in 16 bits. 0 if there is no memory. */
+/* How much of an output row that is centred at `centre` a source row shows, unnormalised: where
+ * `scale` source rows make one, what it covers of them; else its place under a triangle. */
+INLINE double seen(int row, double centre, double scale) {
+    double low = centre - scale / 2, high = centre + scale / 2, far = row + 0.5 - centre;
+    if (scale < 1) return far < -1 || far > 1 ? 0 : 1 - (far < 0 ? -far : far);
+    low = low > row ? low : row;
+    high = high < row + 1 ? high : row + 1;
+    return high > low ? high - low : 0;
+}
+
+/* Weights for `out` rows over [start, start + length) of a source whose rows `low` to `high` may be
+ * used. 0 if there is no memory. */
 static int make_taps(Buffer *buffer, Taps *taps, double start, double length, int low, int high, int out) {
-    double scale = length / out, reach = scale > 1 ? scale : 1;
-    taps->widest = 2 * (int)(reach + 1) + 1;
-    char *memory = room(buffer, out * (sizeof(Span) + taps->widest * (sizeof(uint16_t))));
+    double scale = length / out, reach = scale < 1 ? 1 : scale / 2;
+    taps->widest = (int)(2 * reach) + 3;
+    char *memory = room(buffer, out * (sizeof(Span) + taps->widest * sizeof(uint16_t)));
     if (memory == NULL) return 0;
     taps->spans = (Span *)memory;
     taps->weights = (uint16_t *)(memory + out * sizeof(Span));
     for (int i = 0; i < out; i++) {
         double centre = start + (i + 0.5) * scale, total = 0;
-        int first = (int)(centre - reach + 0.5), end = (int)(centre + reach + 0.5);
+        int first = (int)(centre - reach), end = (int)(centre + reach) + 1;
         if (first < low) first = low;
         if (end > high) end = high;
         if (first >= end) first = end - 1; /* beyond the last row by a rounding error */
         uint16_t *weights = taps->weights + (size_t)i * taps->widest;
         int count = end - first, left = 65535, best = 0;
+        for (int k = 0; k < count; k++) total += seen(first + k, centre, scale);
         for (int k = 0; k < count; k++) {
-            double far = (first + k + 0.5 - centre) / reach;
-            far = far < 0 ? -far : far;
-            total += far < 1 ? 1 - far : 0;
-        }
-        for (int k = 0; k < count; k++) {
-            double far = (first + k + 0.5 - centre) / reach;
-            far = far < 0 ? -far : far;
-            double weight = far < 1 && total > 0 ? (1 - far) / total : 0;
+            double weight = total > 0 ? seen(first + k, centre, scale) / total : 0;
             weights[k] = (uint16_t)(weight * 65535 + 0.5);
             left -= weights[k];
             if (weights[k] > weights[best]) best = k;
         }
         weights[best] += left;
         while (count > 1 && weights[count - 1] == 0) count--;
+        while (count > 1 && weights[0] == 0) {
+            memmove(weights, weights + 1, --count * sizeof(uint16_t));
+            first++;
+        }
         taps->spans[i] = (Span){first, count};
     }
     return 1;

@@ -91,6 +91,10 @@ def benchmark_loader(options: argparse.Namespace) -> int:
     names = options.loaders or installed(bool((tables.modes == 0).all()))
     with ExitStack() as stack:
         folder = options.data_dir
+        if folder is not None and not any(folder.glob("*/*")):
+            raise UsageError(
+                f"--data_dir {folder}: no folders of images there; leave it out to unpack the .beton's own"
+            )
         if folder is None and set(names) & {"torchvision", "dali", "spdl"}:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             unpack(options.beton, folder)
