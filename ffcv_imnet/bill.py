@@ -8,7 +8,7 @@ docs/FROM_A_CREDIT_CARD.md says how well that does.
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffcv_imnet.errors import UsageError, nearest
 from ffcv_imnet.models import build_model
+from ffcv_imnet.optim import is_kernel, newton_schulz
 from ffcv_imnet.records import Epoch
 from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
 from ffcv_imnet.settings import Settings, load
@@ -121,19 +122,42 @@ def _count(settings: Settings, classes: int, side: int, training: bool) -> float
     return counter.get_total_flops() / len(images)
 
 
+def step_flops(settings: Settings, classes: int) -> float:
+    """Operations of Muon's Newton-Schulz iterations in one step; 0 for SGD, whose are too few to count."""
+    if settings.training.optimizer != "muon":
+        return 0.0
+    return _count_step(replace(Settings(), model=settings.model, muon=settings.muon), classes)
+
+
+@cache
+def _count_step(settings: Settings, classes: int) -> float:
+    with torch.device("meta"):
+        kernels = [p for p in build_model(settings, classes).parameters() if is_kernel(p)]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for kernel in kernels:
+            newton_schulz(kernel.flatten(1)[None], settings.muon.ns_steps, torch.float32)
+    return float(counter.get_total_flops())
+
+
+class Operations(NamedTuple):
+    """Floating point operations of a whole run."""
+
+    training: float  # forward and backward of all epochs
+    optimizer: float  # of all steps; every GPU makes them all
+    validation: float  # all passes
+
+
 def run_flops(
     settings: Settings, plans: tuple[EpochPlan, ...], val_images: int, classes: int
-) -> tuple[float, float]:
-    """Operations of all epochs' training, forward and backward, and of all passes of validation.
-
-    Convolutions and matrix products, counted by torch on its meta device: nothing is computed.
-    """
+) -> Operations:
+    """Convolutions and matrix products, counted by torch on its meta device: nothing is computed."""
     training = sum(
         plan.images * image_flops(settings, classes, plan.resolution, True) for plan in plans
     )
+    optimizer = sum(plan.steps for plan in plans) * step_flops(settings, classes)
     passes = (2 if settings.validation.lr_tta else 1) * (2 if settings.training.ema_decay else 1)
     judged = image_flops(settings, classes, settings.validation.resolution, False)
-    return training, len(plans) * val_images * passes * judged
+    return Operations(training, optimizer, len(plans) * val_images * passes * judged)
 
 
 # ---- throughputs --------------------------------------------------------------------------------
@@ -213,15 +237,16 @@ def bill(
     classes: int = IMAGENET_CLASSES,
 ) -> list[Line]:
     """The run on every machine of the table whose GPU has a throughput."""
-    training, validation = run_flops(settings, plans, val_images, classes)
+    operations = run_flops(settings, plans, val_images, classes)
     images = sum(plan.images for plan in plans)
     lines = []
     for machine in machines().values():
         known = throughput(machine.gpu, machine.gpus, settings.model.arch)
         if known is not None:
             speed = known.tflops * 1e12 * machine.gpus
-            decoding = images / (training / speed) / machine.vcpus
-            lines.append(Line(machine, (training + validation) / speed / 3600, decoding, known))
+            training = (operations.training + machine.gpus * operations.optimizer) / speed
+            hours = (training + operations.validation / speed) / 3600
+            lines.append(Line(machine, hours, images / training / machine.vcpus, known))
     return lines
 
 
@@ -232,9 +257,15 @@ def describe(
     classes: int = IMAGENET_CLASSES,
 ) -> str:
     """The bill as text: operations, a table of machines, the sources of every figure."""
-    training, validation = run_flops(settings, plans, val_images, classes)
+    operations = run_flops(settings, plans, val_images, classes)
     lines = bill(settings, plans, val_images, classes)
     sources = list(dict.fromkeys(line.throughput.source for line in lines))
+
+    training, optimizer, validation = (value / 1e15 for value in operations)
+    parts = [f"{training:,.2f} PFLOP of training"]
+    if optimizer:
+        parts.append(f"{optimizer:,.2f} of Muon ({optimizer / training:.1%} of it)")
+    parts.append(f"{validation:,.2f} of validation")
 
     def dollars(value: float | None) -> str:
         return "-" if value is None else f"${value:,.2f}"
@@ -261,8 +292,7 @@ def describe(
     notes = "".join(f"  [{number}] {source}\n" for number, source in enumerate(sources, 1))
     seen = "verified" if dated.get("verified") else "not verified at the seller"
     return (
-        f"the bill: {training / 1e15:,.2f} PFLOP of training, {validation / 1e15:,.2f} of validation "
-        f"({val_images:,} images)\n\n{table}\n\n{notes}"
+        f"the bill: {' + '.join(parts)} ({val_images:,} images)\n\n{table}\n\n{notes}"
         f"  prices of {dated.get('date')}, {seen}: {MACHINES}; throughputs: {THROUGHPUTS}\n"
         f"  img/s a vCPU: what decoding must keep up with; the hours hold only if it does\n"
         f"  not in it: booting, copying the data, disks. On the machine itself add --measure"

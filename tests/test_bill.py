@@ -9,6 +9,7 @@ import train_imagenet
 from ffcv_imnet import bill, records
 from ffcv_imnet.distributed import StopSignal
 from ffcv_imnet.errors import UsageError
+from ffcv_imnet.models import build_model
 from ffcv_imnet.run_folder import cost_of
 from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.settings import Settings, load, parse
@@ -38,10 +39,27 @@ def test_operations_of_a_network_by_hand() -> None:
     first = 2 * 27 * 16 * 16**2
     others = 2 * 9 * 16 * 32 * 8**2 + 2 * 9 * 32 * 48 * 4**2 + 2 * 48 * 10
     plans = plan_run(settings, 25)  # two steps an epoch
-    training, validation = bill.run_flops(settings, plans, 7, 10)
+    training, optimizer, validation = bill.run_flops(settings, plans, 7, 10)
+    assert optimizer == 0
     # Backward costs two forwards, but for the pixels' gradient, which nobody needs.
     assert training == 2 * 20 * (2 * first + 3 * others)
     assert validation == 2 * 7 * 4 * (first + others)  # mirror image, and the average as well
+
+
+def test_operations_of_muon_by_hand() -> None:
+    """Five iterations over a rows x columns matrix, in two parts of Gram matrices."""
+    settings = load(model__arch="resnet18", training__optimizer="muon")
+    kernels = [
+        (p.shape[0], p[0].numel()) for p in build_model(settings, 10).parameters() if p.ndim > 3
+    ]
+    expected = 0
+    for rows, columns in ((min(k), max(k)) for k in kernels):
+        wide, square = 2 * rows * rows * columns, 2 * rows**3
+        # Twice X X^T and the product with X; 5 polynomials, 2 + 1 further Gram matrices of two
+        # products, 2 + 1 products of polynomials.
+        expected += 4 * wide + (5 + 6 + 3) * square
+    assert bill.step_flops(settings, 10) == expected
+    assert bill.step_flops(load(model__arch="resnet18"), 10) == 0
 
 
 def test_operations_of_resnet18_as_published() -> None:
