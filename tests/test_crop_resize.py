@@ -42,8 +42,8 @@ def resized(picture: np.ndarray, box: Box, side: int) -> np.ndarray:
     crop = picture[top : top + h, left : left + w].astype(np.float32)
     across = cv2.INTER_AREA if w >= side else cv2.INTER_LINEAR
     down = cv2.INTER_AREA if h >= side else cv2.INTER_LINEAR
-    crop = cv2.resize(crop, (side, h), interpolation=across)
-    return cv2.resize(crop, (side, side), interpolation=down)
+    narrow = cv2.resize(crop, (side, h), interpolation=across)
+    return cv2.resize(narrow, (side, side), interpolation=down)
 
 
 def pil_resized(picture: np.ndarray, box: Box, side: int, filter: Image.Resampling) -> np.ndarray:
