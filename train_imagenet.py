@@ -137,6 +137,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     boards = Boards(run.path, header, enabled=world.is_main)
 
     status, stopped, limit_name = 0, None, limit.name if limit else None
+    skips = settings.data.on_damaged == "skip"
     try:
         for plan in plans[first:]:
             stop.deadline = started - before + bill.training_seconds(limit, run.epochs)
@@ -159,6 +160,8 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
                 val_seconds=now - validation_started,
                 elapsed_seconds=before + now - started,
                 peak_memory_bytes=world.peak_memory(),
+                skipped=trained.skipped if skips else None,
+                val_skipped=val_loader.samples - plain.images if skips else None,
                 loader_start_seconds=(
                     train_loader.loader.start_seconds if plan is plans[first] else None
                 ),
@@ -202,11 +205,16 @@ def describe(epoch: Epoch, epochs: int) -> str:
     start = epoch.loader_start_seconds
     first = f"  first batch after {start:.1f} s" if start is not None else ""
     ema = f"  ema_top_1 {epoch.ema_top_1:.4f}" if epoch.ema_top_1 is not None else ""
+    lost = "".join(
+        f"  {name} {count:,}"
+        for name, count in (("skipped", epoch.skipped), ("val_skipped", epoch.val_skipped))
+        if count
+    )
     return (
         f"epoch {epoch.epoch} (of 0-{epochs - 1})  {epoch.resolution} px  "
         f"train_loss {epoch.train_loss:.3f}  val_loss {epoch.val_loss:.3f}  "
         f"top_1 {epoch.top_1:.4f}  top_5 {epoch.top_5:.4f}{ema}  "
-        f"{epoch.images_per_second:,.0f} img/s  {epoch.elapsed_seconds:,.0f} s{first}"
+        f"{epoch.images_per_second:,.0f} img/s  {epoch.elapsed_seconds:,.0f} s{first}{lost}"
     )
 
 

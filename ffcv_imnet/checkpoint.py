@@ -48,6 +48,7 @@ class Trained:
     lr: float = 0.0  # at the last step
     seconds: float = 0.0
     loader_seconds: float = 0.0  # waited for batches
+    skipped: int = 0  # damaged pictures, of all processes
     compile_seconds: float | None = None  # None: not compiled
     signal: int | None = None  # the one that ended it early
     late: bool = False  # ended early by a limit of hours or dollars

@@ -61,6 +61,9 @@ class Epoch:
     val_seconds: float
     elapsed_seconds: float  # since the script started, earlier parts of a resumed run included
     peak_memory_bytes: int | None = None  # on one accelerator; absent on a CPU
+    # Damaged pictures that were left out, of all processes; absent where they end the run.
+    skipped: int | None = None  # of the training pictures
+    val_skipped: int | None = None  # of the validation pictures
 
 
 @dataclass(frozen=True, kw_only=True)

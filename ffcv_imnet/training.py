@@ -101,8 +101,8 @@ def train_epoch(
 
     Returns early, after the step in hand, when a signal arrived, a limit is near or a checkpoint is due; call it again
     with what it returned to go on. BatchNorm's running statistics are then made equal on all processes.
-    Loss and the first step at which it was not finite stay on the device; the host reads them
-    every `LOOK_EVERY` seconds.
+    Loss, the first step at which it was not finite and the number of skipped pictures stay on the
+    device; the host reads them every `LOOK_EVERY` seconds.
 
     Raises:
         RunError: the loss became NaN or infinite, or the loader failed.
@@ -113,6 +113,7 @@ def train_epoch(
     summed = before.loss_sum * world.size if world.is_main else 0.0
     loss_sum = torch.tensor(summed, dtype=torch.float64, device=world.device)
     first_bad = torch.full((), plan.steps, dtype=torch.int64, device=world.device)
+    skipped = torch.full_like(first_bad, before.skipped if world.is_main else 0)
     waited, compiled = 0.0, compile_seconds()
     started = looked = time.perf_counter()
     what = f"epoch {plan.epoch} {plan.resolution} px"
@@ -153,6 +154,7 @@ def train_epoch(
 
             with torch.no_grad():
                 loss_sum += loss
+                skipped += (labels == PADDING).sum()
                 first_bad = first_bad.minimum(torch.where(loss.isfinite(), plan.steps, step))
             progress.update(plan.batch_size)
 
@@ -166,7 +168,8 @@ def train_epoch(
                     looked = now
                     _check_finite(int(first_bad), plan, world)
                     mean = (float(loss_sum) - summed) / (step + 1 - before.steps)
-                    progress.update(0, f"loss {mean:.3f} lr {rate:.4g}")
+                    lost = f" skipped {count:,}" if (count := int(skipped)) else ""
+                    progress.update(0, f"loss {mean:.3f} lr {rate:.4g}{lost}")
                 if stopped or late or save:
                     world.share(learner.model)  # the checkpoint is one process's
                     ended = (stop.received or signal.SIGTERM) if stopped else None
@@ -178,6 +181,7 @@ def train_epoch(
         lr=rate,
         seconds=before.seconds + time.perf_counter() - started,
         loader_seconds=before.loader_seconds + waited,
+        skipped=int(world.sum(skipped)),
         compile_seconds=compiling if settings.training.compile else None,
         signal=ended,
         late=late,
@@ -201,7 +205,7 @@ def epoch_record(
     trained: Trained,
     plain: Metrics,
     ema: Metrics | None,
-    **seconds_and_memory: Any,
+    **measured: Any,
 ) -> Epoch:
     """One line of the log. The keywords are those fields of `Epoch` that the caller measures."""
     return Epoch(
@@ -224,5 +228,5 @@ def epoch_record(
         train_seconds=trained.seconds,
         loader_seconds=trained.loader_seconds,
         compile_seconds=trained.compile_seconds,
-        **seconds_and_memory,
+        **measured,
     )

@@ -95,6 +95,11 @@ def test_the_table_has_a_row_an_epoch_and_only_the_columns_there_are(tmp_path: P
         "2", "192", "0.3000", "2.600", "2.100", "0.7000", "0.9000", "1,234", "36"
     ]  # fmt: skip
     assert "ema" not in plain and "tta" not in plain
+    none = write_run(tmp_path / "none", header(), epoch(0, 0.3, skipped=0, val_skipped=0))
+    assert "skipped" not in report.table(read_log(none))
+    some = write_run(tmp_path / "some", header(), epoch(0, 0.3, skipped=2, val_skipped=0))
+    lost = report.table(read_log(some))
+    assert lost.splitlines()[0].split()[-1] == "skipped" and lost.split()[-1] == "2"
     augmented = epoch(0, 0.3, tta_top_1=0.31, ema_top_1=0.32, ema_tta_top_1=0.33)
     both = report.table(read_log(write_run(tmp_path / "both", header(), augmented, epoch(1, 0.5))))
     assert all(name in both for name in ("ema_top_1", "tta_top_1", "ema_tta_top_1", "0.3300"))

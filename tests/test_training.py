@@ -17,6 +17,7 @@ import torch
 import train_imagenet
 from ffcv_imnet import checkpoint
 from ffcv_imnet.checkpoint import Trained
+from ffcv_imnet.data import epoch_order
 from ffcv_imnet.distributed import Interrupted
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.records import Epoch, Log, read_log
@@ -406,6 +407,30 @@ def test_failed_work_is_status_1(small: SmallData, tmp_path: Path) -> None:
     assert "the picture of sample 5, class" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_damaged_pictures_are_counted_in_the_log(
+    small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Across checkpoints within the epoch, in training and in validation; nobody counts without the setting."""
+    where = int(epoch_order(100, 0, 0)[3])  # in the first batch of epoch 0
+    damaged = damage(small, tmp_path, sample=where)
+    settings = damaged.settings(
+        tmp_path / "run",
+        data__val_dataset=damaged.train,
+        data__on_damaged="skip",
+        training__epochs=1,
+        training__checkpoint_minutes=1e-9,
+    )
+    assert run(settings) == 0
+    (epoch,) = read_log(tmp_path / "run").epochs
+    assert epoch.skipped == 1 and epoch.val_skipped == 1
+    assert "skipped 1  val_skipped 1" in capsys.readouterr().out
+    assert round(epoch.top_1 * 99, 6).is_integer()
+    whole = small.settings(tmp_path / "whole", training__epochs=1)
+    assert run(whole) == 0
+    (epoch,) = read_log(tmp_path / "whole").epochs
+    assert epoch.skipped is None and epoch.val_skipped is None
+
+
 def test_killed_in_mid_epoch_and_resumed(whole: Path, small: SmallData, tmp_path: Path) -> None:
     """SIGKILL, which nothing can catch, at whatever point after the first epoch's line."""
     config = tmp_path / "c.yaml"
@@ -423,10 +448,20 @@ def test_killed_in_mid_epoch_and_resumed(whole: Path, small: SmallData, tmp_path
 
 
 def test_two_processes(small: SmallData, tmp_path: Path) -> None:
-    """torchrun, gloo: the same batches, the same number of pictures, one log."""
+    """torchrun, gloo: the same batches, the same number of pictures, one log.
+
+    Each process meets one damaged picture in the first epoch: the log counts both.
+    """
     config = tmp_path / "c.yaml"
-    settings = small.settings(
-        tmp_path / "run", model__arch="resnet18", training__ema_decay=0.5, training__batch_size=32
+    damaged = small
+    for place in (3, 31):
+        damaged = damage(damaged, tmp_path, sample=int(epoch_order(100, 0, 0)[place]))
+    settings = damaged.settings(
+        tmp_path / "run",
+        model__arch="resnet18",
+        training__ema_decay=0.5,
+        training__batch_size=32,
+        data__on_damaged="skip",
     )
     config.write_text(to_yaml(settings))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -441,6 +476,8 @@ def test_two_processes(small: SmallData, tmp_path: Path) -> None:
     assert log.headers[0].world_size == 2 and len(log.epochs) == 2 and log.summary is not None
     assert all(isinstance(epoch, Epoch) for epoch in log.epochs)
     assert all(round(epoch.top_1 * 33, 6).is_integer() for epoch in log.epochs)
+    assert log.epochs[0].skipped == 2 and log.epochs[0].val_skipped == 0
+    assert "skipped 2" in done.stdout
 
 
 def test_one_folder_one_run(small: SmallData, tmp_path: Path) -> None:

@@ -42,13 +42,18 @@ INK, FAINT = "#333333", "#8a8a8a"
 
 
 def table(log: Log) -> str:
-    """One row an epoch; the columns of EMA and TTA only where some epoch has them."""
+    """One row an epoch; the columns of EMA, TTA and skipped pictures only where some epoch has them."""
     columns: dict[str, str] = {
         "epoch": "d", "resolution": "d", "lr": ".4f", "train_loss": ".3f", "val_loss": ".3f",
         "top_1": ".4f", "top_5": ".4f", "ema_top_1": ".4f", "tta_top_1": ".4f",
         "ema_tta_top_1": ".4f", "images_per_second": ",.0f", "elapsed_seconds": ",.0f",
+        "skipped": ",d", "val_skipped": ",d",
     }  # fmt: skip
-    shown = [c for c in columns if any(getattr(epoch, c) is not None for epoch in log.epochs)]
+    nothing = {"skipped": (None, 0), "val_skipped": (None, 0)}
+    shown = [
+        c for c in columns
+        if any(getattr(epoch, c) not in nothing.get(c, (None,)) for epoch in log.epochs)
+    ]  # fmt: skip
     titles = {"resolution": "px", "images_per_second": "img/s", "elapsed_seconds": "elapsed s"}
     rows = [
         ["" if (v := getattr(epoch, c)) is None else format(v, columns[c]) for c in shown]
