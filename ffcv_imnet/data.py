@@ -27,6 +27,7 @@ from ffcv_imnet.beton import Manifest, check_beton, manifest_path
 from ffcv_imnet.decoders import DAMAGES, FLIPS, CropDecoder
 from ffcv_imnet.distributed import World, usable_cores
 from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.read_ahead import ReadAhead
 from ffcv_imnet.schedules import EpochPlan, batch_sizes, resolutions
 from ffcv_imnet.settings import Data, Settings
 
@@ -123,14 +124,29 @@ class _Epoch(EpochIterator):
 
     def __init__(self, loader: "_OrderedLoader", order: Indices) -> None:
         self.error: BaseException | None = None
+        self.read_ahead: ReadAhead | None = None
         super().__init__(loader, order)
 
     def run(self) -> None:
         try:
+            if self.loader.read_ahead and len(self.order):
+                cuts = range(self.loader.batch_size, len(self.order), self.loader.batch_size)
+                self.read_ahead = ReadAhead(
+                    self.storage_state[0],
+                    self.loader.starts,
+                    self.loader.ends,
+                    np.split(self.order, cuts),
+                    self.loader.read_ahead,
+                )
             super().run()
         except BaseException as error:  # FFCV would leave the consumer waiting for ever
             self.error = error
             self._put_end()
+
+    def run_pipeline(self, *arguments: Any) -> Any:
+        if self.read_ahead is not None:
+            self.read_ahead.begin_batch()
+        return super().run_pipeline(*arguments)
 
     def _put_end(self) -> None:
         while not self.terminate_event.is_set():
@@ -161,6 +177,8 @@ class _Epoch(EpochIterator):
                 self.output_queue.get(timeout=0.05)
             except Empty:
                 continue
+        if self.read_ahead is not None:
+            self.read_ahead.stop()
 
 
 class _Mapped(OSCacheManager):
@@ -205,6 +223,10 @@ class _OrderedLoader:
         _, stages = self.graph.collect_requirements()
         self.code = self.graph.codegen_all(stages)
         torch.set_num_threads(threads)  # FFCV sets it for the whole process
+        self.read_ahead = data.read_ahead
+        self.starts = self.reader.metadata["f0"]["data_ptr"].astype(np.int64)
+        places = np.searchsorted(self.memory_manager.ptrs, self.starts)
+        self.ends = self.starts + self.memory_manager.sizes[places].astype(np.int64)
         self.skip_damaged = data.on_damaged == "skip"
         self.skipped: set[int] = set()
         self.construction_seconds = time.perf_counter() - started

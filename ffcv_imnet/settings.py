@@ -208,6 +208,9 @@ class Data:
         None, "decoding threads of one process; default: usable cores over local processes", 1
     )
     batches_ahead: int = _int(3, "batches decoded ahead of the one in use", 1, 64)
+    read_ahead: int = _int(
+        1, "batches that the disk is asked for before they are decoded; 0: none", 0, 64
+    )
     decoder: str = _setting(
         "crop",
         Choice(["crop", "whole"]),
@@ -398,6 +401,7 @@ NOT_OF_THE_RESULT = (
     "data.val_dataset",
     "data.num_workers",
     "data.batches_ahead",
+    "data.read_ahead",
     "logging.folder",
     "training.checkpoint_minutes",
     "training.max_hours",

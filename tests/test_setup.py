@@ -26,8 +26,8 @@ NOT_LOCKED = {"parquet", "timm", "boards", "peers"}  # optional groups that `mak
 # Ours, from the lowest floor up (README.md draws it). A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "settings", "schedules", "records", "statistics"),
-    ("images", "beton", "stored", "native", "decoders", "models", "optim", "checkpoint",
-     "distributed", "provenance", "shapes", "quick_ffcv", "bill", "boards"),
+    ("images", "beton", "stored", "native", "decoders", "read_ahead", "models", "optim",
+     "checkpoint", "distributed", "provenance", "shapes", "quick_ffcv", "bill", "boards"),
     ("data", "run_folder"),
     ("training", "evaluation", "judgement", "photos", "measure", "peers", "pages"),
     ("tools", "__main__"),
