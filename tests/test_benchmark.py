@@ -96,9 +96,15 @@ def test_training_benchmark(
     two = {"resolution__max_res": 64, "resolution__start_ramp": 1, "resolution__end_ramp": 1}
     recipe.write_text(to_yaml(small.settings(tmp_path / "run", **two)))
     monkeypatch.setitem(benchmark.PEAK_FLOPS, "thread", 1e12)  # as if the processor's were known
-    assert benchmark.main(["train", "--config", str(recipe), "--seconds", "1"]) == 0
+    path = tmp_path / "rows.json"
+    command = ["train", "--config", str(recipe), "--seconds", "1", "--json", str(path)]
+    assert benchmark.main(command) == 0
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines() if line.strip()[:2] in ("32", "64")]
     assert [row[0] for row in rows] == ["32", "64"]
     assert all(row[-1].endswith("%") for row in rows)
+    saved = json.loads(path.read_text())
+    assert saved["precision"] in ("bf16", "fp32") and saved["batch_size"] > 0
+    assert [row["resolution"] for row in saved["rows"]] == [32, 64]
+    assert all(row["both"] > 0 and "model_flop_utilisation" in row for row in saved["rows"])
     assert not (tmp_path / "run").exists()

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     """The tool. Returns 0."""
     options = parse(argv)
     if options.what == "train":
-        return benchmark_train(options.config, options.seconds)
+        return benchmark_train(options.config, options.seconds, options.json)
     return benchmark_loader(options)
 
 
@@ -109,7 +109,7 @@ def benchmark_loader(options: argparse.Namespace) -> int:
     rows = summarise(passes)
     print(table(rows, options.num_workers))
     if options.json:
-        write_json(options, rows, passes)
+        write_json(options.json, describe_loaders(options, rows, passes))
     return 0
 
 
@@ -238,15 +238,12 @@ def table(rows: list[dict[str, Any]], cores: int) -> str:
     return tabulate(lines, columns, disable_numparse=True, stralign="right")
 
 
-def write_json(options: argparse.Namespace, rows: list[dict[str, Any]], passes: Passes) -> None:
-    """Rows, every single pass, and what a result must name to be believed."""
+def describe_loaders(
+    options: argparse.Namespace, rows: list[dict[str, Any]], passes: Passes
+) -> dict[str, Any]:
+    """Rows, every single pass, and how they were made."""
     manifest = manifest_path(options.beton)
-    report = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": provenance.cpu_name(),
-        "cores": usable_cores(),
-        "git_commit": provenance.git_commit(),
-        "versions": provenance.versions(),
+    return {
         "samples": len(read_tables(options.beton).labels),
         "stored": Manifest.load(manifest).settings if manifest.is_file() else {},
         "batch_size": options.batch_size,
@@ -259,14 +256,25 @@ def write_json(options: argparse.Namespace, rows: list[dict[str, Any]], passes: 
             for run in runs
         ],
     }
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """The result, and what it must name to be believed."""
+    made = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": provenance.cpu_name(),
+        "cores": usable_cores(),
+        "git_commit": provenance.git_commit(),
+        "versions": provenance.versions(),
+    }
+    path.write_text(json.dumps(made | result, indent=1) + "\n")
 
 
 # ---- training -----------------------------------------------------------------------------------
 
 
-def benchmark_train(config: list[str], seconds: float) -> int:
-    """`train`: print loader, model and both, at each resolution of the plan."""
+def benchmark_train(config: list[str], seconds: float, json_path: Path | None) -> int:
+    """`train`: loader, model and both, at each resolution of the plan; table, JSON."""
     settings = load(*config)
     world = describe_world()
     train_set, _ = check_data(settings)
@@ -281,21 +289,36 @@ def benchmark_train(config: list[str], seconds: float) -> int:
         rates = measure_training(learner, loader, plan, settings, world, seconds)
         limit, change = bottleneck(rates, world.device.type == "cuda")
         flops = image_flops(settings, len(train_set.classes), side, True)
-        used = f"{rates.both * flops / world.size / peak:.1%}" if peak else "peak not known"
-        speeds = [f"{value:,.0f}" for value in (rates.loader, rates.step, rates.both)]
-        rows.append((side, *speeds, limit, used))
+        row = {
+            "resolution": side,
+            "loader": round(rates.loader, 1),
+            "model": round(rates.step, 1),
+            "both": round(rates.both, 1),
+            "limit": limit,
+        }
+        if peak:
+            row["model_flop_utilisation"] = round(rates.both * flops / world.size / peak, 4)
+        rows.append(row)
         advice.append(change)
     disconnect(world)
     if world.is_main:
-        columns = (
-            "px",
-            "loader img/s",
-            "model img/s",
-            "both img/s",
-            "limit",
-            "model FLOP utilisation",
-        )
-        print(f"{device}, {learner.precision}, batch {settings.training.batch_size}\n")
-        print(tabulate(rows, columns, disable_numparse=True, stralign="right"))
+        batch = settings.training.batch_size
+        print(f"{device}, {learner.precision}, batch {batch}\n")
+        print(training_table(rows))
         print("\n" + "\n".join(dict.fromkeys(advice)))
+        if json_path:
+            run = {"device": device, "precision": learner.precision, "batch_size": batch}
+            write_json(json_path, run | {"world_size": world.size, "rows": rows})
     return 0
+
+
+def training_table(rows: list[dict[str, Any]]) -> str:
+    """Images/s of loader, model and both, a line a resolution."""
+    columns = ("px", "loader img/s", "model img/s", "both img/s", "limit", "model FLOP utilisation")
+    lines = []
+    for row in rows:
+        used = row.get("model_flop_utilisation")
+        speeds = [f"{row[what]:,.0f}" for what in ("loader", "model", "both")]
+        share = "peak not known" if used is None else f"{used:.1%}"
+        lines.append((row["resolution"], *speeds, row["limit"], share))
+    return tabulate(lines, columns, disable_numparse=True, stralign="right")
