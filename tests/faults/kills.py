@@ -1,0 +1,75 @@
+"""kill -9 of the whole process group at random moments, until the run is through."""
+
+import random
+import signal
+import statistics
+import time
+from pathlib import Path
+
+from ffcv_imnet.records import read_log
+from tests.conftest import SmallData
+from tests.faults.lives import Row, changing, same_run, train
+from tests.test_training import FULL
+
+# A checkpoint after every step, so that most kills hit one while it is written.
+KILLED = {**FULL, "training__checkpoint_minutes": 1e-9}
+
+
+def kills(data: SmallData, folder: Path, count: int, seed: int) -> list[Row]:
+    """`count` kills in one run, and the run compared with an undisturbed one.
+
+    Where a life is killed is drawn from its progress, so that a slow machine changes nothing: while
+    it starts, or up to a tenth of a second after one of its first checkpoints.
+    """
+    draw = random.Random(seed)
+    epochs = max(3, count // 5)  # enough for two steps a life
+    settings = data.settings(
+        folder / "killed",
+        **{**KILLED, "training__epochs": epochs, "resolution__end_ramp": epochs - 1},
+    )
+    undisturbed = data.settings(
+        folder / "undisturbed",
+        **{**FULL, "training__epochs": epochs, "resolution__end_ramp": epochs - 1},
+    )
+    first = train(undisturbed)
+    if first.end() != 0:
+        raise RuntimeError(f"the undisturbed run failed: {first.error()}")
+    run = folder / "killed"
+    starts, made, said = [1.0], 0, []
+    for _ in range(count):
+        with changing(run / "last.pt") as checkpoints:
+            life = train(settings, "--resume", "auto")
+            wanted = draw.randrange(4)
+            if wanted:
+                life.until(lambda: checkpoints() >= 1)
+                starts.append(time.perf_counter() - life.started)
+                while checkpoints() < wanted and life.alive():
+                    time.sleep(0.001)
+                time.sleep(draw.uniform(0, 0.1))
+            else:
+                time.sleep(draw.uniform(0, statistics.median(starts)))
+            if not life.alive():
+                break  # it ended by itself: the run is through, or it failed
+            life.send(signal.SIGKILL)
+            life.end()
+            made += 1
+            said.append(life.said())
+        numbers = [e.epoch for e in read_log(run).epochs] if (run / "log.jsonl").exists() else []
+        if numbers != list(range(len(numbers))):
+            return [
+                Row("kill", f"{made} times kill -9", f"the log has epochs {numbers}", "?", False)
+            ]
+    last = train(settings, "--resume", "auto")
+    status = last.end()
+    well = status == 0 and made == count and same_run(run, folder / "undisturbed")
+    damaged = sum("is damaged" in words for words in said)
+    return [
+        Row(
+            "kill",
+            f"{made} times kill -9 in {epochs} epochs of {data.train_samples // 16} steps",
+            f"then status {status}; {damaged} damaged checkpoints met; weights and log "
+            + ("equal bit for bit" if well else "DIFFER"),
+            "nothing but the step in hand" if well else "?",
+            well,
+        )
+    ]
