@@ -1,5 +1,6 @@
 """What torch raises when another process or the accelerator's memory is lost, as one sentence."""
 
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def fitting_batch(peak: Callable[[int], int], room: int, tried: int) -> int | No
         return None
     first, second = peak(small), peak(2 * small)
     each = max(1.0, (second - first) / small)
-    fits = min(tried - 1, small + int((room * (1 - SPARE) - first) / each))
+    fits = min(tried - 1, small + math.floor((room * (1 - SPARE) - first) / each))
     return (fits // 8 * 8 if fits > 8 else fits) if fits > 0 else None
 
 

@@ -24,7 +24,7 @@ from tests.conftest import SmallData
 from tests.faults.damages import damages
 from tests.faults.kills import kills
 from tests.faults.lives import Row, changing, train, write_data
-from tests.faults.outside import full_disk, ranks, truncated
+from tests.faults.outside import full_disk, nodes, ranks, truncated
 from tests.faults.soak import soak
 from tests.test_training import FULL
 
@@ -50,7 +50,11 @@ def main() -> int:
     parser.add_argument("--damages", type=int, default=6)
     parser.add_argument("--soak", type=int, default=12, help="epochs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", help="kills, damages, map, disk, ranks, soak")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        help="some of kills, damages, map, disk, ranks, soak, and nodes, which is left out without it",
+    )
     parser.add_argument("--dir", type=Path, help="kept; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="the rows, one object a line")
     given = parser.parse_args()
@@ -66,11 +70,12 @@ def main() -> int:
             "map": lambda: truncated(data, folder),
             "disk": lambda: full_disk(data, folder, whole),
             "ranks": lambda: ranks(data, folder, signal.SIGSTOP) + ranks(data, folder, signal.SIGKILL),
+            "nodes": lambda: nodes(data, folder),
             "soak": lambda: soak(data, folder, given.soak, given.json),
         }  # fmt: skip
         rows: list[Row] = []
         for name, part in parts.items():
-            if given.only is None or name in given.only:
+            if name in given.only if given.only else name != "nodes":
                 rows += part()
                 print(f"{name}: done", file=sys.stderr, flush=True)
     if given.json:

@@ -6,13 +6,16 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ffcv_imnet.records import read_log
+from ffcv_imnet.settings import to_yaml
 from tests.conftest import SmallData
-from tests.faults.lives import PATIENCE, Life, Row, changing, same_run, train, train_config
+from tests.faults.lives import PATIENCE, ROOT, Life, Row, changing, same_run, train, train_config
 from tests.test_training import FULL
 
 LONG = {"training__epochs": 50, "training__batch_size": 2, "training__checkpoint_minutes": 1e-9}
@@ -130,15 +133,12 @@ def ranks(data: SmallData, folder: Path, number: int) -> list[Row]:
     """Two processes, gloo; the second gets a signal that stops or kills it."""
     name = signal.Signals(number).name
     timeout = 5.0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     settings = data.settings(folder / f"rank_{name}", **LONG, distributed__timeout_seconds=timeout)
     world = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     first = train(settings, RANK="0", LOCAL_RANK="0", **world)
     config = folder / f"rank_{name}.yaml"
@@ -167,3 +167,69 @@ def ranks(data: SmallData, folder: Path, number: int) -> list[Row]:
         second.send(signal.SIGKILL)
         second.end()
     return [row]
+
+
+def nodes(data: SmallData, folder: Path) -> list[Row]:
+    """Two "machines", a torchrun each; one vanishes with its process, and comes back as a scheduler
+    would bring it back. By hand only: eight starts of torch."""
+    port = free_port()
+    settings = data.settings(
+        folder / "nodes",
+        training__epochs=6,
+        training__checkpoint_minutes=1e-9,
+        distributed__timeout_seconds=30,
+    )
+    config = folder / "nodes.yaml"
+    config.write_text(to_yaml(settings))
+    rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=1"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--max_restarts=5",
+    ]
+    words += [*rendezvous, "-m", "tests.networks", "--config", str(config), "--resume", "auto"]
+
+    def node(number: int) -> "subprocess.Popen[bytes]":
+        with (folder / f"node{number}.txt").open("ab") as out:
+            return subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+
+    first = node(1)
+    time.sleep(3)  # the first to come hosts the rendezvous, and is not the one to vanish
+    second = node(2)
+    log = folder / "nodes/log.jsonl"
+    while second.poll() is None and not (log.exists() and '"type": "epoch"' in log.read_text()):
+        time.sleep(0.01)
+    vanish(second.pid)
+    second = node(2)
+    status = first.wait(600), second.wait(600)
+    epochs = [epoch.epoch for epoch in read_log(log).epochs]
+    starts = len(read_log(log).headers)
+    well = status == (0, 0) and epochs == list(range(6)) and starts >= 2
+    what = f"status {status}, {starts} starts, epochs {epochs}"
+    return [
+        Row(
+            "nodes",
+            "kill -9 of one of two torchruns and its process",
+            what,
+            "the step in hand" if well else "?",
+            well,
+        )
+    ]
+
+
+def vanish(pid: int) -> None:
+    """kill -9 of a process and its children, which torchrun puts into sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for one in (pid, *map(int, children)):
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
