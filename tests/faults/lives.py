@@ -13,10 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from ffcv.pipeline.compiler import Compiler
 
 import tests.networks  # noqa: F401  (registers the tiny network)
 import train_imagenet
 from ffcv_imnet import checkpoint, shapes, training  # noqa: F401  (imported here, once for all)
+from ffcv_imnet.data import TrainLoader
+from ffcv_imnet.distributed import World
 from ffcv_imnet.errors import run_main
 from ffcv_imnet.records import read_log
 from ffcv_imnet.settings import Settings, to_yaml
@@ -124,6 +130,14 @@ def train_config(config: Path, folder: Path, *arguments: str, **environment: str
     return Life(main, folder.with_suffix(".txt"), **environment)
 
 
+def warm(data: SmallData) -> None:
+    """Let numba compile what every life needs. No thread is started: none would survive a fork."""
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    with patch.object(Compiler, "set_num_threads"):
+        TrainLoader(str(data.train), data.train_samples, data.settings(data.train.parent), world)
+    torch.set_num_threads(1)
+
+
 def write_data(root: Path, per_class: int = 10) -> SmallData:
     """Generated pictures of ten classes, written by write_ffcv.py."""
     shapes.write_tree(root / "images", train_per_class=per_class, val_per_class=4)
@@ -131,7 +145,9 @@ def write_data(root: Path, per_class: int = 10) -> SmallData:
         words = ["--split", split, "--data_dir", root / "images", "--out_dir", root]
         command = [sys.executable, "write_ffcv.py", *map(str, words), "--num_workers", "1"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return SmallData(root / "train.beton", root / "val.beton", 10 * per_class, 40)
+    data = SmallData(root / "train.beton", root / "val.beton", 10 * per_class, 40)
+    warm(data)
+    return data
 
 
 def same_run(folder: Path, undisturbed: Path) -> bool:
