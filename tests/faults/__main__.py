@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as train_im
 from tests.conftest import SmallData
 from tests.faults.damages import damages
 from tests.faults.kills import kills
-from tests.faults.lives import Row, changing, train, write_data
+from tests.faults.lives import Row, changing, open_data, train, write_data
 from tests.faults.outside import full_disk, nodes, ranks, truncated
 from tests.faults.soak import soak
 from tests.test_training import FULL
@@ -46,7 +46,7 @@ def main() -> int:
     """Exit status 0 if all went well."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--damages", type=int, default=6)
     parser.add_argument("--soak", type=int, default=12, help="epochs")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,13 +56,16 @@ def main() -> int:
         help="some of kills, damages, map, disk, ranks, soak, and nodes, which is left out without it",
     )
     parser.add_argument("--dir", type=Path, help="kept; default: a temporary folder")
+    parser.add_argument(
+        "--data", type=Path, help="a small train.beton and val.beton; default: generated"
+    )
     parser.add_argument("--json", type=Path, help="the rows, one object a line")
     given = parser.parse_args()
     if given.dir:
         given.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.dir or Path(temporary)).absolute()
-        data = write_data(folder)
+        data = open_data(given.data) if given.data else write_data(folder)
         whole, half = baseline(data, folder)
         parts: dict[str, Callable[[], list[Row]]] = {
             "kills": lambda: kills(data, folder, given.kills, given.seed),

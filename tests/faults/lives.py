@@ -21,6 +21,7 @@ from ffcv.pipeline.compiler import Compiler
 import tests.networks  # noqa: F401  (registers the tiny network)
 import train_imagenet
 from ffcv_imnet import checkpoint, shapes, training  # noqa: F401  (imported here, once for all)
+from ffcv_imnet.beton import Manifest, manifest_path
 from ffcv_imnet.data import TrainLoader
 from ffcv_imnet.distributed import World
 from ffcv_imnet.errors import run_main
@@ -145,7 +146,14 @@ def write_data(root: Path, per_class: int = 10) -> SmallData:
         words = ["--split", split, "--data_dir", root / "images", "--out_dir", root]
         command = [sys.executable, "write_ffcv.py", *map(str, words), "--num_workers", "1"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    data = SmallData(root / "train.beton", root / "val.beton", 10 * per_class, 40)
+    return open_data(root)
+
+
+def open_data(root: Path) -> SmallData:
+    """What was written there."""
+    train, val = root / "train.beton", root / "val.beton"
+    samples = [Manifest.load(manifest_path(path)).samples for path in (train, val)]
+    data = SmallData(train, val, *samples)
     warm(data)
     return data
 

@@ -132,7 +132,7 @@ def full_disk(data: SmallData, folder: Path, whole: Path) -> list[Row]:
 def ranks(data: SmallData, folder: Path, number: int) -> list[Row]:
     """Two processes, gloo; the second gets a signal that stops or kills it."""
     name = signal.Signals(number).name
-    timeout = 5.0
+    timeout = 3.0
     settings = data.settings(folder / f"rank_{name}", **LONG, distributed__timeout_seconds=timeout)
     world = {
         "WORLD_SIZE": "2",

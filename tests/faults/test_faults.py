@@ -29,10 +29,11 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def rows(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """`python -m tests.faults`, which forks its runs."""
     out = tmp_path_factory.mktemp("faults") / "rows.jsonl"
     words = [sys.executable, "-m", "tests.faults", "--json", str(out)]
+    words += ["--data", str(small.train.parent)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert out.exists(), done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()]
