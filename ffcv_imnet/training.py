@@ -170,9 +170,9 @@ def train_epoch(
                 )
                 if look or stopped or late or save:
                     looked = now
-                    lost = world.least(int(first_bad))  # waits for the device
-                    if lost < plan.steps:
-                        raise LostLoss(plan.epoch, lost)
+                    bad = world.least(int(first_bad))  # waits for the device
+                    if bad < plan.steps:
+                        raise LostLoss(plan.epoch, bad)
                     mean = (float(loss_sum) - summed) / (step + 1 - before.steps)
                     lost = f" skipped {count:,}" if (count := int(skipped)) else ""
                     progress.update(0, f"loss {mean:.3f} lr {rate:.4g}{lost}")

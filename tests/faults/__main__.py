@@ -28,6 +28,8 @@ from tests.faults.outside import full_disk, nodes, ranks, truncated
 from tests.faults.soak import soak
 from tests.test_training import FULL
 
+BY_DEFAULT = ("kills", "damages", "map", "disk", "ranks", "soak")
+
 
 def baseline(data: SmallData, folder: Path) -> tuple[Path, Path]:
     """A run that nobody disturbed, and one that was killed in its last epoch."""
@@ -53,7 +55,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="*",
-        help="some of kills, damages, map, disk, ranks, soak, and nodes, which is left out without it",
+        help="some of kills, damages, map, disk, ranks, soak; and of those left out without it: lost, nodes",
     )
     parser.add_argument("--dir", type=Path, help="kept; default: a temporary folder")
     parser.add_argument(
@@ -68,17 +70,18 @@ def main() -> int:
         data = open_data(given.data) if given.data else write_data(folder)
         whole, half = baseline(data, folder)
         parts: dict[str, Callable[[], list[Row]]] = {
-            "kills": lambda: kills(data, folder, given.kills, given.seed),
+            "kills": lambda: kills(data, folder, whole, given.kills, given.seed),
             "damages": lambda: damages(data, half, whole, folder, given.damages, given.seed),
             "map": lambda: truncated(data, folder),
             "disk": lambda: full_disk(data, folder, whole),
-            "ranks": lambda: ranks(data, folder, signal.SIGSTOP) + ranks(data, folder, signal.SIGKILL),
+            "ranks": lambda: ranks(data, folder, signal.SIGSTOP),
+            "lost": lambda: ranks(data, folder, signal.SIGKILL),
             "nodes": lambda: nodes(data, folder),
             "soak": lambda: soak(data, folder, given.soak, given.json),
         }  # fmt: skip
         rows: list[Row] = []
         for name, part in parts.items():
-            if name in given.only if given.only else name != "nodes":
+            if name in (given.only or BY_DEFAULT):
                 rows += part()
                 print(f"{name}: done", file=sys.stderr, flush=True)
     if given.json:
