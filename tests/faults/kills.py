@@ -22,7 +22,7 @@ def kills(data: SmallData, folder: Path, whole: Path, count: int, seed: int) -> 
     it starts, or up to a tenth of a second after one of its first checkpoints.
     """
     draw = random.Random(seed)
-    epochs = max(3, count // 5)  # enough for two steps a life
+    epochs = max(3, count // 3)  # two steps a life: those that the kills let through, and some more
     plan = {"training__epochs": epochs, "resolution__end_ramp": epochs - 1}
     settings = data.settings(folder / "killed", **{**KILLED, **plan})
     undisturbed = whole
@@ -58,15 +58,13 @@ def kills(data: SmallData, folder: Path, whole: Path, count: int, seed: int) -> 
             ]
     last = train(settings, "--resume", "auto")
     status = last.end()
-    well = status == 0 and made == count and same_run(run, undisturbed)
+    same = status == 0 and same_run(run, undisturbed)
     damaged = sum("is damaged" in words for words in said)
-    return [
-        Row(
-            "kill",
-            f"{made} times kill -9 in {epochs} epochs of {data.train_samples // 16} steps",
-            f"then status {status}; {damaged} damaged checkpoints met; weights and log "
-            + ("equal bit for bit" if well else "DIFFER"),
-            "nothing but the step in hand" if well else "?",
-            well,
-        )
-    ]
+    happened = (
+        f"then status {status}; {damaged} damaged checkpoints met; weights and log "
+        + ("equal bit for bit" if same else "DIFFER")
+        + ("" if made == count else f"; it was through before {count} kills")
+    )
+    injected = f"{made} times kill -9 in {epochs} epochs of {data.train_samples // 16} steps"
+    well = same and made == count
+    return [Row("kill", injected, happened, "nothing but the step in hand" if same else "?", well)]
