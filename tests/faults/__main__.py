@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def main() -> int:
         folder = (given.dir or Path(temporary)).absolute()
         data = open_data(given.data) if given.data else write_data(folder)
         whole, half = baseline(data, folder)
-        parts: dict[str, Callable[[], list[Row]]] = {
+        parts: dict[str, Callable[[], Iterable[Row]]] = {
             "kills": lambda: kills(data, folder, whole, given.kills, given.seed),
             "damages": lambda: damages(data, half, whole, folder, given.damages, given.seed),
             "map": lambda: truncated(data, folder),
@@ -82,10 +82,12 @@ def main() -> int:
         rows: list[Row] = []
         for name, part in parts.items():
             if name in (given.only or BY_DEFAULT):
-                rows += part()
-                print(f"{name}: done", file=sys.stderr, flush=True)
-    if given.json:
-        given.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+                for row in part():
+                    rows.append(row)
+                    print(f"{row.kind}: {row.injected}", file=sys.stderr, flush=True)
+                    if given.json:
+                        lines = [json.dumps(asdict(row)) + "\n" for row in rows]
+                        given.json.write_text("".join(lines))
     marks = [("" if row.well else "WRONG ") + row.kind for row in rows]
     cells = [
         (mark, row.injected, row.happened, row.lost) for mark, row in zip(marks, rows, strict=True)

@@ -3,6 +3,7 @@
 import random
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ffcv_imnet import beton
@@ -86,10 +87,8 @@ def verified(data: SmallData, place: Path) -> bool:
 
 def damages(
     data: SmallData, half: Path, whole: Path, folder: Path, count: int, seed: int
-) -> list[Row]:
+) -> Iterator[Row]:
     """`count` damaged files, the kinds in turn."""
     draw = random.Random(seed)
-    return [
-        one(KINDS[n % len(KINDS)], data, half, whole, folder / f"damaged{n}", draw)
-        for n in range(count)
-    ]
+    for n in range(count):
+        yield one(KINDS[n % len(KINDS)], data, half, whole, folder / f"damaged{n}", draw)
