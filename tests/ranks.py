@@ -8,6 +8,7 @@ Forked from one process that has imported everything, so that a test pays for th
 import os
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ffcv_imnet.evaluation import evaluate
 from ffcv_imnet.schedules import plan_run
 from ffcv_imnet.settings import Settings, load
 from ffcv_imnet.training import build_learner
+from tests.faults.outside import free_port
 
 SIZES = (1, 2, 3, 4)
 
@@ -48,15 +50,20 @@ def found_by(world: World, settings: Settings, path: Path) -> dict[str, Any]:
     return {"metrics": vars(judged), "gradients": gradients, "batch": len(labels)}
 
 
-def rank(number: int, folder: Path, settings: Settings) -> None:
+def rank(number: int, folder: Path, settings: Settings, ports: dict[int, int]) -> None:
     """This process's part in every world that it belongs to."""
     torch.set_num_threads(1)
     for size in SIZES:
         if number < size:
             world = World(number, size, number, size, torch.device("cpu"))
             if size > 1:
-                store = f"file://{folder}/store{size}"
-                dist.init_process_group("gloo", init_method=store, rank=number, world_size=size)
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"tcp://127.0.0.1:{ports[size]}",
+                    rank=number,
+                    world_size=size,
+                    timeout=timedelta(seconds=120),
+                )
             found = found_by(world, settings, folder / "run/last.pt")
             if world.is_main:
                 torch.save(found, folder / f"{size}.pt")
@@ -68,12 +75,13 @@ def main() -> int:
     """Exit status 0 if all processes got through."""
     folder = Path(sys.argv[1])
     settings = load(folder / "config.yaml")
+    ports = {size: free_port() for size in SIZES}
     children = []
     for number in range(max(SIZES)):
         if (pid := os.fork()) == 0:
             status = 1
             try:
-                rank(number, folder, settings)
+                rank(number, folder, settings, ports)
                 status = 0
             except BaseException:
                 traceback.print_exc()

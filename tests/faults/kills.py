@@ -19,10 +19,10 @@ def kills(data: SmallData, folder: Path, whole: Path, count: int, seed: int) -> 
     """`count` kills in one run, and the run compared with an undisturbed one: `whole`, if it is as long.
 
     Where a life is killed is drawn from its progress, so that a slow machine changes nothing: while
-    it starts, or up to a tenth of a second after one of its first checkpoints.
+    it starts, or between one of its first checkpoints and the next.
     """
     draw = random.Random(seed)
-    epochs = max(3, count // 3)  # two steps a life: those that the kills let through, and some more
+    epochs = max(3, count // 2)  # three steps a life: the kills let two through, on average
     plan = {"training__epochs": epochs, "resolution__end_ramp": epochs - 1}
     settings = data.settings(folder / "killed", **{**KILLED, **plan})
     undisturbed = whole
@@ -36,13 +36,14 @@ def kills(data: SmallData, folder: Path, whole: Path, count: int, seed: int) -> 
     for _ in range(count):
         with changing(run / "last.pt") as checkpoints:
             life = train(settings, "--resume", "auto")
-            wanted = draw.randrange(4)
+            wanted = draw.randrange(3)
             if wanted:
                 life.until(lambda: checkpoints() >= 1)
                 starts.append(time.perf_counter() - life.started)
-                while checkpoints() < wanted and life.alive():
-                    time.sleep(0.001)
-                time.sleep(draw.uniform(0, 0.1))
+                before = time.perf_counter()
+                life.until(lambda passed=wanted: checkpoints() > passed)
+                step = (time.perf_counter() - before) / wanted  # seconds, with its checkpoint
+                time.sleep(draw.uniform(0, step))
             else:
                 time.sleep(draw.uniform(0, statistics.median(starts)))
             if not life.alive():
