@@ -124,7 +124,7 @@ def connect(world: World, timeout_seconds: float = 600.0) -> None:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        except dist.DistError as error:
+        except RuntimeError as error:  # gloo has no class of its own
             raise RunError(
                 f"the {world.size} processes of this run did not find each other within "
                 f"distributed.timeout_seconds {timeout_seconds:g} ({reason_of(error)}): were all of "

@@ -85,10 +85,14 @@ def test_a_killed_process_comes_back_by_itself(small: SmallData, tmp_path: Path)
     )
     (tmp_path / "c.yaml").write_text(to_yaml(settings))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = ["--max_restarts=1", "-m", "tests.networks", "--resume", "auto"]
+    script = ["--max_restarts=2", "-m", "tests.networks", "--resume", "auto"]
     words = [sys.executable, *torchrun, *script, "--config", str(tmp_path / "c.yaml")]
     heartbeat = tmp_path / "run/heartbeat.json"
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    # Else the processes of the second start may read the addresses of the first (docs/SCALING.md).
+    alone = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=alone
+    ) as process:
         while process.poll() is None and not heartbeat.exists():
             time.sleep(0.01)
         os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGKILL)

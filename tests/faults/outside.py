@@ -192,9 +192,13 @@ def nodes(data: SmallData, folder: Path) -> list[Row]:
     ]
     words += [*rendezvous, "-m", "tests.networks", "--config", str(config), "--resume", "auto"]
 
+    alone = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/SCALING.md
+
     def node(number: int) -> "subprocess.Popen[bytes]":
         with (folder / f"node{number}.txt").open("ab") as out:
-            return subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+            return subprocess.Popen(
+                words, cwd=ROOT, stdout=out, stderr=out, start_new_session=True, env=alone
+            )
 
     first = node(1)
     time.sleep(3)  # the first to come hosts the rendezvous, and is not the one to vanish
