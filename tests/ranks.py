@@ -25,6 +25,7 @@ from ffcv_imnet.evaluation import evaluate
 from ffcv_imnet.schedules import plan_run
 from ffcv_imnet.settings import Settings, load
 from ffcv_imnet.training import build_learner
+from tests.faults.lives import open_data
 from tests.faults.outside import free_port
 
 SIZES = (1, 2, 3, 4)
@@ -62,7 +63,7 @@ def rank(number: int, folder: Path, settings: Settings, ports: dict[int, int]) -
                     init_method=f"tcp://127.0.0.1:{ports[size]}",
                     rank=number,
                     world_size=size,
-                    timeout=timedelta(seconds=120),
+                    timeout=timedelta(seconds=600),
                 )
             found = found_by(world, settings, folder / "run/last.pt")
             if world.is_main:
@@ -75,6 +76,7 @@ def main() -> int:
     """Exit status 0 if all processes got through."""
     folder = Path(sys.argv[1])
     settings = load(folder / "config.yaml")
+    open_data(Path(settings.data.train_dataset).parent)  # numba compiles here, once
     ports = {size: free_port() for size in SIZES}
     children = []
     for number in range(max(SIZES)):

@@ -32,7 +32,7 @@ def found(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[in
         [sys.executable, "-m", "tests.ranks", str(folder)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return {size: torch.load(folder / f"{size}.pt", weights_only=True) for size in (1, 2, 3, 4)}
@@ -96,7 +96,7 @@ def test_a_killed_process_comes_back_by_itself(small: SmallData, tmp_path: Path)
         while process.poll() is None and not heartbeat.exists():
             time.sleep(0.01)
         os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGKILL)
-        said = process.communicate(timeout=240)[0].decode()
+        said = process.communicate(timeout=600)[0].decode()
     assert process.returncode == 0, said
     log = read_log(tmp_path / "run")
     assert [epoch.epoch for epoch in log.epochs] == [0, 1, 2, 3] and log.summary is not None
