@@ -4,6 +4,7 @@ import random
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ffcv_imnet.records import read_log
@@ -13,6 +14,11 @@ from tests.test_training import FULL
 
 # A checkpoint after every step, so that most kills hit one while it is written.
 KILLED = {**FULL, "training__checkpoint_minutes": 1e-9}
+
+
+def more_than(count: Callable[[], int], wanted: int) -> Callable[[], bool]:
+    """Whether `count` has passed `wanted` by now."""
+    return lambda: count() > wanted
 
 
 def kills(data: SmallData, folder: Path, whole: Path, count: int, seed: int) -> list[Row]:
@@ -41,7 +47,7 @@ def kills(data: SmallData, folder: Path, whole: Path, count: int, seed: int) -> 
                 life.until(lambda: checkpoints() >= 1)
                 starts.append(time.perf_counter() - life.started)
                 before = time.perf_counter()
-                life.until(lambda passed=wanted: checkpoints() > passed)
+                life.until(more_than(checkpoints, wanted))
                 step = (time.perf_counter() - before) / wanted  # seconds, with its checkpoint
                 time.sleep(draw.uniform(0, step))
             else:
