@@ -18,15 +18,19 @@ import datetime
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from ffcv_imnet.beton import Manifest, manifest_path
-from ffcv_imnet.errors import run_main
+from ffcv_imnet.errors import LostLoss, run_main
 from ffcv_imnet.records import Epoch, Header, Summary
 from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.settings import Settings, parse, to_dict, to_yaml
+
+if TYPE_CHECKING:  # at run time after the settings are found right: torch takes seconds
+    from ffcv_imnet.distributed import World
+    from ffcv_imnet.run_folder import RunFolder
 
 
 def main() -> int:
@@ -86,11 +90,14 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     # anything else is busy; asleep they cost little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Here and not above: a wrong setting is said at once, before seconds of imports.
-    from ffcv_imnet import bill, checkpoint, provenance
+    from ffcv_imnet import bill, checkpoint
     from ffcv_imnet.boards import Boards, check_boards
+    from ffcv_imnet.bus_error import explain_bus_error
     from ffcv_imnet.data import TrainLoader, ValLoader, check_data
     from ffcv_imnet.distributed import Interrupted, StopSignal, connect, describe_world, disconnect
     from ffcv_imnet.evaluation import validate
+    from ffcv_imnet.faults import explained
+    from ffcv_imnet.heartbeat import SILENT
     from ffcv_imnet.models.registry import check_arch
     from ffcv_imnet.run_folder import open_run
     from ffcv_imnet.training import build_learner, epoch_record, train_epoch
@@ -108,57 +115,62 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         return 0
     first, trained, before = len(run.epochs), run.trained, run.elapsed_seconds
 
-    connect(world)
+    connect(world, settings.distributed.timeout_seconds)
+    run.check_agreement(world)
     stop = StopSignal()
+    explain_bus_error(
+        f"{settings.data.train_dataset} or {settings.data.val_dataset} was cut off, or its disk failed, "
+        f"while it was read: once the file is whole again, --resume auto goes on"
+    )
     train_loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
     val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world)
     learner = build_learner(settings, len(train_set.classes), world)
     if run.state is not None:
         checkpoint.restore(learner, run.state, run.path)
         run.state = None  # hundreds of megabytes that are no longer needed
-    header = Header(
-        settings=to_dict(settings),
-        manifests={
-            "train": manifest_summary(settings.data.train_dataset, train_set),
-            "val": manifest_summary(settings.data.val_dataset, val_set),
-        },
-        versions=provenance.versions(),
-        device=world.device_name(),
-        precision=learner.precision,
-        world_size=world.size,
-        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        git_commit=provenance.git_commit(),
-        first_epoch=first,
-        first_step=trained.steps,
-    )
+    header = describe_run(run, world, learner.precision, train_set, val_set)
     if world.is_main:
         run.start(header)
         print(f"{run.path}: {header.device}, {header.precision}, world size {world.size}")
+        if settings.training.on_lost_loss == "back" and not (run.path / "last.pt").exists():
+            run.save_within(learner, trained, before)  # so that there is one to go back to
     boards = Boards(run.path, header, enabled=world.is_main)
+    heart = run.heartbeat if world.is_main else SILENT
+
+    def elapsed() -> float:
+        return before + time.perf_counter() - started
 
     status, stopped, limit_name = 0, None, limit.name if limit else None
     skips = settings.data.on_damaged == "skip"
     try:
         for plan in plans[first:]:
             stop.deadline = started - before + bill.training_seconds(limit, run.epochs)
-            if world.any([stop.late])[0]:
-                raise Interrupted(None)
-            while trained.steps < plan.steps:
-                trained = train_epoch(learner, train_loader, plan, settings, world, stop, trained)
-                if trained.signal is not None or trained.late:
-                    raise Interrupted(trained.signal)
-                if trained.steps < plan.steps and world.is_main:
-                    run.save_within(learner, trained, before + time.perf_counter() - started)
-            validation_started = time.perf_counter()
-            plain, ema = validate(learner, val_loader, world, settings.validation.lr_tta, stop)
-            now = time.perf_counter()
+            with explained(learner, plan, settings, world):
+                if world.any([stop.late])[0]:
+                    raise Interrupted(None)
+                while trained.steps < plan.steps:
+                    try:
+                        trained = train_epoch(
+                            learner, train_loader, plan, run.recipe, world, stop, trained, heart
+                        )
+                    except LostLoss as lost:
+                        trained = run.go_back(learner, lost, elapsed(), world)
+                        continue
+                    if trained.signal is not None or trained.late:
+                        raise Interrupted(trained.signal)
+                    if trained.steps < plan.steps and world.is_main:
+                        run.save_within(learner, trained, elapsed())
+                validation_started = time.perf_counter()
+                plain, ema = validate(
+                    learner, val_loader, world, settings.validation.lr_tta, stop, heart
+                )
             epoch = epoch_record(
                 plan,
                 trained,
                 plain,
                 ema,
-                val_seconds=now - validation_started,
-                elapsed_seconds=before + now - started,
+                val_seconds=time.perf_counter() - validation_started,
+                elapsed_seconds=elapsed(),
                 peak_memory_bytes=world.peak_memory(),
                 skipped=trained.skipped if skips else None,
                 val_skipped=val_loader.samples - plain.images if skips else None,
@@ -177,17 +189,41 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     except Interrupted as end:
         status = 0 if end.signal is None else 128 + end.signal
         if world.is_main:
-            run.save_within(learner, trained, before + time.perf_counter() - started)
+            run.save_within(learner, trained, elapsed())
             stopped = signal.Signals(end.signal).name if end.signal else limit_name
             where = f"in epoch {len(run.epochs)}, step {trained.steps}"
             print(f"stopped by {stopped} {where}; --resume auto goes on")
     if world.is_main and status == 0 and run.epochs:
-        summary = run.finish(before + time.perf_counter() - started, price, stopped)
-        print(describe_end(summary, settings))
+        print(describe_end(run.finish(elapsed(), price, stopped), settings))
+    heart.beat("stopped" if stopped else "finished", now=True)
     disconnect(world)
     boards.close()
     run.release()
     return status
+
+
+def describe_run(
+    run: "RunFolder", world: "World", precision: str, train: Manifest, val: Manifest
+) -> Header:
+    """The log's line for this start."""
+    from ffcv_imnet import provenance
+
+    settings = run.settings
+    return Header(
+        settings=to_dict(settings),
+        manifests={
+            "train": manifest_summary(settings.data.train_dataset, train),
+            "val": manifest_summary(settings.data.val_dataset, val),
+        },
+        versions=provenance.versions(),
+        device=world.device_name(),
+        precision=precision,
+        world_size=world.size,
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        git_commit=provenance.git_commit(),
+        first_epoch=len(run.epochs),
+        first_step=run.trained.steps,
+    )
 
 
 def manifest_summary(path: str, manifest: Manifest) -> dict[str, Any]:

@@ -207,8 +207,11 @@ class _OrderedLoader:
         started = time.perf_counter()
         threads = torch.get_num_threads()
         Compiler.set_num_threads(workers)
+        self.opened, self.replaced = Path(path).stat(), False
         self.reader = Reader(path)
         self.memory_manager = _Mapped(self.reader)
+        self.memory_manager.context.__enter__()  # mapped now: later the name may be another file's
+        self._check_unchanged()
         pipelines = {
             "image": [decoder, ToTensor(), ToTorchImage()],
             "label": [IntDecoder(), ToTensor(), Squeeze(1)],
@@ -245,6 +248,7 @@ class _OrderedLoader:
         threads = torch.get_num_threads()
         copied = copy_event(device)
         asked = time.perf_counter()
+        self._check_unchanged()
         epoch = _Epoch(self, order)
         try:
             for number, (images, labels) in enumerate(epoch):
@@ -265,13 +269,41 @@ class _OrderedLoader:
                 # FFCV reuses a host buffer some batches later without asking the device. Waiting
                 # for this copy, not for the step behind it, keeps the device busy.
                 copied.synchronize()
+            self._check_unchanged()
         finally:
             epoch.stop()
             torch.set_num_threads(threads)
 
+    def _check_unchanged(self) -> None:
+        """Raises RunError if the file was written to since it was opened.
+
+        One that was replaced or deleted is still there, whole, for whoever has it mapped. A read past
+        the end of one that was cut off raises SIGBUS: `bus_error`.
+        """
+        try:
+            now = Path(self.fname).stat()
+        except OSError:
+            now = None
+        if now is None or (now.st_dev, now.st_ino) != (self.opened.st_dev, self.opened.st_ino):
+            if not self.replaced:
+                print(
+                    f"{self.fname} was replaced or deleted; this process goes on with the file it opened",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self.replaced = True
+        elif (now.st_size, now.st_mtime_ns) != (self.opened.st_size, self.opened.st_mtime_ns):
+            raise RunError(
+                f"{self.fname} was changed while it was read ({self.opened.st_size:,} bytes before, "
+                f"{now.st_size:,} now): write it again with write_ffcv.py --force; the last checkpoint "
+                f"may have seen changed pictures, the one of the epoch before has not"
+            )
+
     def _check_decoded(self, samples: Indices, labels: Tensor) -> None:
         """End at a damaged picture of this batch, or make it one that does not count."""
         damaged = self.decoder.damaged[samples]
+        if damaged.any():
+            self._check_unchanged()
         for slot in np.flatnonzero(damaged):
             sample, label = int(samples[slot]), int(labels[slot])
             what = self._describe(sample, label, int(damaged[slot]))

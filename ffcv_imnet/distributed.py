@@ -4,15 +4,17 @@ import math
 import os
 import signal
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.errors import RunError, UsageError, reason_of
 from ffcv_imnet.provenance import cpu_name
 
 
@@ -44,6 +46,19 @@ class World:
         votes = torch.tensor(flags, dtype=torch.int32)  # on the CPU: gloo
         dist.all_reduce(votes)
         return [bool(vote) for vote in votes.tolist()]
+
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values, by way of the host."""
+        if self.size == 1:
+            return value
+        votes = torch.tensor(value)
+        dist.all_reduce(votes, dist.ReduceOp.MIN)
+        return int(votes)
+
+    def agree(self, what: str) -> bool:
+        """Whether all processes say the same text."""
+        number = zlib.crc32(what.encode())
+        return self.least(number) == number == -self.least(-number)
 
     def share(self, model: nn.Module) -> None:
         """Make BatchNorm's running statistics equal on all processes: they become their mean."""
@@ -93,18 +108,28 @@ def describe_world() -> World:
     )
 
 
-def connect(world: World) -> None:
+def connect(world: World, timeout_seconds: float = 600.0) -> None:
     """Join the other processes: gloo for the host, NCCL for GPUs. A world of one stays alone.
 
     torch gets this process's share of the cores: importing ffcv leaves it with one thread, and
     torchrun asks for one too.
+
+    Raises:
+        RunError: the others did not come in time.
     """
     torch.set_num_threads(max(1, usable_cores() // world.local_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size > 1:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        except RuntimeError as error:  # gloo has no class of its own
+            raise RunError(
+                f"the {world.size} processes of this run did not find each other within "
+                f"distributed.timeout_seconds {timeout_seconds:g} ({reason_of(error)}): were all of "
+                f"them started, and can this machine reach the first one's?"
+            ) from error
 
 
 def disconnect(world: World) -> None:

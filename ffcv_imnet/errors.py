@@ -29,6 +29,18 @@ class RunError(Exception):
     status = 1
 
 
+class LostLoss(RunError):
+    """The training loss became NaN or infinite, in `step` of `epoch`."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        super().__init__(
+            f"the training loss became NaN or infinite in epoch {epoch}, step {step}: start again in "
+            f"another logging.folder with a lower lr.lr or a longer lr.lr_peak_epoch, or go on with "
+            f"--resume auto --training.on_lost_loss=back, at a lower rate; what was saved before is kept"
+        )
+        self.epoch, self.step = epoch, step
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """` (did you mean X?)` for the candidate closest to `word`, or an empty string if none is close."""
     close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)

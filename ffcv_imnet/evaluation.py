@@ -13,6 +13,7 @@ from ffcv_imnet.checkpoint import Learner
 from ffcv_imnet.data import PADDING, Batches, ValLoader
 from ffcv_imnet.distributed import Interrupted, StopSignal, World
 from ffcv_imnet.errors import RunError
+from ffcv_imnet.heartbeat import SILENT, Heartbeat
 from ffcv_imnet.progress import Progress
 
 
@@ -61,6 +62,7 @@ def forward(
     tta: bool,
     what: str,
     stop: StopSignal | None = None,
+    heart: Heartbeat = SILENT,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Logits of every batch and its labels, in evaluation mode.
 
@@ -81,6 +83,7 @@ def forward(
                     logits["flip"] = (logits["single"] + model(images.flip(3)).float()) / 2
             yield logits, labels
             progress.update(len(labels) * world.size)
+            heart.beat("validating")
             if stop is not None and stop.received is not None and world.size == 1:
                 raise Interrupted(stop.received)
 
@@ -94,6 +97,7 @@ def evaluate(
     *,
     tta: bool = False,
     stop: StopSignal | None = None,
+    heart: Heartbeat = SILENT,
     what: str = "validation",
 ) -> Metrics:
     """Judge `model` on all of `loader`'s images, in evaluation mode.
@@ -105,7 +109,8 @@ def evaluate(
         RunError: the loss is NaN or infinite, or the loader failed.
     """
     sums = torch.zeros(6, dtype=torch.float64, device=world.device)
-    for logits, labels in forward(model, loader, world, dtype, tta=tta, what=what, stop=stop):
+    batches = forward(model, loader, world, dtype, tta=tta, what=what, stop=stop, heart=heart)
+    for logits, labels in batches:
         single = logits["single"]
         sums[0] += F.cross_entropy(single, labels, ignore_index=PADDING, reduction="sum")
         sums[1] += (labels != PADDING).sum()
@@ -129,18 +134,30 @@ def evaluate(
 
 
 def validate(
-    learner: Learner, loader: ValLoader, world: World, tta: bool, stop: StopSignal
+    learner: Learner,
+    loader: ValLoader,
+    world: World,
+    tta: bool,
+    stop: StopSignal,
+    heart: Heartbeat = SILENT,
 ) -> tuple[Metrics, Metrics | None]:
     """Judge the weights and, where there is one already, their average.
 
     BatchNorm's statistics are first made equal on all processes, and stay so for the checkpoint.
     """
     world.share(learner.model)
-    plain = evaluate(learner.judge, loader, world, learner.dtype, tta=tta, stop=stop)
+    plain = evaluate(learner.judge, loader, world, learner.dtype, tta=tta, stop=stop, heart=heart)
     if learner.ema is None or learner.ema_judge is None or not learner.ema.n_averaged:
         return plain, None
     world.share(learner.ema)
     average = evaluate(
-        learner.ema_judge, loader, world, learner.dtype, tta=tta, stop=stop, what="EMA validation"
+        learner.ema_judge,
+        loader,
+        world,
+        learner.dtype,
+        tta=tta,
+        stop=stop,
+        heart=heart,
+        what="EMA validation",
     )
     return plain, average

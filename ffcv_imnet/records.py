@@ -1,12 +1,12 @@
 """The JSON epoch log, `RUN/log.jsonl`: these dataclasses are its schema; append to it, read it.
 
 One JSON object a line. The first is a `Header` (a resumed run adds another), then one `Epoch` per
-epoch, at the end a `Summary`. A field that does not apply is absent, never null.
+epoch (a `Lowered` before it, where the loss was lost), at the end a `Summary`. A field that does not apply is absent, never null.
 """
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,6 +77,18 @@ class Reached:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """The loss became NaN or infinite; the run went back to its last checkpoint, at a lower rate."""
+
+    TYPE: ClassVar[str] = "lowered"
+
+    epoch: int  # in which the loss was lost, counted from 0
+    step: int  # the first whose loss was not finite
+    back_to_step: int  # of the same epoch: how much of it was done in the checkpoint
+    lr_scale: float  # all rates from there on, over the recipe's
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """The last line of a finished run, and of one that a limit stopped."""
 
@@ -91,8 +103,8 @@ class Summary:
     stopped: str | None = None  # the limit that ended the run before its epochs; absent if none did
 
 
-Record = Header | Epoch | Summary
-_TYPES: dict[str, type[Record]] = {kind.TYPE: kind for kind in (Header, Epoch, Summary)}
+Record = Header | Epoch | Lowered | Summary
+_TYPES: dict[str, type[Record]] = {kind.TYPE: kind for kind in (Header, Epoch, Lowered, Summary)}
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ class Log:
     headers: list[Header] = field(default_factory=list)
     epochs: list[Epoch] = field(default_factory=list)
     summary: Summary | None = None  # None: the run has not finished
+    lowered: list[Lowered] = field(default_factory=list)
 
 
 def best_of(epoch: Epoch) -> tuple[float, str]:
@@ -146,11 +159,22 @@ def to_line(record: Record) -> str:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add one line and have the disk keep it before anything else happens."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(to_line(record))
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line and have the disk keep it before anything else happens.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    line = to_line(record)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written ({error.strerror}): make room; --resume auto completes it "
+            f"from the checkpoint"
+        ) from error
 
 
 def rewrite(path: Path, records: list[Record]) -> None:
@@ -185,6 +209,8 @@ def read_log(path: Path) -> Log:
             log.headers.append(record)
         elif isinstance(record, Epoch):
             log.epochs.append(record)
+        elif isinstance(record, Lowered):
+            log.lowered.append(record)
         else:
-            log = Log(log.headers, log.epochs, record)
+            log = replace(log, summary=record)
     return log

@@ -1,4 +1,4 @@
-"""RUN, the folder of one run: log.jsonl, config.yaml, classes.txt, last.pt, previous.pt, best.pt.
+"""RUN, the folder of one run: log.jsonl, config.yaml, classes.txt, checkpoints, heartbeat.json.
 
 Resume policy: last.pt holds the records of its epochs, and how far the one after them has come; a
 resumed run first makes log.jsonl say exactly those, then goes on with the next step. An epoch counts
@@ -7,6 +7,7 @@ taken. A run is resumed only under the settings and data that shape its result.
 """
 
 import fcntl
+import functools
 import os
 import sys
 import weakref
@@ -18,11 +19,14 @@ from typing import Any
 from ffcv_imnet import checkpoint, records
 from ffcv_imnet.beton import Manifest
 from ffcv_imnet.checkpoint import Trained
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.records import Epoch, Header, Reached, Record, Summary
+from ffcv_imnet.distributed import World
+from ffcv_imnet.errors import LostLoss, RunError, UsageError
+from ffcv_imnet.heartbeat import Heartbeat
+from ffcv_imnet.records import Epoch, Header, Lowered, Reached, Record, Summary
 from ffcv_imnet.settings import Settings, differences, to_dict, to_yaml
 
 LOG, LAST, PREVIOUS, BEST = "log.jsonl", "last.pt", "previous.pt", "best.pt"
+HEARTBEAT = "heartbeat.json"
 
 
 @dataclass
@@ -55,6 +59,38 @@ class RunFolder:
     def reached(self) -> Reached | None:
         """The first epoch at or above `training.stop_at`, if there is one."""
         return records.first_reached(self.epochs, self.settings.training.stop_at)
+
+    @property
+    def lr_scale(self) -> float:
+        """All rates from here on, over the recipe's: below one once the loss was lost."""
+        scales = [record.lr_scale for record in self.records if isinstance(record, Lowered)]
+        return scales[-1] if scales else 1.0
+
+    @property
+    def recipe(self) -> Settings:
+        """The settings to train with: those of the run, at `lr_scale`."""
+        lr = self.settings.lr
+        return replace(self.settings, lr=replace(lr, lr=lr.lr * self.lr_scale))
+
+    @functools.cached_property
+    def heartbeat(self) -> Heartbeat:
+        """The file that says that the run lives."""
+        return Heartbeat(self.path / HEARTBEAT)
+
+    def check_agreement(self, world: World) -> None:
+        """Raises UsageError unless all processes found the same run, data and settings."""
+        where = [
+            len(self.epochs),
+            self.trained.steps,
+            self.data,
+            differences(to_dict(self.settings), {}),
+        ]
+        if not world.agree(repr(where)):
+            raise UsageError(
+                f"process {world.rank} of {world.size} finds epoch {len(self.epochs)}, step "
+                f"{self.trained.steps} in logging.folder {self.path}, another finds another, or has other "
+                f"data or settings: give all machines the same command, data, and a folder that all share"
+            )
 
     def start(self, header: Header) -> None:
         """Write what stands in the folder before the first step.
@@ -112,6 +148,43 @@ class RunFolder:
         if newest > max(earlier, default=-1.0):
             checkpoint.copy(self.path / LAST, self.path / BEST)
         records.append(self.path / LOG, self.epochs[-1])
+
+    def go_back(
+        self, learner: checkpoint.Learner, lost: LostLoss, elapsed_seconds: float, world: World
+    ) -> Trained:
+        """To the last checkpoint, all processes together; `recipe` has a lower rate from then on.
+
+        Saved and said by the first process, so that a resumed run keeps the rate. Returns how far
+        the epoch has come.
+
+        Raises:
+            LostLoss: the run is to stop instead, or went back often enough, or has no checkpoint
+                of this epoch.
+        """
+        training = self.settings.training
+        times = sum(isinstance(record, Lowered) for record in self.records)
+        if training.on_lost_loss != "back" or times >= training.lower_times:
+            raise lost
+        state = checkpoint.load(self.path / LAST)
+        saved = state["run"]
+        epochs = sum(record["type"] == Epoch.TYPE for record in saved["records"])
+        if epochs != lost.epoch:
+            raise lost
+        checkpoint.restore(learner, state, self.path / LAST)
+        trained = Trained(**saved["trained"])
+        scale, step = self.lr_scale * training.lower_by, trained.steps
+        self.records.append(
+            Lowered(epoch=lost.epoch, step=lost.step, back_to_step=step, lr_scale=scale)
+        )
+        if world.is_main:
+            self.save_within(learner, trained, elapsed_seconds)
+            records.rewrite(self.path / LOG, self.records)
+            print(
+                f"epoch {lost.epoch}: the loss became NaN or infinite in step {lost.step}; on from step "
+                f"{step} of the last checkpoint, at {scale:g} of the recipe's learning rate",
+                flush=True,
+            )
+        return trained
 
     def finish(
         self, elapsed_seconds: float, dollars_per_hour: float | None, stopped: str | None

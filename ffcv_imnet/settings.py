@@ -315,6 +315,13 @@ class Training:
         10.0,
         "between checkpoints within an epoch; one is written after each epoch too; 0: only then",
     )
+    on_lost_loss: str = _setting(
+        "stop",
+        Choice(["stop", "back"]),
+        "when the loss becomes NaN or infinite; back: to the last checkpoint, at a lower rate",
+    )
+    lower_by: float = _float(0.5, "what the rate is multiplied by, each time", 1e-6, 0.999999)
+    lower_times: int = _int(3, "at most, in a run; then it stops", 1)
     max_hours: float = _float(
         0.0, "stop at a checkpoint before this much is spent, earlier parts included; 0: none"
     )
@@ -343,6 +350,15 @@ class Validation:
         224 / 256, "side of the central crop over the picture's shorter side", 0.01, 1.0
     )
     lr_tta: bool = _switch(False, "also with logits summed over the picture and its mirror image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distributed:
+    """Several processes, as torchrun starts them"""
+
+    timeout_seconds: float = _float(
+        600.0, "a process that the others wait for longer than this ends the run", 1.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +396,7 @@ class Settings:
     training: Training = Training()
     muon: Muon = Muon()
     validation: Validation = Validation()
+    distributed: Distributed = Distributed()
     logging: Logging = Logging()
     cost: Cost = Cost()
 
@@ -404,6 +421,10 @@ NOT_OF_THE_RESULT = (
     "data.read_ahead",
     "logging.folder",
     "training.checkpoint_minutes",
+    "training.on_lost_loss",
+    "training.lower_by",
+    "training.lower_times",
+    "distributed.timeout_seconds",
     "training.max_hours",
     "training.max_cost",
     "cost.dollars_per_hour",

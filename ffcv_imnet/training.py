@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ffcv_imnet.checkpoint import Learner, Trained
 from ffcv_imnet.data import PADDING, TrainLoader
 from ffcv_imnet.distributed import StopSignal, World
-from ffcv_imnet.errors import RunError
+from ffcv_imnet.errors import LostLoss
 from ffcv_imnet.evaluation import Metrics
+from ffcv_imnet.heartbeat import SILENT, Heartbeat
 from ffcv_imnet.models import build_model
 from ffcv_imnet.optim import build_average, build_optimizer
 from ffcv_imnet.progress import Progress
@@ -96,6 +97,7 @@ def train_epoch(
     world: World,
     stop: StopSignal,
     before: Trained,
+    heart: Heartbeat = SILENT,
 ) -> Trained:
     """Make the steps of one epoch that `before` has not made.
 
@@ -105,7 +107,8 @@ def train_epoch(
     device; the host reads them every `LOOK_EVERY` seconds.
 
     Raises:
-        RunError: the loss became NaN or infinite, or the loader failed.
+        LostLoss: the loss became NaN or infinite; on all processes at once.
+        RunError: the loader failed.
     """
     learner.model.train()
     rate, ended, late = 0.0, None, False
@@ -157,6 +160,7 @@ def train_epoch(
                 skipped += (labels == PADDING).sum()
                 first_bad = first_bad.minimum(torch.where(loss.isfinite(), plan.steps, step))
             progress.update(plan.batch_size)
+            heart.beat("training", plan.epoch, step + 1)
 
             if world.size == 1 or last or step % AGREE_EVERY == 0:
                 now = time.perf_counter()
@@ -166,7 +170,9 @@ def train_epoch(
                 )
                 if look or stopped or late or save:
                     looked = now
-                    _check_finite(int(first_bad), plan, world)
+                    bad = world.least(int(first_bad))  # waits for the device
+                    if bad < plan.steps:
+                        raise LostLoss(plan.epoch, bad)
                     mean = (float(loss_sum) - summed) / (step + 1 - before.steps)
                     lost = f" skipped {count:,}" if (count := int(skipped)) else ""
                     progress.update(0, f"loss {mean:.3f} lr {rate:.4g}{lost}")
@@ -186,18 +192,6 @@ def train_epoch(
         signal=ended,
         late=late,
     )
-
-
-def _check_finite(first_bad: int, plan: EpochPlan, world: World) -> None:
-    """All processes end together if the loss of any of them is lost. Waits for the device."""
-    (lost,) = world.any([first_bad < plan.steps])
-    if lost:
-        where = f"step {first_bad}" if first_bad < plan.steps else "a step of another process"
-        raise RunError(
-            f"the training loss became NaN or infinite in epoch {plan.epoch}, {where}: start again in "
-            f"another logging.folder with a lower lr.lr or a longer lr.lr_peak_epoch; what was saved "
-            f"before is kept"
-        )
 
 
 def epoch_record(

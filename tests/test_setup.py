@@ -25,11 +25,12 @@ IMPORTED_AS = {
 NOT_LOCKED = {"parquet", "timm", "boards", "peers"}  # optional groups that `make setup` leaves out
 # Ours, from the lowest floor up (README.md draws it). A package stands for all its modules.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "settings", "schedules", "records", "statistics"),
+    ("errors", "progress", "settings", "schedules", "records", "statistics", "heartbeat"),
     ("images", "beton", "stored", "native", "decoders", "read_ahead", "models", "optim",
-     "checkpoint", "distributed", "provenance", "shapes", "quick_ffcv", "bill", "boards"),
+     "checkpoint", "distributed", "provenance", "shapes", "quick_ffcv", "bill", "boards",
+     "bus_error"),
     ("data", "run_folder"),
-    ("training", "evaluation", "judgement", "photos", "measure", "peers", "pages"),
+    ("training", "evaluation", "judgement", "photos", "measure", "peers", "pages", "faults"),
     ("tools", "__main__"),
     ("write_ffcv", "train_imagenet"),
 )  # fmt: skip

@@ -87,6 +87,7 @@ def whole(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder(whole: Path, small: SmallData) -> None:
     names = {path.name for path in whole.iterdir()}
     files = {"log.jsonl", "config.yaml", "classes.txt", "last.pt", "previous.pt", "best.pt"}
+    files.add("heartbeat.json")
     assert names == files
     assert load(whole / "config.yaml") == small.settings(whole, **FULL)
     assert len((whole / "classes.txt").read_text().splitlines()) == 10

@@ -1,0 +1,187 @@
+"""The suite at the size of CI, in one process that imports once, and each fault's own sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ffcv_imnet import faults, records, training
+from ffcv_imnet.checkpoint import Trained
+from ffcv_imnet.data import _Epoch
+from ffcv_imnet.errors import LostLoss, RunError
+from ffcv_imnet.faults import fitting_batch
+from ffcv_imnet.heartbeat import Heartbeat
+from ffcv_imnet.records import read_log
+from ffcv_imnet.run_folder import RunFolder
+from tests.conftest import SmallData
+from tests.faults.outside import copy_of
+from tests.test_training import run
+
+KINDS = {
+    "kill", "tables", "pictures", "manifest", "checkpoint", "log", "config", "map", "disk", "rank",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """`python -m tests.faults`, which forks its runs."""
+    out = tmp_path_factory.mktemp("faults") / "rows.jsonl"
+    words = [sys.executable, "-m", "tests.faults", "--json", str(out)]
+    words += ["--data", str(small.train.parent)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert out.exists(), done.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS | {"soak"}))
+def test_nothing_is_lost(kind: str, rows: list[dict[str, Any]]) -> None:
+    mine = [row for row in rows if row["kind"] == kind]
+    assert mine and all(row["well"] for row in mine), mine
+
+
+# ---- a lost loss --------------------------------------------------------------------------------
+
+LOST = {"lr__lr": 1e30, "training__momentum": 0, "training__on_lost_loss": "back"}
+
+
+def test_a_lost_loss_goes_back_at_a_lower_rate(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a millionth each time; interrupted after that and resumed, the rate stays lowered."""
+    settings = small.settings(
+        tmp_path / "run", **LOST, training__lower_by=1e-6, training__lower_times=5
+    )
+    save = RunFolder.save
+
+    def save_then_signal(self: RunFolder, learner: Any) -> None:
+        save(self, learner)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunFolder, "save", save_then_signal)
+    assert run(settings) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    before = [lowered.lr_scale for lowered in read_log(tmp_path / "run").lowered]
+    assert run(settings, "auto") == 0
+    log = read_log(tmp_path / "run")
+    scales = [lowered.lr_scale for lowered in log.lowered]
+    assert scales == pytest.approx([1e-6**n for n in range(1, len(scales) + 1)], rel=1e-9)
+    assert 3 <= len(before) <= len(scales) and scales[: len(before)] == before
+    assert [epoch.epoch for epoch in log.epochs] == [0, 1]
+    first, second = (epoch.lr for epoch in log.epochs)
+    assert first == pytest.approx(1e30 * before[-1] * 5.5 / 6)  # the last of six steps
+    assert second == pytest.approx(1e30 * scales[-1] * 0.5 / 6)
+
+
+def test_it_goes_back_only_so_often(small: SmallData, tmp_path: Path) -> None:
+    settings = small.settings(tmp_path / "run", **LOST, training__lower_times=2)
+    with pytest.raises(LostLoss, match="epoch 0, step"):
+        run(settings)
+    log = read_log(tmp_path / "run")
+    assert [lowered.lr_scale for lowered in log.lowered] == [0.5, 0.25] and log.epochs == []
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def test_the_batch_that_fits() -> None:
+    """100 bytes, and 3 a picture: (900 - 100) / 3 = 266, and 264 is a multiple of 8."""
+    assert fitting_batch(lambda batch: 100 + 3 * batch, 1000, tried=400) == 264
+    assert fitting_batch(lambda batch: 100 + 200 * batch, 1000, tried=400) == 4
+    assert fitting_batch(lambda batch: 1000 + batch, 1000, tried=400) is None  # not even one
+    assert fitting_batch(lambda batch: 100 + batch, 1000, tried=8) is None  # too small to tell
+    assert fitting_batch(lambda batch: 100 + batch, 10**6, tried=64) == 56  # less than what failed
+
+
+@pytest.mark.parametrize("where", ["train_epoch", "validate"])
+def test_a_full_gpu_names_the_batch_that_fits(
+    where: str, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ffcv_imnet import evaluation
+
+    def full(learner: Any, *_: Any) -> Trained:
+        learner.model.train(where == "train_epoch")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(training if where == "train_epoch" else evaluation, where, full)
+    monkeypatch.setattr(faults, "_peak", lambda learner, batch, plan, world: 100 + 30 * batch)
+    monkeypatch.setattr(faults, "_room", lambda world: 1000)
+    settings = small.settings(tmp_path / "run", training__batch_size=100)
+    says = r"batch of 100: 24 would fit" if where == "train_epoch" else "validation.batch_size 16"
+    with pytest.raises(RunError, match=says):
+        run(settings)
+
+
+# ---- loader, file, log --------------------------------------------------------------------------
+
+
+def test_a_loader_thread_that_dies_ends_the_run(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise SystemExit  # what ends a thread without a word
+
+    monkeypatch.setattr(_Epoch, "run_pipeline", die)
+    with pytest.raises(RunError, match=r"train\.beton: the loader failed: SystemExit"):
+        run(small.settings(tmp_path / "run"))
+
+
+def test_a_file_that_changes_while_it_is_read(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = copy_of(small, tmp_path / "data")
+    save = RunFolder.save
+
+    def save_then_change(self: RunFolder, learner: Any) -> None:
+        save(self, learner)
+        with own.train.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"?")
+
+    monkeypatch.setattr(RunFolder, "save", save_then_change)
+    with pytest.raises(RunError, match=r"train\.beton was changed while it was read"):
+        run(own.settings(tmp_path / "run"))
+
+
+def test_sigbus_in_one_sentence() -> None:
+    code = (
+        "import os, signal; from ffcv_imnet.bus_error import explain_bus_error as e\n"
+        "e('a.beton was cut off'); os.kill(os.getpid(), signal.SIGBUS)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: a.beton was cut off\n")
+
+
+def test_a_full_disk_names_the_log() -> None:
+    with pytest.raises(RunError, match="/dev/full could not be written"):
+        records.append(
+            Path("/dev/full"), records.Lowered(epoch=0, step=1, back_to_step=0, lr_scale=0.5)
+        )
+
+
+# ---- heartbeat ----------------------------------------------------------------------------------
+
+
+def test_the_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("ffcv_imnet.heartbeat.time.monotonic", lambda: now[0])
+    path = tmp_path / "heartbeat.json"
+    heart = Heartbeat(path)
+    for step, seconds in ((1, 0.0), (2, 4.9), (3, 5.1)):
+        now[0] = 100.0 + seconds
+        heart.beat("training", 7, step)
+        assert json.loads(path.read_text())["step"] == (1 if step < 3 else 3)
+    heart.beat("validating", now=True)
+    said = json.loads(path.read_text())
+    assert (said["doing"], said["epoch"], said["step"], said["pid"]) == (
+        "validating",
+        7,
+        3,
+        os.getpid(),
+    )
+    Heartbeat(tmp_path / "no/such/folder").beat("training", 0, 1)  # nobody's failure

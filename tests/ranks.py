@@ -1,0 +1,98 @@
+"""One checkpoint, judged and differentiated by one process and by 2, 3 and 4 gloo processes.
+
+    python -m tests.ranks DIR        DIR/config.yaml and DIR/run/last.pt -> DIR/SIZE.pt for each size
+
+Forked from one process that has imported everything, so that a test pays for that once.
+"""
+
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import tests.networks  # noqa: F401
+from ffcv_imnet import checkpoint
+from ffcv_imnet.data import TrainLoader, ValLoader, check_data
+from ffcv_imnet.distributed import World
+from ffcv_imnet.evaluation import evaluate
+from ffcv_imnet.schedules import plan_run
+from ffcv_imnet.settings import Settings, load
+from ffcv_imnet.training import build_learner
+from tests.faults.lives import open_data
+from tests.faults.outside import free_port
+
+SIZES = (1, 2, 3, 4)
+
+
+def found_by(world: World, settings: Settings, path: Path) -> dict[str, Any]:
+    """Validation's counts, and the gradients of one global batch with BatchNorm frozen."""
+    train_set, val_set = check_data(settings)
+    learner = build_learner(settings, len(train_set.classes), world)
+    checkpoint.restore(learner, checkpoint.load(path), path)
+    val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world)
+    judged = evaluate(learner.judge, val_loader, world, learner.dtype)
+    learner.model.train()
+    for module in learner.model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
+    batches = loader.epoch(plan_run(settings, train_set.samples)[0])
+    images, labels = next(batches)
+    F.cross_entropy(learner.forward(images), labels).backward()
+    gradients = [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
+    batches.close()
+    return {"metrics": vars(judged), "gradients": gradients, "batch": len(labels)}
+
+
+def rank(number: int, folder: Path, settings: Settings, ports: dict[int, int]) -> None:
+    """This process's part in every world that it belongs to."""
+    torch.set_num_threads(1)
+    for size in SIZES:
+        if number < size:
+            world = World(number, size, number, size, torch.device("cpu"))
+            if size > 1:
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"tcp://127.0.0.1:{ports[size]}",
+                    rank=number,
+                    world_size=size,
+                    timeout=timedelta(seconds=600),
+                )
+            found = found_by(world, settings, folder / "run/last.pt")
+            if world.is_main:
+                torch.save(found, folder / f"{size}.pt")
+            if size > 1:
+                dist.destroy_process_group()
+
+
+def main() -> int:
+    """Exit status 0 if all processes got through."""
+    folder = Path(sys.argv[1])
+    settings = load(folder / "config.yaml")
+    open_data(Path(settings.data.train_dataset).parent)  # numba compiles here, once
+    ports = {size: free_port() for size in SIZES}
+    children = []
+    for number in range(max(SIZES)):
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                rank(number, folder, settings, ports)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(pid)
+    statuses = [os.waitpid(pid, 0)[1] for pid in children]  # of all, whatever the first says
+    return int(any(statuses))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
