@@ -136,6 +136,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             run.save_within(learner, trained, before)  # so that there is one to go back to
     boards = Boards(run.path, header, enabled=world.is_main)
     heart = run.heartbeat if world.is_main else SILENT
+    heart.beat("starting", first, trained.steps, now=True)
 
     def elapsed() -> float:
         return before + time.perf_counter() - started
@@ -160,6 +161,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
                         raise Interrupted(trained.signal)
                     if trained.steps < plan.steps and world.is_main:
                         run.save_within(learner, trained, elapsed())
+                heart.beat("validating", plan.epoch, trained.steps)
                 validation_started = time.perf_counter()
                 plain, ema = validate(
                     learner, val_loader, world, settings.validation.lr_tta, stop, heart

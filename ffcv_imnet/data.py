@@ -316,6 +316,11 @@ class _OrderedLoader:
             if sample not in self.skipped:
                 self.skipped.add(sample)
                 print(f"{what}: skipped", file=sys.stderr, flush=True)
+        if damaged.all() and self.decoder.control["random"][0]:  # of such a batch no loss is left
+            raise RunError(
+                f"{self.fname}: all {len(samples)} pictures of a training batch are damaged: write the "
+                f"file again with write_ffcv.py --force, or take a larger training.batch_size"
+            )
 
     def _describe(self, sample: int, label: int, damage: int) -> str:
         manifest = manifest_path(Path(self.fname))

@@ -118,6 +118,8 @@ def evaluate(
         if tta:
             sums[4:6] += hits(logits["flip"], labels)
     loss_sum, images_seen, *found = world.sum(sums).tolist()
+    if not images_seen:
+        raise RunError(f"not one picture of the {what} could be decoded: write its .beton again")
     if not math.isfinite(loss_sum):
         raise RunError(
             f"the {what} loss is NaN or infinite: the weights are lost; try a lower lr.lr"

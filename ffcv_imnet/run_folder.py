@@ -152,26 +152,32 @@ class RunFolder:
     def go_back(
         self, learner: checkpoint.Learner, lost: LostLoss, elapsed_seconds: float, world: World
     ) -> Trained:
-        """To the last checkpoint, all processes together; `recipe` has a lower rate from then on.
+        """To the last checkpoint whose weights are good, all processes together; `recipe` has a
+        lower rate from then on.
 
         Saved and said by the first process, so that a resumed run keeps the rate. Returns how far
         the epoch has come.
 
         Raises:
-            LostLoss: the run is to stop instead, or went back often enough, or has no checkpoint
-                of this epoch.
+            LostLoss: the run is to stop instead, or has no checkpoint of this epoch.
+            RunError: it went back often enough.
         """
         training = self.settings.training
         times = sum(isinstance(record, Lowered) for record in self.records)
-        if training.on_lost_loss != "back" or times >= training.lower_times:
+        if training.on_lost_loss != "back":
             raise lost
-        state = checkpoint.load(self.path / LAST)
-        saved = state["run"]
-        epochs = sum(record["type"] == Epoch.TYPE for record in saved["records"])
-        if epochs != lost.epoch:
-            raise lost
-        checkpoint.restore(learner, state, self.path / LAST)
-        trained = Trained(**saved["trained"])
+        if times >= training.lower_times:
+            raise RunError(
+                f"the loss became NaN or infinite in epoch {lost.epoch}, step {lost.step}, also at "
+                f"{self.lr_scale:g} of the recipe's learning rate, after training.lower_times {times}: "
+                f"start again in another logging.folder with a much lower lr.lr, or go on with "
+                f"--resume auto and more training.lower_times"
+            ) from lost
+        state, trained = self._within(LAST, lost)
+        if trained.steps == lost.step:  # its own weights give no finite loss
+            state, trained = self._within(PREVIOUS, lost)
+        checkpoint.restore(learner, state, self.path)
+        world.least(0)  # all have read before one writes
         scale, step = self.lr_scale * training.lower_by, trained.steps
         self.records.append(
             Lowered(epoch=lost.epoch, step=lost.step, back_to_step=step, lr_scale=scale)
@@ -185,6 +191,16 @@ class RunFolder:
                 flush=True,
             )
         return trained
+
+    def _within(self, name: str, lost: LostLoss) -> tuple[dict[str, Any], Trained]:
+        """A checkpoint of the epoch whose loss was lost, and how far it has come. Raises `lost`."""
+        if not (self.path / name).is_file():
+            raise lost
+        state = checkpoint.load(self.path / name)
+        saved = state["run"]
+        if sum(record["type"] == Epoch.TYPE for record in saved["records"]) != lost.epoch:
+            raise lost
+        return state, Trained(**saved["trained"])
 
     def finish(
         self, elapsed_seconds: float, dollars_per_hour: float | None, stopped: str | None

@@ -357,7 +357,7 @@ class Distributed:
     """Several processes, as torchrun starts them"""
 
     timeout_seconds: float = _float(
-        600.0, "a process that the others wait for longer than this ends the run", 1.0
+        600.0, "a process that the others wait for longer than this ends the run", 1.0, 1e6
     )
 
 
@@ -419,6 +419,7 @@ NOT_OF_THE_RESULT = (
     "data.num_workers",
     "data.batches_ahead",
     "data.read_ahead",
+    "data.on_damaged",  # a damaged picture in a long run must not cost the run
     "logging.folder",
     "training.checkpoint_minutes",
     "training.on_lost_loss",

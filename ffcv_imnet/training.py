@@ -107,7 +107,8 @@ def train_epoch(
     device; the host reads them every `LOOK_EVERY` seconds.
 
     Raises:
-        LostLoss: the loss became NaN or infinite; on all processes at once.
+        LostLoss: the loss became NaN or infinite, or the weights that were to be saved; on all
+            processes at once.
         RunError: the loader failed.
     """
     learner.model.train()
@@ -170,7 +171,11 @@ def train_epoch(
                 )
                 if look or stopped or late or save:
                     looked = now
-                    bad = world.least(int(first_bad))  # waits for the device
+                    bad = int(first_bad)  # waits for the device
+                    if bad == plan.steps and (last or stopped or late or save):
+                        # A finite loss may have left weights that are not: no checkpoint of those.
+                        bad = plan.steps if is_finite(learner.model) else step
+                    bad = world.least(bad)
                     if bad < plan.steps:
                         raise LostLoss(plan.epoch, bad)
                     mean = (float(loss_sum) - summed) / (step + 1 - before.steps)
@@ -192,6 +197,12 @@ def train_epoch(
         signal=ended,
         late=late,
     )
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether all weights and running statistics are. Waits for the device."""
+    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    return bool(torch.stack([value.isfinite().all() for value in values]).all())
 
 
 def epoch_record(

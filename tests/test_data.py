@@ -245,6 +245,14 @@ def test_a_damaged_jpeg_may_be_skipped_and_is_counted(
                 assert torch.equal(ours[0][slot], theirs[0][slot])
 
 
+def test_a_batch_without_a_picture_ends_the_run(small: SmallData, tmp_path: Path) -> None:
+    sample = int(data.epoch_order(100, 0, 1)[3])
+    damaged = damage(small, tmp_path, sample)
+    options = {"data__on_damaged": "skip", "training__batch_size": 1}
+    with pytest.raises(RunError, match="all 1 pictures of a training batch are damaged"):
+        train_batches(damaged.settings(tmp_path, **options), damaged)
+
+
 def test_without_the_compiled_decoder_the_same_crops_come(
     small: SmallData,
     tmp_path: Path,

@@ -432,6 +432,19 @@ def test_damaged_pictures_are_counted_in_the_log(
     assert epoch.skipped is None and epoch.val_skipped is None
 
 
+def test_a_run_stopped_by_a_damaged_picture_goes_on_without_it(
+    small: SmallData, tmp_path: Path
+) -> None:
+    where = int(epoch_order(100, 0, 0)[40])
+    damaged = damage(small, tmp_path, sample=where)
+    options = {"training__epochs": 1, "training__checkpoint_minutes": 1e-9}
+    with pytest.raises(RunError, match=r"data\.on_damaged=skip"):
+        run(damaged.settings(tmp_path / "run", **options))
+    assert run(damaged.settings(tmp_path / "run", **options, data__on_damaged="skip"), "auto") == 0
+    (epoch,) = read_log(tmp_path / "run").epochs
+    assert epoch.skipped == 1
+
+
 def test_killed_in_mid_epoch_and_resumed(whole: Path, small: SmallData, tmp_path: Path) -> None:
     """SIGKILL, which nothing can catch, at whatever point after the first epoch's line."""
     config = tmp_path / "c.yaml"

@@ -80,10 +80,29 @@ def test_a_lost_loss_goes_back_at_a_lower_rate(
 
 def test_it_goes_back_only_so_often(small: SmallData, tmp_path: Path) -> None:
     settings = small.settings(tmp_path / "run", **LOST, training__lower_times=2)
-    with pytest.raises(LostLoss, match="epoch 0, step"):
+    with pytest.raises(RunError, match=r"also at 0.25 .*after training.lower_times 2"):
         run(settings)
     log = read_log(tmp_path / "run")
     assert [lowered.lr_scale for lowered in log.lowered] == [0.5, 0.25] and log.epochs == []
+
+
+def test_it_goes_back_behind_a_checkpoint_of_broken_weights(
+    small: SmallData, tmp_path: Path
+) -> None:
+    """With a checkpoint after every step, the last is of weights of 1e30, whose next loss is not finite."""
+    often = {"training__checkpoint_minutes": 1e-9, "training__lower_by": 1e-6}
+    assert run(small.settings(tmp_path / "run", **LOST, **often, training__lower_times=9)) == 0
+    log = read_log(tmp_path / "run")
+    assert [epoch.epoch for epoch in log.epochs] == [0, 1] and len(log.lowered) < 9
+    assert log.lowered[0].back_to_step == 0 and log.lowered[0].step > 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(small: SmallData, tmp_path: Path) -> None:
+    """The loss of the epoch's only step is finite, what it makes of the weights is not."""
+    once = {"training__batch_size": 100, "training__epochs": 1, "lr__lr": 1e300}
+    with pytest.raises(LostLoss, match="epoch 0, step 0"):
+        run(small.settings(tmp_path / "run", **once))
+    assert not (tmp_path / "run" / "last.pt").exists()
 
 
 # ---- memory -------------------------------------------------------------------------------------
