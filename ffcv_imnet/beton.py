@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
+from ffcv_imnet.progress import Progress
 from ffcv_imnet.stored import RAW, Stored, sample_digest
 
 PAGE_SIZE = 1 << 23  # 8 MiB, ffcv's default; a sample never crosses a page
@@ -444,9 +445,13 @@ def content_checksum(path: Path) -> str:
     """The content checksum computed afresh from the file, reading all of it."""
     tables = read_tables(path)
     digest = hashlib.sha256()
-    with io.BufferedReader(path.open("rb", buffering=0), 1 << 20) as file:
+    with (
+        io.BufferedReader(path.open("rb", buffering=0), 1 << 20) as file,
+        Progress(len(tables.labels), f"checksum of {path.name}") as progress,
+    ):
         for index, label in enumerate(tables.labels.tolist()):
             digest.update(sample_digest(label, _read_sample(file, tables, index)))
+            progress.update(1)
     return f"sha256:{digest.hexdigest()}"
 
 

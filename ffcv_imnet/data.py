@@ -23,7 +23,7 @@ from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ffcv_imnet.beton import Manifest, check_beton, manifest_path
+from ffcv_imnet.beton import Manifest, check_beton, content_checksum, manifest_path
 from ffcv_imnet.decoders import DAMAGES, FLIPS, CropDecoder
 from ffcv_imnet.distributed import World, usable_cores
 from ffcv_imnet.errors import RunError, UsageError
@@ -44,13 +44,19 @@ def check_data(settings: Settings) -> tuple[Manifest, Manifest]:
         UsageError: a file is missing, or the classes of the two differ.
         RunError: a file is not what its manifest says.
     """
-    train = check_beton(Path(settings.data.train_dataset))
-    val = check_beton(Path(settings.data.val_dataset))
+    paths = (Path(settings.data.train_dataset), Path(settings.data.val_dataset))
+    train, val = (check_beton(path) for path in paths)
     if train.classes != val.classes:
         raise UsageError(
             f"{settings.data.train_dataset} and {settings.data.val_dataset} differ in their classes: "
             f"{_first_difference(train.classes, val.classes)}; write both from the same classes"
         )
+    for path, said in zip(paths, (train, val), strict=True):
+        if settings.data.verify and content_checksum(path) != said.content_checksum:
+            raise RunError(
+                f"{path}: its pictures or labels are not those of {manifest_path(path)}: write it again "
+                f"with write_ffcv.py --force"
+            )
     return train, val
 
 

@@ -216,6 +216,9 @@ class Data:
         Choice(["crop", "whole"]),
         "crop: fast, decodes the crop alone; whole: FFCV's, to compare with",
     )
+    verify: bool = _switch(
+        False, "read both files whole at the start, and compare them with their checksums"
+    )
     on_damaged: str = _setting(
         "stop",
         Choice(["stop", "skip"]),
@@ -419,6 +422,7 @@ NOT_OF_THE_RESULT = (
     "data.num_workers",
     "data.batches_ahead",
     "data.read_ahead",
+    "data.verify",
     "data.on_damaged",  # a damaged picture in a long run must not cost the run
     "logging.folder",
     "training.checkpoint_minutes",

@@ -215,6 +215,19 @@ def damage(small: SmallData, folder: Path, sample: int) -> SmallData:
     return dataclasses.replace(small, train=path)
 
 
+def test_one_changed_pixel_is_refused_if_asked(raw: SmallData, tmp_path: Path) -> None:
+    path = tmp_path / "train.beton"
+    content = bytearray(raw.train.read_bytes())
+    content[int(read_tables(raw.train).pointers[7]) + 500] ^= 1
+    path.write_bytes(content)
+    manifest_path(path).write_text(manifest_path(raw.train).read_text())
+    changed = dataclasses.replace(raw, train=path)
+    data.check_data(changed.settings(tmp_path))
+    data.check_data(raw.settings(tmp_path, data__verify=True))
+    with pytest.raises(RunError, match=r"train.beton: its pictures or labels are not those of"):
+        data.check_data(changed.settings(tmp_path, data__verify=True))
+
+
 def test_a_damaged_jpeg_is_named(small: SmallData, tmp_path: Path) -> None:
     damaged = damage(small, tmp_path, sample=int(data.epoch_order(100, 0, 1)[3]))
     data.check_data(damaged.settings(tmp_path))  # its tables are whole
