@@ -126,7 +126,7 @@ def step_flops(settings: Settings, classes: int) -> float:
     """Operations of Muon's Newton-Schulz iterations in one step; 0 for SGD, whose are too few to count."""
     if settings.training.optimizer != "muon":
         return 0.0
-    return _count_step(replace(Settings(), model=settings.model, muon=settings.muon), classes)
+    return _count_step(Settings(model=settings.model, muon=settings.muon), classes)
 
 
 @cache

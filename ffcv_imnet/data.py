@@ -308,8 +308,9 @@ class _OrderedLoader:
     def _check_decoded(self, samples: Indices, labels: Tensor) -> None:
         """End at a damaged picture of this batch, or make it one that does not count."""
         damaged = self.decoder.damaged[samples]
-        if damaged.any():
-            self._check_unchanged()
+        if not damaged.any():
+            return
+        self._check_unchanged()
         for slot in np.flatnonzero(damaged):
             sample, label = int(samples[slot]), int(labels[slot])
             what = self._describe(sample, label, int(damaged[slot]))

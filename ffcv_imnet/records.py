@@ -1,7 +1,8 @@
 """The JSON epoch log, `RUN/log.jsonl`: these dataclasses are its schema; append to it, read it.
 
 One JSON object a line. The first is a `Header` (a resumed run adds another), then one `Epoch` per
-epoch (a `Lowered` before it, where the loss was lost), at the end a `Summary`. A field that does not apply is absent, never null.
+epoch (a `Lowered` before it, where the loss was lost), at the end a `Summary`. A field that does not
+apply is absent, never null.
 """
 
 import json

@@ -50,6 +50,11 @@ class RunFolder:
         return [record for record in self.records if isinstance(record, Epoch)]
 
     @property
+    def lowered(self) -> list[Lowered]:
+        """Each time that the loss was lost and the run went back."""
+        return [record for record in self.records if isinstance(record, Lowered)]
+
+    @property
     def finished(self) -> bool:
         """Whether all epochs are done, or the target was reached and ends the run."""
         training = self.settings.training
@@ -63,8 +68,7 @@ class RunFolder:
     @property
     def lr_scale(self) -> float:
         """All rates from here on, over the recipe's: below one once the loss was lost."""
-        scales = [record.lr_scale for record in self.records if isinstance(record, Lowered)]
-        return scales[-1] if scales else 1.0
+        return self.lowered[-1].lr_scale if self.lowered else 1.0
 
     @property
     def recipe(self) -> Settings:
@@ -162,8 +166,7 @@ class RunFolder:
             LostLoss: the run is to stop instead, or has no checkpoint of this epoch.
             RunError: it went back often enough.
         """
-        training = self.settings.training
-        times = sum(isinstance(record, Lowered) for record in self.records)
+        training, times = self.settings.training, len(self.lowered)
         if training.on_lost_loss != "back":
             raise lost
         if times >= training.lower_times:

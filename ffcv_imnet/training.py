@@ -172,9 +172,9 @@ def train_epoch(
                 if look or stopped or late or save:
                     looked = now
                     bad = int(first_bad)  # waits for the device
-                    if bad == plan.steps and (last or stopped or late or save):
-                        # A finite loss may have left weights that are not: no checkpoint of those.
-                        bad = plan.steps if is_finite(learner.model) else step
+                    # A finite loss may have left weights that are not: no checkpoint of those.
+                    if (last or stopped or late or save) and not is_finite(learner.model):
+                        bad = min(bad, step)
                     bad = world.least(bad)
                     if bad < plan.steps:
                         raise LostLoss(plan.epoch, bad)
