@@ -1,5 +1,6 @@
 """Many epochs of a tiny data set: memory, file descriptors and threads must not grow."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import SmallData
@@ -18,20 +19,23 @@ def sample(life: Life) -> tuple[float, int, int]:
 
 
 def soak(data: SmallData, folder: Path, epochs: int, table: Path | None) -> list[Row]:
-    """One sample an epoch, taken when its line appears in the log, and written beside `table`."""
+    """One row an epoch, written beside `table`: memory when its line appears in the log, and the
+    fewest descriptors and threads seen during it: those of the loader come and go."""
     run = folder / "soak"
     life = train(data.settings(run, training__epochs=epochs, training__ema_decay=0.9))
     taken: list[tuple[float, int, int]] = []
+    seen: list[tuple[float, int, int]] = []
 
     def another() -> bool:
+        with suppress(OSError, KeyError):  # it may have ended
+            seen.append(sample(life))
         log = run / "log.jsonl"
         return log.exists() and log.read_text().count('"type": "epoch"') > len(taken)
 
-    while len(taken) < epochs - 1 and life.until(another):  # after the last one it ends
-        try:
-            taken.append(sample(life))
-        except OSError:
-            break
+    while len(taken) < epochs - 1 and life.until(another) and seen:  # after the last it ends
+        memory, descriptors, threads = zip(*seen, strict=True)
+        taken.append((memory[-1], min(descriptors), min(threads)))
+        seen.clear()
     status = life.end()
     memory, descriptors, threads = zip(*taken[AFTER:], strict=True)
     growth = max(memory[len(memory) // 2 :]) - max(memory[: max(1, len(memory) // 2)])
