@@ -1,6 +1,6 @@
 # GPUs: on NVIDIA's PyTorch image, for its drivers' libraries and compiler; Python packages are the lock's.
 #   make image
-#   docker run --gpus all --ipc=host --rm -v "$PWD/data:/work/data" -v "$PWD/runs:/work/runs" ffcv-imnet \
+#   docker run --gpus all --ipc=host --rm -v "$PWD/data:/app/data" -v "$PWD/runs:/app/runs" ffcv-imnet \
 #       train_imagenet.py --config rn_configs/rn18_16ep.yaml --resume auto
 # Not built by this project yet (no docker here); linted by hadolint.
 FROM nvcr.io/nvidia/pytorch:26.05-py3
@@ -12,7 +12,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential pkg-config libopencv-dev \
         libturbojpeg0-dev libjpeg-dev libgl1 libglib2.0-0t64 python3-dev python3-venv make \
     && rm -rf /var/lib/apt/lists/*
-WORKDIR /work
+WORKDIR /app
 # NVIDIA's image holds pip to its own builds; the lock's are wanted, in a .venv of their own.
 ENV PIP_CONSTRAINT="" OMP_WAIT_POLICY=PASSIVE
 COPY setup.sh requirements.lock ./
@@ -20,5 +20,5 @@ RUN bash setup.sh && .venv/bin/python -m pip cache purge
 COPY . .
 # set-up ran before the sources were there, so that an edit of them does not repeat it
 RUN .venv/bin/python -m ffcv_imnet.native.build
-ENTRYPOINT ["/work/.venv/bin/python"]
+ENTRYPOINT ["/app/.venv/bin/python"]
 CMD ["train_imagenet.py", "--help"]

@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ffcv_imnet.errors import RunError, UsageError, reason_of
+from ffcv_imnet.errors import RunError, UsageError, not_written, reason_of
 
 FORMAT = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,8 +103,7 @@ def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> Non
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
         raise RunError(
-            f"{path} could not be written ({reason_of(error)}): make room, and --resume auto goes on "
-            f"from the checkpoint before"
+            f"{not_written(path, error)}; --resume auto goes on from the checkpoint before"
         ) from error
     if (damage := damage_of(partial)) is not None:
         raise RunError(

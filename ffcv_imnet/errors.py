@@ -7,6 +7,7 @@ clear sentence that names the file or key; neither shows a traceback.
 
 import argparse
 import difflib
+import errno
 import io
 import itertools
 import os
@@ -45,6 +46,21 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     """` (did you mean X?)` for the candidate closest to `word`, or an empty string if none is close."""
     close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def not_written(path: object, error: BaseException) -> str:
+    """`PATH could not be written (REASON): WHAT TO DO`, for whoever adds what is then lost or kept.
+
+    The reason is the system's, also where another library has hidden it behind a message of its own.
+    """
+    system: BaseException | None = error
+    while system is not None and not isinstance(system, OSError):
+        system = system.__context__
+    if system is None:
+        return f"{path} could not be written ({reason_of(error)}): is its disk full?"
+    full = system.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "make room" if full else "is its folder still there, and yours to write in?"
+    return f"{path} could not be written ({system.strerror or system}): {remedy}"
 
 
 def reason_of(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.errors import RunError, UsageError, not_written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +173,7 @@ def append(path: Path, record: Record) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise RunError(
-            f"{path} could not be written ({error.strerror}): make room; --resume auto completes it "
-            f"from the checkpoint"
+            f"{not_written(path, error)}; --resume auto completes it from the checkpoint"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """The suite at the size of CI, in one process that imports once, and each fault's own sentence."""
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ffcv_imnet import faults, records, training
+from ffcv_imnet import checkpoint, faults, records, training
 from ffcv_imnet.checkpoint import Trained
 from ffcv_imnet.data import _Epoch
 from ffcv_imnet.errors import LostLoss, RunError
@@ -177,10 +178,31 @@ def test_sigbus_in_one_sentence() -> None:
 
 
 def test_a_full_disk_names_the_log() -> None:
-    with pytest.raises(RunError, match="/dev/full could not be written"):
+    with pytest.raises(
+        RunError, match=r"/dev/full could not be written \(No space left.*make room"
+    ):
         records.append(
             Path("/dev/full"), records.Lowered(epoch=0, step=1, back_to_step=0, lr_scale=0.5)
         )
+
+
+def test_a_checkpoint_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the system's reason, which torch's own message hides; room helps only a full disk."""
+    with pytest.raises(RunError, match=r"last\.pt .*No such file.*: is its folder still there"):
+        checkpoint.save({}, tmp_path / "gone" / "last.pt")
+
+    def fill(state: object, file: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:  # as its file writer does when it closes
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(RunError, match=r"last\.pt .*\(No space left on device\): make room"):
+        checkpoint.save({}, tmp_path / "last.pt")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- heartbeat ----------------------------------------------------------------------------------
