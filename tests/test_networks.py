@@ -130,9 +130,9 @@ def test_without_options_nothing_changes_and_other_networks_refuse_them() -> Non
     apply_options(network, Model())
     assert list(network.state_dict()) == before
     with pytest.raises(
-        UsageError, match=r"model\.stem is an option of resnet18, .* not of model\.arch slim18"
+        UsageError, match=r"model\.stem is an option of resnet18, .* not of model\.arch slim13"
     ):
-        build_model(load(model__arch="slim18", model__stem="deep"), 10)
+        build_model(load(model__arch="slim13", model__stem="deep"), 10)
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -141,11 +141,11 @@ def test_without_options_nothing_changes_and_other_networks_refuse_them() -> Non
 def test_the_table_of_networks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert models.main(["resnet18", "slim18", "--training.use_blurpool=false"]) == 0
+    assert models.main(["resnet18", "slim13", "--training.use_blurpool=false"]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     # 1.814 billion multiply-adds at 224 px, as torchvision states for ResNet-18, are twice as many operations.
     assert rows["resnet18"][1:3] == ["11.7", "M"] and rows["resnet18"][6] == "3.63"
-    for ours, theirs in zip(rows["slim18"][3:7], rows["resnet18"][3:7], strict=True):
+    for ours, theirs in zip(rows["slim13"][3:7], rows["resnet18"][3:7], strict=True):
         assert float(ours) < float(theirs)
     monkeypatch.setattr(models, "STEPS", 1)
     assert models.main(["tiny", "--measure", "--resolution", "32", "--batch_size", "2"]) == 0
