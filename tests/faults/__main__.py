@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as train_im
 from tests.conftest import SmallData
 from tests.faults.damages import damages
 from tests.faults.kills import kills
-from tests.faults.lives import Row, changing, open_data, train, write_data
+from tests.faults.lives import Row, changes_of, open_data, train, write_data
 from tests.faults.outside import full_disk, nodes, ranks, truncated
 from tests.faults.soak import soak
 from tests.test_training import FULL
@@ -37,8 +37,8 @@ def baseline(data: SmallData, folder: Path) -> tuple[Path, Path]:
     if train(data.settings(whole, **FULL)).end() != 0:
         raise RuntimeError(f"the undisturbed run failed, see {whole}.txt")
     life = train(data.settings(half, **FULL, training__checkpoint_minutes=1e-9))
-    with changing(half / "last.pt") as checkpoints:
-        life.until(lambda: checkpoints() >= 15)  # seven an epoch
+    checkpoints = changes_of(half / "last.pt")
+    life.until(lambda: checkpoints() >= 15)  # seven an epoch
     life.send(signal.SIGKILL)
     life.end()
     return whole, half

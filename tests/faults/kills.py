@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ffcv_imnet.records import read_log
 from tests.conftest import SmallData
-from tests.faults.lives import Row, changing, same_run, train
+from tests.faults.lives import Row, changes_of, same_run, train
 from tests.test_training import FULL
 
 # A checkpoint after every step, so that most kills hit one while it is written.
@@ -40,24 +40,24 @@ def kills(data: SmallData, folder: Path, whole: Path, count: int, seed: int) -> 
     run = folder / "killed"
     starts, made, said = [1.0], 0, []
     for _ in range(count):
-        with changing(run / "last.pt") as checkpoints:
-            life = train(settings, "--resume", "auto")
-            wanted = draw.randrange(3)
-            if wanted:
-                life.until(lambda: checkpoints() >= 1)
-                starts.append(time.perf_counter() - life.started)
-                before = time.perf_counter()
-                life.until(more_than(checkpoints, wanted))
-                step = (time.perf_counter() - before) / wanted  # seconds, with its checkpoint
-                time.sleep(draw.uniform(0, step))
-            else:
-                time.sleep(draw.uniform(0, statistics.median(starts)))
-            if not life.alive():
-                break  # it ended by itself: the run is through, or it failed
-            life.send(signal.SIGKILL)
-            life.end()
-            made += 1
-            said.append(life.said())
+        checkpoints = changes_of(run / "last.pt")
+        life = train(settings, "--resume", "auto")
+        wanted = draw.randrange(3)
+        if wanted:
+            life.until(more_than(checkpoints, 0))
+            starts.append(time.perf_counter() - life.started)
+            before = time.perf_counter()
+            life.until(more_than(checkpoints, wanted))
+            step = (time.perf_counter() - before) / wanted  # seconds, with its checkpoint
+            time.sleep(draw.uniform(0, step))
+        else:
+            time.sleep(draw.uniform(0, statistics.median(starts)))
+        if not life.alive():
+            break  # it ended by itself: the run is through, or it failed
+        life.send(signal.SIGKILL)
+        life.end()
+        made += 1
+        said.append(life.said())
         numbers = [e.epoch for e in read_log(run).epochs] if (run / "log.jsonl").exists() else []
         if numbers != list(range(len(numbers))):
             return [

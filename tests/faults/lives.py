@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -169,8 +168,7 @@ def same_run(folder: Path, undisturbed: Path) -> bool:
     )
 
 
-@contextmanager
-def changing(path: Path) -> Iterator[Callable[[], int]]:
+def changes_of(path: Path) -> Callable[[], int]:
     """How often `path` was replaced since, as seen by whoever asks often enough."""
 
     def seen() -> tuple[int, int] | None:
@@ -188,4 +186,4 @@ def changing(path: Path) -> Iterator[Callable[[], int]]:
             last, count = now, count + 1
         return count
 
-    yield changes
+    return changes

@@ -15,7 +15,7 @@ from pathlib import Path
 from ffcv_imnet.records import read_log
 from ffcv_imnet.settings import to_yaml
 from tests.conftest import SmallData
-from tests.faults.lives import PATIENCE, ROOT, Life, Row, changing, same_run, train, train_config
+from tests.faults.lives import PATIENCE, ROOT, Life, Row, changes_of, same_run, train, train_config
 from tests.test_training import FULL
 
 LONG = {"training__epochs": 50, "training__batch_size": 2, "training__checkpoint_minutes": 1e-9}
@@ -46,8 +46,8 @@ def truncated(data: SmallData, folder: Path) -> list[Row]:
     """A .beton cut off while it is trained on, and one that is replaced, which harms nobody."""
     own = copy_of(data, folder / "cut")
     life = train(own.settings(folder / "cut_run", **LONG))
-    with changing(folder / "cut_run/last.pt") as checkpoints:
-        life.until(lambda: checkpoints() >= 3)
+    checkpoints = changes_of(folder / "cut_run/last.pt")
+    life.until(lambda: checkpoints() >= 3)
     since = time.perf_counter()
     os.truncate(own.train, own.train.stat().st_size // 4)
     cut = row_of(
@@ -61,8 +61,8 @@ def truncated(data: SmallData, folder: Path) -> list[Row]:
 
     own = copy_of(data, folder / "replaced")
     life = train(own.settings(folder / "replaced_run", training__epochs=3))
-    with changing(folder / "replaced_run/last.pt") as checkpoints:
-        life.until(lambda: checkpoints() >= 1)
+    checkpoints = changes_of(folder / "replaced_run/last.pt")
+    life.until(lambda: checkpoints() >= 1)
     shutil.copy(own.val, folder / "other")
     (folder / "other").replace(own.train)
     status, said = life.end(), "was replaced or deleted" in life.said()
@@ -151,8 +151,8 @@ def ranks(data: SmallData, folder: Path, number: int) -> list[Row]:
         LOCAL_RANK="1",
         **world,
     )
-    with changing(Path(settings.logging.folder) / "last.pt") as checkpoints:
-        first.until(lambda: checkpoints() >= 2)
+    checkpoints = changes_of(Path(settings.logging.folder) / "last.pt")
+    first.until(lambda: checkpoints() >= 2)
     since = time.perf_counter()
     second.send(number)
     row = row_of(
