@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ffcv_imnet.settings import Model, load
 from ffcv_imnet.tools import evaluate, export, models
 from ffcv_imnet.training import build_learner
 from tests.conftest import SmallData
+from tests.test_report import epoch, header, summary, write_run
 
 OPTIONS = {
     "model__stem": "deep",
@@ -154,3 +156,24 @@ def test_the_table_of_networks(
         models.main(["--stem=deep"])
     with pytest.raises(UsageError, match="resnet18"):
         models.main(["resnet_18"])
+
+
+def test_recorded_top_1_is_the_mean_over_seeds_of_one_recipe(tmp_path: Path) -> None:
+    def keep(folder: str, top_1: float, seed: int, lr: float, **options: object) -> None:
+        settings = {
+            "model": {"arch": "slim13", **options},
+            "training": {"seed": seed},
+            "lr": {"lr": lr},
+            "logging": {"folder": f"runs/{seed}"},
+        }
+        (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
+        write_run(tmp_path / folder, replace(header(), settings=settings), summary(top_1))
+
+    keep("one/a/seed1", 0.80, 1, 0.5)
+    keep("one/a/seed2", 0.90, 2, 0.5)
+    keep("one/b", 0.70, 1, 2.0)
+    keep("two", 0.60, 1, 0.5, stem="deep")
+    write_run(tmp_path / "three", header(), epoch(0, 0.5))  # not finished
+    assert models.recorded(tmp_path) == {
+        "slim13": ["85.0 % one, 2 seeds", "70.0 % one", "60.0 % stem=deep, two"]
+    }

@@ -119,21 +119,32 @@ def step_seconds(model: nn.Module, count: int, side: int, dtype: torch.dtype) ->
 
 
 def recorded(records: Path) -> dict[str, list[str]]:
-    """By network, the best top-1 of each record, and its options where it had any."""
-    found: dict[str, list[str]] = {}
+    """By network, the best top-1 of each record (the mean over its seeds), and its options where it had any.
+
+    A result's logs are called log.jsonl; a record's other logs are of what was tried on the way.
+    """
+    runs: dict[tuple[str, str, str], list[float]] = {}
     default = flatten(to_dict(load()))
-    for path in sorted(records.glob("*/log.jsonl")):
+    for path in sorted(records.rglob("log.jsonl")):
         try:
             log = read_log(path)
         except RunError:
             continue  # of an older or a newer format: it has no number for this table
         if not log.headers or log.summary is None:
             continue
+        settings = flatten(log.headers[-1].settings)
+        recipe = {k: v for k, v in settings.items() if k not in ("training.seed", "logging.folder")}
         model = log.headers[-1].settings.get("model", {})
         chosen = [
             f"{key}={value}" for key, value in model.items()
             if key not in ("arch", "zero_gamma") and value != default.get(f"model.{key}", value)
         ]  # fmt: skip
-        text = f"{100 * log.summary.best_top_1:.1f} % {', '.join([*chosen, path.parent.name])}"
-        found.setdefault(str(model.get("arch", "?")), []).append(text)
+        source = ", ".join([*chosen, path.relative_to(records).parts[0]])
+        key = str(model.get("arch", "?")), source, repr(sorted(recipe.items()))
+        runs.setdefault(key, []).append(log.summary.best_top_1)
+    found: dict[str, list[str]] = {}
+    for (arch, source, _), scores in runs.items():
+        seeds = f", {len(scores)} seeds" if len(scores) > 1 else ""
+        text = f"{100 * statistics.mean(scores):.1f} % {source}{seeds}"
+        found.setdefault(arch, []).append(text)
     return found
