@@ -198,13 +198,20 @@ def read_log(path: Path) -> Log:
     if not path.is_file():
         raise UsageError(f"{path}: no such log; a run's folder holds log.jsonl")
     log = Log()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RunError(f"{path}: not a log: it is no text") from None
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
             record = from_dict(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{path}, line {number}: not a record of this log ({error})") from error
+            raise RunError(
+                f"{path}, line {number}: not a record of this log; where its checkpoint is at hand, "
+                f"--resume auto writes the log again"
+            ) from error
         if isinstance(record, Header):
             log.headers.append(record)
         elif isinstance(record, Epoch):

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import train_imagenet
 from ffcv_imnet import checkpoint
 from ffcv_imnet.distributed import describe_world
 from ffcv_imnet.errors import UsageError
-from ffcv_imnet.models import build_model
+from ffcv_imnet.models import build_model, check_outputs
 from ffcv_imnet.models.blurpool import BlurPool2d
-from ffcv_imnet.models.registry import REGISTRY, build
+from ffcv_imnet.models.registry import REGISTRY, build, register
 from ffcv_imnet.models.resnet import apply_options
 from ffcv_imnet.models.weights import load_network
 from ffcv_imnet.records import read_log
-from ffcv_imnet.settings import Model, load
+from ffcv_imnet.settings import Model, load, to_dict
 from ffcv_imnet.tools import evaluate, export, models
 from ffcv_imnet.training import build_learner
 from tests.conftest import SmallData
@@ -175,5 +175,90 @@ def test_recorded_top_1_is_the_mean_over_seeds_of_one_recipe(tmp_path: Path) -> 
     keep("two", 0.60, 1, 0.5, stem="deep")
     write_run(tmp_path / "three", header(), epoch(0, 0.5))  # not finished
     assert models.recorded(tmp_path) == {
-        "slim13": ["85.0 % one, 2 seeds", "70.0 % one", "60.0 % stem=deep, two"]
+        "slim13": ["85.0 % one, 2 seeds", "70.0 % one"],
+        "slim13 model.stem=deep": ["60.0 % two"],
     }
+    plain, deep = load(model__arch="slim13"), load(model__arch="slim13", model__stem="deep")
+    assert models.network_of(to_dict(plain)) == "slim13"
+    assert models.network_of(to_dict(deep)) == "slim13 model.stem=deep"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["resnet18", "--model.arch=slim13"], "name the network without an option"),
+        (["--batch_size", "4"], "are those of --measure"),
+        (["--measure", "--resolution", "0"], "from 32 to 1024 px"),
+        (["--measure", "--batch_size", "-4"], "1 or more"),
+        (["--model.stem"], "settings are given as"),
+    ],
+)
+def test_the_table_refuses(words: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        models.main(words)
+
+
+def test_options_that_a_network_has_not_leave_it_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert models.main(["--model.stem=deep"]) == 0
+    table, _, left_out = capsys.readouterr().out.partition("left out: ")
+    assert "resnet18" in table and "slim13" not in table and "slim13" in left_out
+
+
+# ---- a network with a mistake -------------------------------------------------------------------
+
+
+class Wrong(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(x)
+
+
+def breaks(_: Tensor) -> None:
+    raise ValueError("my forward is broken")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda x: torch.zeros(len(x), 1000), r"makes \(1, 1000\) of float32 .* \(1, 10\)"),
+        (lambda x: torch.zeros(len(x), 2), r"makes \(1, 2\)"),
+        (lambda x: torch.zeros(len(x)), r"makes \(1,\)"),
+        (lambda x: torch.zeros(len(x), 10).long(), "int64"),
+        (lambda x: (x, x), "makes a tuple"),
+        (breaks, r"a picture of \d+ px ends in ValueError: my forward is broken"),
+    ],
+)
+def test_outputs_that_are_no_logits(
+    answer: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REGISTRY, "wrong", lambda classes, zero_gamma: Wrong(answer))
+    with pytest.raises(UsageError, match=f"model.arch 'wrong'.*{said}"):
+        build_model(load(model__arch="wrong"), 10)
+
+
+def test_the_look_at_a_network_changes_nothing() -> None:
+    model = build_model(load(model__arch="slim13"), 10)
+    rng = torch.get_rng_state()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    check_outputs(model, 10, 64, "slim13")
+    assert model.training and torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_constructors_with_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY, "returns_nothing", lambda classes, zero_gamma: None)
+    with pytest.raises(UsageError, match="returns NoneType, not a network"):
+        build("returns_nothing", 10, False)
+    monkeypatch.setitem(REGISTRY, "takes_one", lambda classes: nn.Identity())
+    with pytest.raises(UsageError, match=r"'takes_one' \(.*test_networks.py\).*raises TypeError"):
+        build("takes_one", 10, False)
+
+    def resnet18(classes: int, zero_gamma: bool) -> nn.Module:
+        return nn.Identity()
+
+    with pytest.raises(UsageError, match=r"two networks are called resnet18: in .*resnet.py and"):
+        register(resnet18)
+    assert register(REGISTRY["resnet18"]) is REGISTRY["resnet18"]  # as a reload does

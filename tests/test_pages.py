@@ -111,6 +111,34 @@ def test_words_for_numbers() -> None:
 # ---- the page -----------------------------------------------------------------------------------
 
 
+def test_logs_of_one_folder_keep_their_names_and_tables(tmp_path: Path) -> None:
+    """As in a record: each log its own name and table, however often a name comes."""
+    folder = run(tmp_path / "record", seeded(0), epoch(0, 0.125))
+    for name, lr, top_1 in (("high", 2.0, 0.25), ("low", 0.1, 0.375)):
+        log = run(tmp_path / name, seeded(0, lr), epoch(0, top_1)) / "log.jsonl"
+        log.rename(folder / f"{name}.jsonl")
+    paths = [folder / "log.jsonl", folder / "high.jsonl", folder / "low.jsonl"]
+    for number in (1, 2, 3):
+        paths.append(
+            run(tmp_path / f"{number}", seeded(0, 3.0 + number), epoch(0, 0.4 + number / 16))
+        )
+        paths[-1] = paths[-1].rename(tmp_path / "record" / f"{number}")
+        (paths[-1] / "same").mkdir()
+        (paths[-1] / "log.jsonl").rename(paths[-1] / "same" / "log.jsonl")
+        paths[-1] /= "same"
+    names = [group.name for group in group_runs([read_run(path) for path in paths])]
+    assert names == ["record", "high", "low", "same", "same (2)", "same (3)"]
+    again = [group.name for group in group_runs([read_run(path) for path in [paths[3]]])]
+    assert again == ["same"]
+
+    out = tmp_path / "report.html"
+    assert report.main([*map(str, paths), "--out", str(out)]) == 0
+    for shown in ("0.1250", "0.2500", "0.3750", "0.4625", "0.5250", "0.5875"):
+        assert shown in out.read_text()
+    assert report.main([str(folder / "high.jsonl")]) == 0
+    assert (folder / "high.png").exists() and not (folder / "curve.png").exists()
+
+
 def test_the_page_holds_everything_itself_and_escapes_every_name(tmp_path: Path) -> None:
     import numpy as np
 
@@ -123,7 +151,7 @@ def test_the_page_holds_everything_itself_and_escapes_every_name(tmp_path: Path)
     groups = group_runs([read_run(path) for path in paths])
     mistake = Mistake(3, EVIL, "dog & cat", 0.9, b"\xff\xd8")
     judged = Judged(Path("w"), "d", (EVIL, "dog & cat"), np.array([[3, 1], [0, 4]]), (mistake,))
-    text = html.write_page(groups, [judged, f"no {EVIL}"], {EVIL: EVIL})
+    text = html.write_page(groups, [judged, f"no {EVIL}"], [(EVIL, EVIL)])
     page = Page(text)
     assert page.open == []
     tags = {tag for tag, _ in page.tags}

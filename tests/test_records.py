@@ -91,3 +91,9 @@ def test_the_readme_shows_the_schema() -> None:
     for kind in (records.Header, records.Epoch, records.Summary, records.Reached):
         for field in fields(kind):
             assert f"`{field.name}`" in readme, f"README.md does not explain {field.name}"
+
+
+def test_a_file_that_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RunError, match=r"log\.jsonl: not a log: it is no text"):
+        records.read_log(tmp_path)

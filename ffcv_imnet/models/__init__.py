@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from ffcv_imnet.errors import UsageError, reason_of
 from ffcv_imnet.models import resnet, slim  # noqa: F401  (they register their networks)
 from ffcv_imnet.models.blurpool import apply_blurpool
 from ffcv_imnet.models.registry import build
+from ffcv_imnet.schedules import resolutions
 from ffcv_imnet.settings import Settings
 
 # Of ImageNet's training set in RGB, for pixels from 0 to 255; torchvision's and everybody's.
@@ -33,11 +35,42 @@ def build_model(settings: Settings, classes: int) -> nn.Sequential:
     """The network of `settings`, from uint8 pixels (N, 3, H, W) to logits (N, classes).
 
     Its parameters are those of `torch.manual_seed(training.seed)`. Raises UsageError for an
-    unknown `model.arch` or an option that it does not have.
+    unknown `model.arch`, an option that it does not have, or outputs that are no logits.
     """
     torch.manual_seed(settings.training.seed)
     network = build(settings.model.arch, classes, settings.model.zero_gamma)
     resnet.apply_options(network, settings.model)
     if settings.training.use_blurpool:
         apply_blurpool(network)
-    return nn.Sequential(Normalize(), network)
+    model = nn.Sequential(Normalize(), network)
+    for side in {resolutions(settings)[0], resolutions(settings)[-1]}:
+        check_outputs(model, classes, side, settings.model.arch)
+    return model
+
+
+def check_outputs(model: nn.Sequential, classes: int, side: int, arch: str) -> None:
+    """Show it one black picture, so that a mistake in a network is one line and not a lost run.
+
+    Raises UsageError unless the outputs are logits (1, classes).
+    """
+    device = next(model.buffers()).device
+    pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            outputs = model(pixels)
+    except Exception as error:
+        raise UsageError(
+            f"model.arch {arch!r}: a picture of {side} px ends in {type(error).__name__}: {reason_of(error)}"
+        ) from error
+    model.train()
+    if not isinstance(outputs, Tensor):
+        what = f"a {type(outputs).__name__}"
+    elif outputs.shape != (1, classes) or not outputs.is_floating_point():
+        what = f"{tuple(outputs.shape)} of {str(outputs.dtype).removeprefix('torch.')}"
+    else:
+        return
+    raise UsageError(
+        f"model.arch {arch!r} makes {what} of one picture; logits for {classes:,} classes are a "
+        f"tensor {(1, classes)}"
+    )

@@ -1,12 +1,13 @@
 """Networks by name: a dict and a decorator, and timm's under `timm:NAME`."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from ffcv_imnet.errors import UsageError, nearest
+from ffcv_imnet.errors import UsageError, nearest, reason_of
 
 Constructor = Callable[[int, bool], nn.Module]  # (classes, zero_gamma) -> network
 REGISTRY: dict[str, Constructor] = {}
@@ -14,9 +15,23 @@ TIMM = "timm:"  # the prefix of its names, of which many are those of other netw
 
 
 def register(constructor: Constructor) -> Constructor:
-    """Add a network under its function's name. It takes normalised pixels (N, 3, H, W)."""
-    REGISTRY[constructor.__name__] = constructor
+    """Add a network under its function's name. It takes normalised pixels (N, 3, H, W).
+
+    Raises UsageError if another one has that name.
+    """
+    name = constructor.__name__
+    if name in REGISTRY and source(REGISTRY[name]) != source(constructor):
+        raise UsageError(
+            f"two networks are called {name}: in {source(REGISTRY[name])} and in {source(constructor)}; "
+            f"rename one"
+        )
+    REGISTRY[name] = constructor
     return constructor
+
+
+def source(constructor: Constructor) -> str:
+    """The file that a network is defined in."""
+    return inspect.getsourcefile(constructor) or constructor.__module__
 
 
 def check_arch(name: str) -> None:
@@ -26,7 +41,8 @@ def check_arch(name: str) -> None:
     elif name not in REGISTRY:
         known = ", ".join(sorted(REGISTRY))
         raise UsageError(
-            f"model.arch {name!r} is not one of {known}, {TIMM}NAME{nearest(name, REGISTRY)}"
+            f"model.arch {name!r} is not one of {known}, {TIMM}NAME{nearest(name, REGISTRY)}; a file of "
+            f"your own is named in the imports of ffcv_imnet/models/__init__.py"
         )
 
 
@@ -52,4 +68,16 @@ def build(name: str, classes: int, zero_gamma: bool) -> nn.Module:
             raise UsageError(f"model.zero_gamma is not for {name!r}, which starts as timm does it")
         return _timm(name).create_model(name.removeprefix(TIMM), num_classes=classes)
     check_arch(name)
-    return REGISTRY[name](classes, zero_gamma)
+    try:
+        network = REGISTRY[name](classes, zero_gamma)
+    except Exception as error:
+        raise UsageError(
+            f"model.arch {name!r} ({source(REGISTRY[name])}): its constructor, called with (classes, "
+            f"zero_gamma), raises {type(error).__name__}: {reason_of(error)}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            f"model.arch {name!r} ({source(REGISTRY[name])}): its constructor returns "
+            f"{type(network).__name__}, not a network; has it a return?"
+        )
+    return network

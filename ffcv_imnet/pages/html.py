@@ -6,7 +6,7 @@ file, a folder's name or a class's name passes `escape`.
 
 import base64
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
@@ -31,14 +31,14 @@ BARS = 24  # classes of the bars; all of them if there are no more
 
 
 def write_page(
-    groups: Sequence[Group], judged: Sequence[Judged | str], tables: Mapping[str, str]
+    groups: Sequence[Group], judged: Sequence[Judged | str], tables: Sequence[tuple[str, str]]
 ) -> str:
     """The whole page.
 
     Args:
         groups: what a colour stands for.
         judged: for each group its best run's checkpoint judged, or why there is none.
-        tables: each run's epochs as text, by the run's name.
+        tables: each run's name, and its epochs as text.
     """
     title = " and ".join(g.name for g in groups) if len(groups) < 3 else f"{len(groups)} recipes"
     parts = [
@@ -262,11 +262,11 @@ def _sheet(group: Group, judged: Judged, several: bool) -> str:
     return _section(title, note, f'<div class="sheet">{pictures}</div>')
 
 
-def _epochs(tables: Mapping[str, str]) -> str:
+def _epochs(tables: Sequence[tuple[str, str]]) -> str:
     folded = "".join(
         f"<details><summary>{escape(name)}</summary>"
         f'<pre class="scroll">{escape(text)}</pre></details>'
-        for name, text in tables.items()
+        for name, text in tables
     )
     return _section("Every epoch", "", folded)
 
@@ -281,7 +281,7 @@ def _provenance(run: Run) -> str:
         return ""
     header = run.log.headers[-1]
     rows = {
-        "folder": str(run.folder), "started": header.started, "device": header.device,
+        "run": str(run.path), "started": header.started, "device": header.device,
         "precision": header.precision, "processes": str(header.world_size),
         "commit": header.git_commit or "unknown",
         "versions": ", ".join(f"{k} {v}" for k, v in header.versions.items()),

@@ -63,7 +63,9 @@ def judge_run(run: Run, photographs: int) -> Judged:
     Raises:
         UsageError, RunError: the checkpoint or the data is not at hand, or another than the run's.
     """
-    weights = run.folder / BEST
+    weights = run.path / BEST
+    if not weights.is_file():  # of another log in a record's folder no weights are known
+        raise UsageError(f"{weights}: no such file")
     network = load_network(weights)
     assert network.settings is not None and network.classes is not None  # a checkpoint's
     chosen = network.settings
@@ -71,7 +73,7 @@ def judge_run(run: Run, photographs: int) -> Judged:
     manifest = check_beton(data)
     recorded = run.log.headers[-1].manifests.get("val", {}).get("content_checksum")
     if recorded not in (None, manifest.content_checksum):
-        raise UsageError(f"{data} is not the file that {run.folder} was validated on")
+        raise UsageError(f"{data} is not the file that {run.path} was validated on")
     outputs = match_classes(network, manifest.classes, str(data))
 
     world = describe_world()

@@ -11,20 +11,22 @@ from ffcv_imnet.errors import RunError
 from ffcv_imnet.records import Epoch, Log, Reached, best_of, first_reached, read_log
 from ffcv_imnet.settings import NOT_OF_THE_RESULT, flatten
 
+LOG = "log.jsonl"
 SEED = "training.seed"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and its log, which has one epoch at least."""
+    """A run's folder, or one of several logs in a folder; it has one epoch at least."""
 
-    folder: Path
+    path: Path  # a folder with its log.jsonl, or a log of another name
     log: Log
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+        """The folder's or the log's name."""
+        path = self.path.resolve()
+        return path.name if path.is_dir() else path.stem
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def read_run(path: Path) -> Run:
     log = read_log(path)
     if not log.epochs:
         raise RunError(f"{path}: no epoch has been logged yet")
-    return Run(path if path.is_dir() else path.parent, log)
+    return Run(path.parent if path.name == LOG else path, log)
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -102,15 +104,16 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     names: list[str] = []
     for members in found.values():
         name = _common_name(members)
-        repeated = f"{name} ({members[0].folder.resolve().parent.name})"
-        names.append(name if name not in names else repeated)
+        longer = f"{name} ({members[0].path.resolve().parent.name})"
+        numbered = (f"{longer} {number}" for number in itertools.count(2))
+        names.append(next(n for n in itertools.chain((name, longer), numbered) if n not in names))
     return [Group(n, tuple(runs)) for n, runs in zip(names, found.values(), strict=True)]
 
 
 def _recipe(run: Run) -> str:
     """What runs of one group have in common, as text."""
     if not run.log.headers:
-        return str(run.folder.resolve())
+        return str(run.path.resolve())
     header = run.log.headers[-1]
     settings = {
         k: v for k, v in flatten(header.settings).items() if k not in (*NOT_OF_THE_RESULT, SEED)

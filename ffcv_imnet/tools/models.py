@@ -32,44 +32,75 @@ SIDES = (128, 160, 192, 224)
 CLASSES = 1000
 STEPS = 7  # timed, after one that is not; their median counts
 BATCH = {"cpu": 32, "cuda": 256}
-RECORDS = Path("records")
+RECORDS = Path(__file__).parents[2] / "records"  # those of this checkout
 
 
 def main(argv: list[str]) -> int:
     """Print the table. Exit status 0."""
     parser = ToolParser("models", __doc__)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="default: all of the registry")
+    add(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="default: all of the registry that take the options",
+    )
     add("--measure", action="store_true", help="time training steps on this machine")
-    add("--resolution", type=int, default=160, metavar="PX", help="of --measure (default: 160)")
-    add("--batch_size", type=int, metavar="N", help=f"of --measure; default: {BATCH}")
+    add("--resolution", type=int, metavar="PX", help="of --measure, 32 to 1024 (default: 160)")
+    add("--batch_size", type=int, metavar="N", help="of --measure; default: 32, on a GPU 256")
     options, rest = parser.parse_known_args(argv)
-    overrides = {}
-    for word in rest:
-        key, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in key or not value:
-            raise UsageError(f"unexpected {word!r}; settings are given as --section.name=value")
-        overrides[key.replace(".", "__")] = value
+    overrides = chosen_options(rest)
+    side = 160 if options.resolution is None else options.resolution
+    if not options.measure and (options.resolution, options.batch_size) != (None, None):
+        raise UsageError("--resolution and --batch_size are those of --measure: add it")
+    if not 32 <= side <= 1024:
+        raise UsageError(f"--resolution {side}: from 32 to 1024 px")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UsageError(f"--batch_size {options.batch_size}: 1 or more")
 
-    names = options.names or sorted(REGISTRY)
-    every = {name: load(**{**overrides, "model__arch": name}) for name in names}
+    every, counted, left_out = {}, {}, []
+    for name in options.names or sorted(REGISTRY):
+        settings = load(**{**overrides, "model__arch": name})
+        try:
+            with torch.device("meta"):
+                model = build_model(settings, CLASSES).eval()
+        except UsageError as error:
+            if options.names:
+                raise
+            left_out.append(f"left out: {error}")
+            continue
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        every[name] = settings
+        counted[name] = [f"{parameters:.1f} M"]
+        counted[name] += [f"{operations(model, side) / 1e9:.2f}" for side in SIDES]
     scores = recorded(RECORDS)
-    measured = measure(every, options.resolution, options.batch_size) if options.measure else {}
+    measured = measure(every, side, options.batch_size) if options.measure else {}
     columns = ["network", "parameters", *(f"GFLOP, {side} px" for side in SIDES)]
     columns += ["training images/s"] if measured else []
     rows = []
     for name, settings in every.items():
-        with torch.device("meta"):
-            model = build_model(settings, CLASSES).eval()
-        row = [name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"]
-        row += [f"{operations(model, side) / 1e9:.2f}" for side in SIDES]
+        row = [name, *counted[name]]
         row += [f"{measured[name]:,.0f}"] if measured else []
-        rows.append([*row, "; ".join(scores.get(name, []))])
+        rows.append([*row, "; ".join(scores.get(network_of(to_dict(settings)), []))])
     print(tabulate(rows, [*columns, "top-1 (record)"], disable_numparse=True,
                    colalign=("left", *["right"] * (len(columns) - 1), "left")))  # fmt: skip
     if overrides:
         print("with " + ", ".join(rest))
+    print(*left_out, sep="\n", end="\n" if left_out else "")
     return 0
+
+
+def chosen_options(words: list[str]) -> dict[str, str]:
+    """Settings given as --section.name=value, for `load`. Raises UsageError."""
+    overrides = {}
+    for word in words:
+        key, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key or not value:
+            raise UsageError(f"unexpected {word!r}; settings are given as --section.name=value")
+        if key == "model.arch":
+            raise UsageError(f"{word}: name the network without an option, as in: models {value}")
+        overrides[key.replace(".", "__")] = value
+    return overrides
 
 
 def operations(model: nn.Module, side: int) -> int:
@@ -118,13 +149,24 @@ def step_seconds(model: nn.Module, count: int, side: int, dtype: torch.dtype) ->
     return time.perf_counter() - started
 
 
+def network_of(settings: dict[str, dict[str, object]]) -> str:
+    """Its name and options, as text: what a record and a row of the table have in common."""
+    default = flatten(to_dict(load()))
+    of_start = "model.arch", "model.zero_gamma"  # named apart; of the first step only
+    options = [
+        f"{key}={value}"
+        for key, value in sorted(flatten(settings).items())
+        if key.startswith("model.") and key not in of_start and value != default.get(key, value)
+    ]
+    return " ".join([str(settings.get("model", {}).get("arch", "?")), *options])
+
+
 def recorded(records: Path) -> dict[str, list[str]]:
-    """By network, the best top-1 of each record (the mean over its seeds), and its options where it had any.
+    """By `network_of`, the best top-1 of each record, the mean over its seeds.
 
     A result's logs are called log.jsonl; a record's other logs are of what was tried on the way.
     """
     runs: dict[tuple[str, str, str], list[float]] = {}
-    default = flatten(to_dict(load()))
     for path in sorted(records.rglob("log.jsonl")):
         try:
             log = read_log(path)
@@ -132,19 +174,18 @@ def recorded(records: Path) -> dict[str, list[str]]:
             continue  # of an older or a newer format: it has no number for this table
         if not log.headers or log.summary is None:
             continue
-        settings = flatten(log.headers[-1].settings)
-        recipe = {k: v for k, v in settings.items() if k not in ("training.seed", "logging.folder")}
-        model = log.headers[-1].settings.get("model", {})
-        chosen = [
-            f"{key}={value}" for key, value in model.items()
-            if key not in ("arch", "zero_gamma") and value != default.get(f"model.{key}", value)
-        ]  # fmt: skip
-        source = ", ".join([*chosen, path.relative_to(records).parts[0]])
-        key = str(model.get("arch", "?")), source, repr(sorted(recipe.items()))
+        settings = log.headers[-1].settings
+        recipe = {
+            key: value
+            for key, value in flatten(settings).items()
+            if key not in ("training.seed", "logging.folder")
+        }
+        source = path.relative_to(records).parts[0]
+        key = network_of(settings), source, repr(sorted(recipe.items()))
         runs.setdefault(key, []).append(log.summary.best_top_1)
     found: dict[str, list[str]] = {}
-    for (arch, source, _), scores in runs.items():
+    for (network, source, _), scores in runs.items():
         seeds = f", {len(scores)} seeds" if len(scores) > 1 else ""
         text = f"{100 * statistics.mean(scores):.1f} % {source}{seeds}"
-        found.setdefault(arch, []).append(text)
+        found.setdefault(network, []).append(text)
     return found

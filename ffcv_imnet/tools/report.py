@@ -4,7 +4,7 @@ python -m ffcv_imnet report RUN                       writes RUN/curve.png
 python -m ffcv_imnet report RUN RUN --out both.png    lays the curves over each other
 python -m ffcv_imnet report RUN... --out report.html  one page, readable without a network
 
-RUN is a run's folder or its log.jsonl; a run that still goes on will do. On the page runs that differ
+RUN is a run's folder or a log; a run that still goes on will do. On the page runs that differ
 in nothing but the seed are one curve with a band. Where best.pt and the validation data of a run are
 at hand, the best run of each curve is judged: its classes, confusions and wrong predictions.
 """
@@ -192,7 +192,11 @@ def write_report(groups: list[Group], out: Path, png: Path | None, photographs: 
     from ffcv_imnet.pages import charts, html  # torch, for judging; the table needs none
 
     judged = [_judge(group, photographs) for group in groups]
-    tables = {run.name: table(run.log) for group in groups for run in group.runs}
+    tables = [
+        (f"{group.name}: {run.name}" if len(group.runs) > 1 else group.name, table(run.log))
+        for group in groups
+        for run in group.runs
+    ]
     page = html.write_page(groups, judged, tables)
     _replace(out, page.encode())
     print(f"page: {out} ({len(page) / 1e6:.1f} MB)")
@@ -231,22 +235,25 @@ def main(argv: list[str]) -> int:
     parser = ToolParser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder or log")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=".png or .html; default: RUN/curve.png"
+        "--out", type=Path, metavar="FILE", help=".png or .html; default: RUN/curve.png, or LOG.png"
     )
     parser.add_argument("--png", type=Path, metavar="DIR", help="the page's charts as PNGs too")
     parser.add_argument("--photographs", type=int, default=24, metavar="N",
                         help="wrong predictions shown; 0: judge nothing (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.photographs < 0:
+        raise UsageError("--photographs is 0 or more")
     out = _output(options.out, options.png, options.runs)
 
     runs = [read_run(path) for path in options.runs]
     for run in runs:
-        print(f"{run.folder}: {origin(run.log)}\n\n{table(run.log)}\n\n{verdict(run.log)}")
-    out = out or runs[0].folder / "curve.png"
+        print(f"{run.path}: {origin(run.log)}\n\n{table(run.log)}\n\n{verdict(run.log)}")
+    only = runs[0].path
+    out = out or (only / "curve.png" if only.is_dir() else only.with_suffix(".png"))
     if out.suffix.lower() == ".html":
-        write_report(group_runs(runs), out, options.png, max(0, options.photographs))
+        write_report(group_runs(runs), out, options.png, options.photographs)
         return 0
-    plot({str(run.folder): run.log for run in runs}, out)
+    plot({str(run.path): run.log for run in runs}, out)
     print(f"curve: {out}")
     return 0
 

@@ -30,6 +30,7 @@ from ffcv_imnet.tools import ToolParser
 
 INK, MUTED = "#1b1e23", "#667080"
 INCHES = 0.95  # a crop's side
+MOST = 100  # photographs, epochs: more make a picture that nothing opens
 
 
 def main(argv: list[str]) -> int:
@@ -51,14 +52,21 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.out.suffix.lower() != ".png" or not options.out.parent.is_dir():
         raise UsageError(f"--out {options.out}: name a .png file in a folder that exists")
-    if min(options.photographs, options.epochs) < 1:
-        raise UsageError("--photographs and --epochs are at least 1")
+    if (
+        not 1
+        <= min(options.photographs, options.epochs)
+        <= max(options.photographs, options.epochs)
+        <= MOST
+    ):
+        raise UsageError(f"--photographs and --epochs are from 1 to {MOST}")
 
     chosen = {"data__train_dataset": options.beton} if options.beton else {}
     settings = load(*options.config, **chosen)
     beton = Path(settings.data.train_dataset)
     manifest = check_beton(beton)
     count = min(options.photographs, manifest.samples)
+    # No step is made, so a file smaller than a batch will do.
+    settings = replace(settings, training=replace(settings.training, batch_size=count))
     indices = np.linspace(0, manifest.samples - 1, count).astype(
         np.int64
     )  # spread over the classes
