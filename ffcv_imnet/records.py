@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from ffcv_imnet.errors import RunError, UsageError, not_written
 
+LOG = "log.jsonl"  # its name in a run's folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
@@ -194,9 +196,9 @@ def read_log(path: Path) -> Log:
         RunError: a line is not a record; it is named.
     """
     if path.is_dir():
-        path = path / "log.jsonl"
+        path = path / LOG
     if not path.is_file():
-        raise UsageError(f"{path}: no such log; a run's folder holds log.jsonl")
+        raise UsageError(f"{path}: no such log; a run's folder holds {LOG}")
     log = Log()
     try:
         text = path.read_text(encoding="utf-8")

@@ -22,10 +22,10 @@ from ffcv_imnet.checkpoint import Trained
 from ffcv_imnet.distributed import World
 from ffcv_imnet.errors import LostLoss, RunError, UsageError
 from ffcv_imnet.heartbeat import Heartbeat
-from ffcv_imnet.records import Epoch, Header, Lowered, Reached, Record, Summary
+from ffcv_imnet.records import LOG, Epoch, Header, Lowered, Reached, Record, Summary
 from ffcv_imnet.settings import Settings, differences, to_dict, to_yaml
 
-LOG, LAST, PREVIOUS, BEST = "log.jsonl", "last.pt", "previous.pt", "best.pt"
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 HEARTBEAT = "heartbeat.json"
 
 

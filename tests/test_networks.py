@@ -167,7 +167,8 @@ def test_recorded_top_1_is_the_mean_over_seeds_of_one_recipe(tmp_path: Path) -> 
             "logging": {"folder": f"runs/{seed}"},
         }
         (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
-        write_run(tmp_path / folder, replace(header(), settings=settings), summary(top_1))
+        start = replace(header(), settings=settings)
+        write_run(tmp_path / folder, start, epoch(0, top_1), summary(top_1))
 
     keep("one/a/seed1", 0.80, 1, 0.5)
     keep("one/a/seed2", 0.90, 2, 0.5)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ffcv_imnet.errors import RunError
-from ffcv_imnet.records import Epoch, Log, Reached, best_of, first_reached, read_log
+from ffcv_imnet.records import LOG, Epoch, Log, Reached, best_of, first_reached, read_log
 from ffcv_imnet.settings import NOT_OF_THE_RESULT, flatten
 
-LOG = "log.jsonl"
 SEED = "training.seed"
 
 

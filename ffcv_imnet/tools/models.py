@@ -10,6 +10,7 @@ Operations are those of one picture forward, additions and multiplications count
 
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from ffcv_imnet.distributed import connect, describe_world
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.models import build_model
 from ffcv_imnet.models.registry import REGISTRY
+from ffcv_imnet.pages.runs import best, group_runs, read_run
 from ffcv_imnet.progress import Progress
-from ffcv_imnet.records import read_log
+from ffcv_imnet.records import LOG
 from ffcv_imnet.settings import Settings, flatten, load, to_dict
 from ffcv_imnet.tools import ToolParser
 from ffcv_imnet.training import choose_precision
@@ -166,26 +168,18 @@ def recorded(records: Path) -> dict[str, list[str]]:
 
     A result's logs are called log.jsonl; a record's other logs are of what was tried on the way.
     """
-    runs: dict[tuple[str, str, str], list[float]] = {}
-    for path in sorted(records.rglob("log.jsonl")):
-        try:
-            log = read_log(path)
-        except RunError:
-            continue  # of an older or a newer format: it has no number for this table
-        if not log.headers or log.summary is None:
-            continue
-        settings = log.headers[-1].settings
-        recipe = {
-            key: value
-            for key, value in flatten(settings).items()
-            if key not in ("training.seed", "logging.folder")
-        }
-        source = path.relative_to(records).parts[0]
-        key = network_of(settings), source, repr(sorted(recipe.items()))
-        runs.setdefault(key, []).append(log.summary.best_top_1)
     found: dict[str, list[str]] = {}
-    for (network, source, _), scores in runs.items():
-        seeds = f", {len(scores)} seeds" if len(scores) > 1 else ""
-        text = f"{100 * statistics.mean(scores):.1f} % {source}{seeds}"
-        found.setdefault(network, []).append(text)
+    for record in sorted(path for path in records.glob("*") if path.is_dir()):
+        runs = []
+        for path in sorted(record.rglob(LOG)):
+            with suppress(
+                RunError
+            ):  # of another format, or without an epoch: no number for this table
+                runs.append(read_run(path))
+        finished = [run for run in runs if run.log.headers and run.log.summary is not None]
+        for group in group_runs(finished):
+            network = network_of(group.runs[0].log.headers[-1].settings)
+            score = statistics.mean(best(run.log)[0] for run in group.runs)
+            seeds = f", {len(group.runs)} seeds" if len(group.runs) > 1 else ""
+            found.setdefault(network, []).append(f"{100 * score:.1f} % {record.name}{seeds}")
     return found
