@@ -339,7 +339,12 @@ class Muon:
         0.02, "at the peak, whatever the batch; it follows the schedule of lr.lr", 1e-12
     )
     momentum: float = _float(0.95, "Nesterov's", 0.0, 0.9999)
-    ns_steps: int = _int(5, "Newton-Schulz iterations", 1, 20)
+    ns_steps: int = _int(
+        5,
+        "Newton-Schulz: 5, Keller Jordan's; 3, minimax polynomials, half the work (arXiv:2505.16932)",
+        3,
+        5,
+    )
     weight_decay: float = _float(0.0, "of the kernels, times the rate (arXiv:1711.05101)")
 
 
@@ -752,6 +757,10 @@ def check(settings: Settings) -> None:
                 f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "
                 f"training.epochs {s.training.epochs}"
             ),
+        ),
+        (
+            s.muon.ns_steps == 4,
+            lambda: "muon.ns_steps is 4; there are polynomials for 3 and for 5",
         ),
         (
             s.training.nesterov and s.training.momentum == 0,

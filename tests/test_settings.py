@@ -114,6 +114,7 @@ def test_mistakes_in_a_file_name_the_file(text: str, says: str, tmp_path: Path) 
         ["--training.epochs=1"],  # the warm-up is two epochs long
         ["--training.nesterov=true", "--training.momentum=0"],
         ["--training.stop_when_reached=true"],
+        ["--muon.ns_steps=4"],
     ],
 )
 def test_settings_that_clash(arguments: list[str]) -> None:
