@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
      "checkpoint", "distributed", "provenance", "shapes", "quick_ffcv", "bill", "boards",
      "bus_error"),
     ("data", "run_folder"),
-    ("training", "evaluation", "judgement", "photos", "measure", "peers", "pages", "faults"),
+    ("training", "evaluation", "judgement", "photos", "measure", "steps", "peers", "pages", "faults"),
     ("tools", "__main__"),
     ("write_ffcv", "train_imagenet"),
 )  # fmt: skip

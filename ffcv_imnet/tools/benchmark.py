@@ -1,11 +1,15 @@
-"""Measure loaders against each other, or a recipe's loader against its model.
+"""Measure loaders against each other, training steps against each other, or a recipe's loader against its model.
 
 python -m ffcv_imnet benchmark loader --beton data/beton/train.beton --resolution 128 160 192 --json OUT
+python -m ffcv_imnet benchmark step --arch resnet18 --resolution 128 160 192 --json OUT
 python -m ffcv_imnet benchmark train --config rn_configs/rn18_16ep.yaml
 
 `loader`: each loader in its own process, in alternation, medians of several rounds. DALI and SPDL
 take part where they are installed; libjpeg-turbo, decoding the same crops and nothing else, is the
-limit. `train`: images/s of the loader alone, of the model alone on a batch that stays on the device,
+limit. `step`: forward, backward and update on a batch that stays on the device, in alternation: this
+project's with SGD and with Muon, compiled and not, in each 16-bit type the device computes, beside
+ffcv-imagenet's (autocast, GradScaler, not compiled); what compiling took and what share of the
+step the optimizer is. `train`: images/s of the loader alone, of the model alone on a batch that stays on the device,
 and of both, at every resolution of the plan.
 """
 
@@ -22,22 +26,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
+from torch import Tensor
 
 from ffcv_imnet import provenance
 from ffcv_imnet.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.bill import image_flops
+from ffcv_imnet.checkpoint import DTYPES
 from ffcv_imnet.data import TrainLoader, check_data
 from ffcv_imnet.distributed import connect, describe_world, disconnect, usable_cores
 from ffcv_imnet.errors import RunError, UsageError, in_range
-from ffcv_imnet.measure import bottleneck
+from ffcv_imnet.measure import PILOT_STEPS, bottleneck
 from ffcv_imnet.measure import measure as measure_training
 from ffcv_imnet.peers import NEEDS, PEERS, Spec
 from ffcv_imnet.progress import Progress
 from ffcv_imnet.schedules import plan_run
 from ffcv_imnet.settings import load
+from ffcv_imnet.steps import ARCHS, STEPS, Stepper, batch_of, ours, public
 from ffcv_imnet.tools import ToolParser
-from ffcv_imnet.training import build_learner
+from ffcv_imnet.training import build_learner, choose_precision
 
 ROUNDS = 5
 # Multiply-adds counted as two, dense, bf16 or fp16: the makers' data sheets.
@@ -49,13 +57,15 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     if options.what == "train":
         return benchmark_train(options.config, options.seconds, options.json)
+    if options.what == "step":
+        return benchmark_step(options)
     return benchmark_loader(options)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UsageError."""
     parser = ToolParser("benchmark", __doc__)
-    parser.add_argument("what", choices=["loader", "train"])
+    parser.add_argument("what", choices=["loader", "step", "train"])
     add, cores = parser.add_argument, usable_cores()
     add("--config", action="append", help="train: a recipe; may be given several times")
     add("--beton", type=Path, help="loader: the .beton that is loaded")
@@ -66,7 +76,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num_workers", type=in_range(int, 1, cores), default=cores, metavar="N")
     add("--rounds", type=some, default=ROUNDS, metavar="N", help="default: %(default)s")
     add("--seconds", type=in_range(float, 0.1), default=30.0, metavar="S",
-        help="train: of measuring at each resolution (default: %(default)g)")  # fmt: skip
+        help="train, step: of measuring at each resolution (default: %(default)g)")  # fmt: skip
+    add("--arch", nargs="+", choices=ARCHS, default=["resnet18"], help="step: networks")
+    add("--steps", nargs="+", choices=["public", *STEPS], default=["public", *STEPS],
+        help="step: which of them (default: all)")  # fmt: skip
+    add("--precision", nargs="+", choices=list(DTYPES),
+        help="step: default: what the device computes natively; the public step takes the first")  # fmt: skip
     add("--loaders", nargs="+", choices=list(PEERS), help="default: all that are installed")
     add("--json", type=Path, help="where the rows go")
     options = parser.parse_args(argv)
@@ -268,6 +283,111 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
         "versions": provenance.versions(),
     }
     path.write_text(json.dumps(made | result, indent=1) + "\n")
+
+
+# ---- steps --------------------------------------------------------------------------------------
+
+
+def benchmark_step(options: argparse.Namespace) -> int:
+    """`step`: each network at each resolution, all steps in alternation; table, JSON."""
+    world = describe_world()
+    connect(world)
+    precisions = options.precision or native_precisions(world.device)
+    kinds = [(name, p) for name in options.steps for p in precisions]
+    kinds = [kind for kind in kinds if kind[0] != "public" or kind[1] == precisions[0]]
+    rows: list[dict[str, Any]] = []
+    for arch in options.arch:
+        steppers = {
+            (name, precision): public(arch, precision, world.device)
+            if name == "public"
+            else ours(arch, name, precision, options.batch_size, world)
+            for name, precision in kinds
+        }
+        for side in options.resolution:
+            images, labels = batch_of(options.batch_size, side, world.device)
+            of_side = measure_steps(steppers, images, labels, options.rounds, options.seconds)
+            rows += [{"arch": arch, "resolution": side, **row} for row in of_side]
+    disconnect(world)
+    if world.is_main:
+        print(f"{world.device_name()}, batch {options.batch_size}\n\n{step_table(rows)}")
+        if options.json:
+            run = {"device": world.device_name(), "batch_size": options.batch_size}
+            write_json(options.json, run | {"rounds": options.rounds, "rows": rows})
+    return 0
+
+
+def native_precisions(device: torch.device) -> list[str]:
+    """fp16 first on CUDA, for ffcv-imagenet's step is in it; and what `auto` chooses."""
+    chosen = choose_precision("auto", device)
+    return list(dict.fromkeys(["fp16", chosen] if device.type == "cuda" else [chosen]))
+
+
+def measure_steps(
+    steppers: dict[tuple[str, str], Stepper],
+    images: Tensor,
+    labels: Tensor,
+    rounds: int,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """A row a step and precision: median images/s, spread, the median of each round's ratio to the public
+    step, the optimizer's share, what the first steps took more (compilation, cuDNN's tuning).
+
+    Takes about `seconds` after these first steps, longer where a step takes long.
+    """
+    warm_up, count = {}, {}
+    rates: dict[tuple[str, str], list[float]] = {kind: [] for kind in steppers}
+    what = f"{images.shape[-1]} px"
+    with Progress((2 + rounds) * len(steppers), what, "block") as progress:
+        for kind, stepper in steppers.items():
+            cold = stepper.seconds(images, labels, PILOT_STEPS)
+            warm = stepper.seconds(images, labels, PILOT_STEPS)
+            warm_up[kind] = max(0.0, cold - warm)
+            a_block = seconds / rounds / len(steppers)
+            count[kind] = max(PILOT_STEPS, round(a_block * PILOT_STEPS / warm))
+            progress.update(2, " ".join(kind))
+        for _ in range(rounds):
+            for kind, stepper in steppers.items():
+                taken = stepper.seconds(images, labels, count[kind])
+                rates[kind].append(count[kind] * len(images) / taken)
+                progress.update(1, " ".join(kind))
+    base = next((own for kind, own in rates.items() if kind[0] == "public"), None)
+    rows = []
+    for kind, own in rates.items():
+        median = statistics.median(own)
+        update = steppers[kind].update_seconds(images, max(PILOT_STEPS, count[kind] // 4))
+        row = {
+            "step": kind[0],
+            "precision": kind[1],
+            "images_per_second": round(median, 1),
+            "spread": round((max(own) - min(own)) / median, 4),
+            "optimizer_share": round(update * median / len(images), 4),
+            "warm_up_seconds": round(warm_up[kind], 2),
+        }
+        if base:
+            ratios = [a / b for a, b in zip(own, base, strict=True)]
+            row["ratio_to_public"] = round(statistics.median(ratios), 3)
+        rows.append(row)
+    return rows
+
+
+def step_table(rows: list[dict[str, Any]]) -> str:
+    """The rows for a person."""
+    columns = "network", "px", "step", "", "images/s", "spread", "x public", "optimizer", "warm-up"
+    lines = [
+        (
+            row["arch"],
+            row["resolution"],
+            row["step"],
+            row["precision"],
+            f"{row['images_per_second']:,.0f}",
+            f"{row['spread']:.1%}",
+            f"{row['ratio_to_public']:.2f}" if "ratio_to_public" in row else "",
+            f"{row['optimizer_share']:.1%}",
+            f"{row['warm_up_seconds']:.1f} s",
+        )
+        for row in rows
+    ]
+    return tabulate(lines, columns, disable_numparse=True, stralign="right")
 
 
 # ---- training -----------------------------------------------------------------------------------
