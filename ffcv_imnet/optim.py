@@ -92,9 +92,11 @@ class MuonSGD(torch.optim.SGD):
     Muon steps along the orthogonalised Nesterov momentum of a kernel flattened to
     (outputs, inputs * height * width) (kellerjordan.github.io/posts/muon); `step` puts that
     direction in the gradient's place and leaves the rest to fused SGD, whose weight decay without
-    momentum is the decoupled one. torch.optim.Muon takes two-dimensional parameters only, a matrix at a
-    time, and makes the host wait for fp16's overflow flag, which two optimizers would moreover each
-    judge for themselves. Kernels of one shape are orthogonalised together.
+    momentum is the decoupled one. The direction is not scaled by shape (there: by
+    sqrt(max(1, rows / columns)), one for 3x3 kernels, sqrt(2) to 2 for a ResNet's widening 1x1
+    kernels). torch.optim.Muon takes two-dimensional parameters only, a matrix at a time, and makes the
+    host wait for fp16's overflow flag, which two optimizers would moreover each judge for themselves.
+    Kernels of one shape are orthogonalised together.
 
     Args:
         groups: as SGD's; a group with "ns_steps" is Muon's and has "muon_momentum" as well, with
