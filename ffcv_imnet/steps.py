@@ -6,7 +6,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -92,11 +92,12 @@ def ours(arch: str, step: str, precision: str, batch_size: int, world: World) ->
         **STEPS[step],
     )
     learner = build_learner(settings, CLASSES, world)
+    silent = replace(world, rank=1)  # only the first process shows progress
 
     def run(images: Tensor, labels: Tensor, steps: int) -> None:
         loader = cast(TrainLoader, _Still(images, labels))
         plan = plan_of(settings, images, steps)
-        train_epoch(learner, loader, plan, settings, world, StopSignal(listen=False), Trained())
+        train_epoch(learner, loader, plan, settings, silent, StopSignal(listen=False), Trained())
 
     return Stepper(learner.model, learner.optimizer, run)
 

@@ -1,5 +1,6 @@
 """Variants over seeds, and two recipes beside each other."""
 
+import json
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ffcv_imnet.settings import parse, to_yaml
 from ffcv_imnet.tools import compare, sweep
 from tests.conftest import SmallData
 
+CONFIG = "config: rn_configs/demo.yaml\n"
 SWEEP = """
 config: {config}
 seeds: [3, 4]
@@ -74,14 +76,30 @@ def test_what_is_done_is_skipped(
     log.write_text(whole)
 
 
+def test_a_run_of_other_settings_is_not_taken_for_this_one(swept: Path) -> None:
+    """A folder of an earlier sweep must not stand in the table of a changed one."""
+    changed = (swept / "sweep.yaml").read_text().replace("average_last: 1", "average_last: 0")
+    (swept / "changed.yaml").write_text(changed)
+    words = r"out/muon/seed3 holds a run of other settings \(training.average_last 1 -> 0\)"
+    with pytest.raises(UsageError, match=words):
+        sweep.main([str(swept / "changed.yaml"), "--out", str(swept / "out"), "--table"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("config: no.yaml\nvariants: {a: {}}", "variant a: --config no.yaml: no such file"),
-        ("variants: {a: {training.epoch: 3}}", r"variant a: .*training\.epoch"),
-        ("variants: {../a: {}}", "names a folder"),
-        ("variants: [a]", "needs config"),
+        (f"{CONFIG}variants: {{a: {{training.epoch: 3}}}}", r"variant a: .*training\.epoch"),
+        (f"{CONFIG}variants: {{../a: {{}}}}", "names a folder"),
+        (f"{CONFIG}variants: {{..: {{}}}}", "names a folder"),
+        (f"{CONFIG}variants: {{a: [1, 2]}}", r"variant a: expected settings, not \[1, 2\]"),
+        (f"{CONFIG}variants: {{a: muon}}", "variant a: expected settings, not 'muon'"),
+        (f"{CONFIG}variants: {{a: {{training: {{seed: 3}}}}}}", "training.seed is the sweep's"),
+        (f"{CONFIG}variants: [a]", "needs config"),
+        ("variants: {a: {}}", "needs config"),
+        ("", "needs config"),
         ("seeds: 3", "seeds must be a list of integers"),
+        ("seeds: [1, 2, 1]", "a seed stands twice"),
         ("variant: {a: {}}", "unknown key 'variant'"),
     ],
 )
@@ -93,7 +111,7 @@ def test_mistakes_are_said_before_any_run(tmp_path: Path, text: str, message: st
 
 def test_a_run_that_fails_ends_the_sweep(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(
-        f"variants: {{a: {{data.train_dataset: {tmp_path}/no.beton}}}}"
+        f"{CONFIG}variants: {{a: {{data.train_dataset: {tmp_path}/no.beton}}}}"
     )
     with pytest.raises(RunError, match=r"a/seed0: training ended with status 2"):
         sweep.main([str(tmp_path / "s.yaml"), "--out", str(tmp_path)])
@@ -118,3 +136,19 @@ def test_compare_s_mistakes(swept: Path) -> None:
         compare.main([run, run, "--against", run])
     with pytest.raises(UsageError, match="--target 65 must lie between 0 and 1"):
         compare.main([run, "--against", run, "--target", "65"])
+
+
+def test_compare_warns_of_what_does_not_compare(
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = swept / "out/plain/seed3"
+    assert compare.main([str(run), "--against", str(swept / "out/muon/seed3")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    header, first, *_ = (run / "log.jsonl").read_text().splitlines()
+    record = json.loads(header)
+    record["manifests"]["val"]["content_checksum"] = "sha256:0"
+    (tmp_path / "log.jsonl").write_text(f"{json.dumps(record)}\n{first}\n")
+    assert compare.main([str(tmp_path), "--against", str(run)]) == 0
+    words = capsys.readouterr().err
+    assert "different pictures" in words
+    assert "new, seed 3: the run has not ended; epoch 0 is taken" in words

@@ -87,6 +87,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.what == "train" and not options.config:
         raise UsageError("benchmark train needs --config, a recipe")
+    if options.what == "step" and options.batch_size < 2:
+        raise UsageError("--batch_size 1: BatchNorm needs two pictures; take 2 or more")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UsageError(f"--json {options.json}: its folder does not exist; make it first")
     if options.what == "loader" and options.beton is None:
         raise UsageError("benchmark loader needs --beton, a file of write_ffcv.py")
     return options

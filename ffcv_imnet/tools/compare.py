@@ -6,6 +6,7 @@ The p-value is that of a t-test on the runs' values: paired by seed where both r
 seeds, else Welch's (unequal variances). With three runs a side it can only find large effects.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,27 @@ def read_side(name: str, paths: list[Path]) -> Side:
             raise UsageError(f"{path}: seed {seed} stands twice among the runs of {name}")
         logs[seed] = log
     return Side(name, tuple(logs[seed] for seed in sorted(logs)))
+
+
+def warnings(a: Side, b: Side) -> list[str]:
+    """What a reader of the table must know: other validation pictures, runs that did not end."""
+    found = []
+    judged = [
+        log.headers[0].manifests.get("val", {}).get("content_checksum")
+        for log in (*a.logs, *b.logs)
+    ]
+    if len(set(judged)) > 1:
+        found.append(
+            "the runs were validated on different pictures: the difference is not the recipe's"
+        )
+    for side in (a, b):
+        for seed, log in zip(side.seeds, side.logs, strict=True):
+            if log.summary is None or log.summary.stopped:
+                last = log.epochs[-1].epoch
+                found.append(
+                    f"{side.name}, seed {seed}: the run has not ended; epoch {last} is taken"
+                )
+    return found
 
 
 def table(a: Side, b: Side, target: float | None) -> str:
@@ -136,6 +158,8 @@ def main(argv: list[str]) -> int:
     new = read_side(options.names[0], options.runs)
     old = read_side(options.names[1], options.against)
     print(table(new, old, options.target))
+    for words in warnings(new, old):
+        print(f"warning: {words}", file=sys.stderr)
     if options.out is not None:
         plot(new, old, options.target, options.out)
         print(f"curves: {options.out}")

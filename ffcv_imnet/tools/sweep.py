@@ -4,13 +4,13 @@ python -m ffcv_imnet sweep SWEEP.yaml --out runs/sweep
 
 SWEEP.yaml:
     config: rn_configs/imagenette_5ep.yaml   what all variants start from; a path or a list of them
-    seeds: [0, 1, 2]
+    seeds: [0, 1, 2]                         left out: 0 alone
     variants:                                name: settings that differ, as on the command line
       base: {}
       muon: {training.optimizer: muon}
 
 Each run is one of train_imagenet.py in OUT/NAME/seedN. Stop it at any time and start it again: what
-its logs show done is skipped, what was begun goes on. With several lists of variants under way at
+its logs show done is skipped, what was begun goes on; a folder that holds a run of other settings is refused. With several lists of variants under way at
 once, give each its own --out.
 """
 
@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from ffcv_imnet.errors import RunError, UsageError
 from ffcv_imnet.records import Log, read_log
-from ffcv_imnet.settings import parse, read_config
+from ffcv_imnet.settings import differences, parse, read_config, to_dict
 from ffcv_imnet.statistics import Spread, score, spread
 from ffcv_imnet.tools import ToolParser
 
@@ -63,29 +63,48 @@ def read_sweep(path: Path, out: Path) -> list[Run]:
     where = f"{path}: "
     if unknown := sorted(map(str, sweep.keys() - {"config", "seeds", "variants"})):
         raise UsageError(f"{where}unknown key {unknown[0]!r}; known are config, seeds and variants")
-    configs = sweep.get("config", [])
+    configs, seeds, variants = sweep.get("config"), sweep.get("seeds", [0]), sweep.get("variants")
     configs = [configs] if isinstance(configs, str) else configs
-    seeds, variants = sweep.get("seeds", [0]), sweep.get("variants", {"base": {}})
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise UsageError(f"{where}seeds must be a list of integers such as [0, 1, 2]")
-    if not isinstance(configs, list) or not isinstance(variants, dict) or not variants:
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"{where}a seed stands twice in seeds: {seeds}")
+    if (
+        not isinstance(configs, list)
+        or not isinstance(variants, dict)
+        or not (configs and variants)
+    ):
         raise UsageError(f"{where}needs config: a recipe's path, and variants: {{name: settings}}")
     runs = []
     for seed in seeds:
         for name, settings in variants.items():
-            if not re.fullmatch(r"[\w.+=-]+", str(name)):
+            if not re.fullmatch(r"[\w+=-][\w.+=-]*", str(name)):
                 raise UsageError(
                     f"{where}the variant {name!r} names a folder: letters, digits, ._+=-"
                 )
+            if not isinstance(settings or {}, dict):
+                raise UsageError(f"{where}variant {name}: expected settings, not {settings!r}")
+            flat = _flat(settings or {})
+            if own := {"training.seed", "logging.folder"} & {key for key, _ in flat}:
+                raise UsageError(f"{where}variant {name}: {min(own)} is the sweep's to set")
             folder = out / str(name) / f"seed{seed}"
             options = [f"--config={config}" for config in configs]
-            options += [f"--{key}={_text(value)}" for key, value in _flat(settings or {})]
+            options += [f"--{key}={_text(value)}" for key, value in flat]
             options += [f"--training.seed={seed}", f"--logging.folder={folder}"]
             try:
-                parse(options)
+                wanted = parse(options).settings
             except UsageError as error:
                 raise UsageError(f"{where}variant {name}: {error}") from None
-            runs.append(Run(str(name), seed, folder, tuple(options)))
+            run = Run(str(name), seed, folder, tuple(options))
+            log = run.log()
+            if log and log.headers:
+                differ = differences(to_dict(wanted), log.headers[0].settings)
+                if differ:
+                    raise UsageError(
+                        f"{where}{folder} holds a run of other settings ({'; '.join(differ)}): take "
+                        f"another --out, or another name for the variant"
+                    )
+            runs.append(run)
     return runs
 
 
