@@ -10,16 +10,20 @@ from ffcv_imnet.schedules import learning_rate
 from ffcv_imnet.settings import Settings, Training
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """All parameters, in two groups: those of two and more dimensions decay, the others do not.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_all: bool = False
+) -> list[dict[str, Any]]:
+    """All parameters, in two groups: those of two and more dimensions decay, the others do not,
+    unless `decay_all`.
 
     Biases and BatchNorm's scales and shifts are one-dimensional; told by shape, not by name, none
     is missed (arXiv:1812.01187, 3.1).
     """
+    one_dimensional = weight_decay if decay_all else 0.0
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": one_dimensional},
     ]
 
 
@@ -165,7 +169,7 @@ def build_optimizer(
     narrow for it. The loop sets a group's rate at every step: the schedule's times the group's "lr_factor".
     """
     training, muon = settings.training, settings.muon
-    groups = parameter_groups(model, training.weight_decay)
+    groups = parameter_groups(model, training.weight_decay, training.decay_all)
     for group in groups:
         group |= {"momentum": training.momentum, "lr_factor": 1.0}
     if training.optimizer == "sgd":

@@ -293,7 +293,8 @@ class Training:
     )
     momentum: float = _float(0.9, "of SGD", 0.0, 0.9999)
     nesterov: bool = _switch(False, "Nesterov's momentum")
-    weight_decay: float = _float(5e-5, "L2 factor; never on one-dimensional parameters")
+    weight_decay: float = _float(5e-5, "L2 factor; not on one-dimensional parameters")
+    decay_all: bool = _switch(False, "weight decay on one-dimensional parameters too")
     label_smoothing: float = _float(0.1, "arXiv:1512.00567, 7", 0.0, 0.9999)
     use_blurpool: bool = _switch(
         True, "fixed 1-2-1 blur before every strided convolution of 16 or more inputs"

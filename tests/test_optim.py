@@ -217,9 +217,15 @@ def test_parameter_groups_partition_the_network() -> None:
             assert module.bias is None or id(module.bias) in ours
 
 
-def test_sgd_by_hand() -> None:
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_sgd_by_hand(decay_all: bool) -> None:
     model = nn.Linear(1, 1)
-    settings = load(training__momentum=0.5, training__weight_decay=0.1, training__nesterov=True)
+    settings = load(
+        training__momentum=0.5,
+        training__weight_decay=0.1,
+        training__decay_all=decay_all,
+        training__nesterov=True,
+    )
     optimizer = build_optimizer(model, settings)
     weight, bias = model.weight.item(), model.bias.item()
     for group in optimizer.param_groups:
@@ -228,7 +234,8 @@ def test_sgd_by_hand() -> None:
     optimizer.step()
     # First step: the momentum buffer is the gradient, Nesterov adds half of it once more.
     assert model.weight.item() == pytest.approx(weight - 0.2 * 1.5 * (3 + 0.1 * weight))
-    assert model.bias.item() == pytest.approx(bias - 0.2 * 1.5 * 1)
+    decayed = 0.1 * bias if decay_all else 0.0
+    assert model.bias.item() == pytest.approx(bias - 0.2 * 1.5 * (1 + decayed))
 
 
 @pytest.mark.parametrize(
