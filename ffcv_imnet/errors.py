@@ -121,6 +121,16 @@ def run_main(main: Callable[[], int | None]) -> None:
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.status)
+    except ModuleNotFoundError as error:
+        if (error.name or "ffcv_imnet").startswith("ffcv_imnet"):
+            raise
+        print(
+            f"error: this Python, {sys.executable}, has no module {error.name!r}; `source .venv/bin/activate` "
+            "takes the one that `make setup` made",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

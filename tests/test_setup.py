@@ -203,6 +203,19 @@ def test_floor_0_runs_without_torch_and_ffcv() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_python_without_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who forgot to activate the environment reads that; a module of ours that is missing is a bug."""
+    from importlib import import_module
+
+    from ffcv_imnet.errors import run_main
+
+    with pytest.raises(SystemExit, match="1"):
+        run_main(lambda: import_module("no_such_package").main())
+    assert "has no module 'no_such_package'; `source .venv/bin/activate`" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):
+        run_main(lambda: import_module(f"{PACKAGE}.no_such_module").main())
+
+
 def test_nothing_names_a_package_index_or_a_private_path() -> None:
     files = [*sources(), *ROOT.glob("*.y*ml"), *ROOT.glob("rn_configs/*"), ROOT / "setup.sh"]
     for path in [*files, ROOT / "Makefile", ROOT / "pyproject.toml"]:
