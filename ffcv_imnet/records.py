@@ -192,7 +192,7 @@ def read_log(path: Path) -> Log:
     A last line without its newline is a write that was cut off and is left out.
 
     Raises:
-        UsageError: no such file.
+        UsageError: no such file, or one that does not begin as a log does.
         RunError: a line is not a record; it is named.
     """
     if path.is_dir():
@@ -210,6 +210,11 @@ def read_log(path: Path) -> Log:
         try:
             record = from_dict(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == 1:
+                raise UsageError(
+                    f"{path}: not a run's log: its first line is no record; where the run's checkpoint is at "
+                    f"hand, --resume auto writes the log again"
+                ) from error
             raise RunError(
                 f"{path}, line {number}: not a record of this log; where its checkpoint is at hand, "
                 f"--resume auto writes the log again"

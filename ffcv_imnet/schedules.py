@@ -95,7 +95,8 @@ def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
         steps = train_images // batch
         if steps == 0:
             raise UsageError(
-                f"training.batch_size {batch} is larger than the {train_images} training images: "
+                f"{'training.batch_size' if row.batch_size is None else 'a row of plan.stages: batch_size'} "
+                f"{batch} is larger than the {train_images} training images: "
                 f"no step would be made; set it to {train_images} or less"
             )
         plans.append(

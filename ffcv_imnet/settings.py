@@ -47,6 +47,22 @@ class Number(Checker):
         return f"{noun} from {self.low:g} to {self.high:g}"
 
 
+class OneOf(Checker):
+    """One of two integers."""
+
+    def __init__(self, first: int, second: int) -> None:
+        self.numbers = first, second
+
+    def check(self, value: object) -> int:
+        number = Number(int, *self.numbers).check(value)
+        if number not in self.numbers:
+            raise ValueError
+        return int(number)
+
+    def help(self) -> str:
+        return "{} or {}".format(*self.numbers)
+
+
 class Switch(Checker):
     """true or false, in YAML's words or as 1 and 0."""
 
@@ -119,8 +135,12 @@ class Stage:
     label_smoothing: float | None = None
 
 
+class RowError(ValueError):
+    """What is wrong with a row of `plan.stages`, in words for the user."""
+
+
 class Stages(Checker):
-    """A list of `Stage`s: in YAML as it is, on the command line as YAML text."""
+    """A list of `Stage`s: in YAML as it is, on the command line as YAML text. `check` raises RowError."""
 
     columns: ClassVar[dict[str, Checker]] = {
         "epochs": Number(int, 1, MOST_EPOCHS),
@@ -137,12 +157,32 @@ class Stages(Checker):
             raise ValueError from None
         if not isinstance(rows, list | tuple):
             raise ValueError
-        return tuple(row if isinstance(row, Stage) else self._stage(row) for row in rows)
+        return tuple(
+            row if isinstance(row, Stage) else self._stage(row, f"row {number}")
+            for number, row in enumerate(rows, 1)
+        )
 
-    def _stage(self, row: object) -> Stage:
-        if not isinstance(row, dict) or not {"epochs", "resolution"} <= row.keys():
-            raise ValueError
-        return Stage(**{key: self.columns[key].check(value) for key, value in row.items()})
+    def _stage(self, row: object, where: str) -> Stage:
+        if not isinstance(row, dict):
+            raise RowError(
+                f"{where} must be settings such as {{epochs: 3, resolution: 128}}, not {row!r}"
+            )
+        values = {}
+        for key, value in row.items():
+            if key not in self.columns:
+                raise RowError(
+                    f"{where}: unknown {key!r}{nearest(str(key), list(self.columns))}; known are "
+                    f"{', '.join(self.columns)}"
+                )
+            try:
+                values[key] = self.columns[key].check(value)
+            except (ValueError, TypeError, OverflowError):
+                domain = self.columns[key].help()
+                raise RowError(f"{where}: {key} must be {domain}, not {value!r}") from None
+        for key in ("epochs", "resolution"):
+            if key not in values:
+                raise RowError(f"{where} has no {key}")
+        return Stage(**values)
 
     def help(self) -> str:
         optional = [name for name in self.columns if name not in ("epochs", "resolution")]
@@ -337,14 +377,13 @@ class Muon:
     """Momentum orthogonalised by Newton-Schulz, for kernels of convolutions (kellerjordan.github.io/posts/muon)"""
 
     lr: float = _float(
-        0.02, "at the peak, whatever the batch; it follows the schedule of lr.lr", 1e-12
+        0.02, "at the peak, whatever the batch; it follows the schedule of lr.lr", 1e-12, 10.0
     )
     momentum: float = _float(0.95, "Nesterov's", 0.0, 0.9999)
-    ns_steps: int = _int(
+    ns_steps: int = _setting(
         5,
+        OneOf(3, 5),
         "Newton-Schulz: 5, Keller Jordan's; 3, minimax polynomials, half the work (arXiv:2505.16932)",
-        3,
-        5,
     )
     weight_decay: float = _float(0.0, "of the kernels, times the rate (arXiv:1711.05101)")
 
@@ -510,6 +549,13 @@ class StrictConfig(fastargs.Config):
         """
         for path, value in _leaves(fix_dict(expand_keys(values))):
             key = ".".join(path)
+            if key in _sections():
+                if value is None:  # every line below it is a comment
+                    continue
+                example = next(name for name in _declared() if name.startswith(f"{key}."))
+                raise UsageError(
+                    f"{origin}: {key} is a section: its settings stand below it, {example} for one"
+                )
             if path not in self.entries:
                 raise UsageError(f"{origin}: unknown setting {key!r}{_suggest(key)}")
             if value is None:
@@ -517,11 +563,13 @@ class StrictConfig(fastargs.Config):
             checker = self.entries[path].checker
             try:
                 checker.check(value)
+            except RowError as error:
+                raise UsageError(f"{origin}: {key}, {error}") from None
             except (ValueError, KeyError, TypeError, OverflowError):
                 raise UsageError(
                     f"{origin}: {key} must be {checker.help()}, not {value!r}"
                 ) from None
-        self.collect(values)
+        self.collect({key: value for key, value in values.items() if value is not None})
 
     def collect_env_variables(self) -> "StrictConfig":
         """The environment changes nothing."""
@@ -760,8 +808,11 @@ def check(settings: Settings) -> None:
             ),
         ),
         (
-            s.muon.ns_steps == 4,
-            lambda: "muon.ns_steps is 4; there are polynomials for 3 and for 5",
+            s.muon.lr * s.muon.weight_decay >= 1,
+            lambda: (
+                f"muon.weight_decay {s.muon.weight_decay:g} times muon.lr {s.muon.lr:g} is one or more: a "
+                f"step would wipe the kernels out; lower one"
+            ),
         ),
         (
             s.training.nesterov and s.training.momentum == 0,

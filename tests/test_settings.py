@@ -90,12 +90,18 @@ def test_mistakes_on_the_command_line(argument: str, says: str) -> None:
     [
         ("lr: {lrr: 1}", "unknown setting 'lr.lrr' (did you mean lr.lr?)"),
         ("training: {lr: 1}", "(did you mean lr.lr?)"),
-        ("lr: 0.5", "unknown setting 'lr'"),
+        ("lr: 0.5", "lr is a section: its settings stand below it, lr.lr for one"),
         ("lr: {lr: yes}", "lr.lr must be a number"),
         ("lr: {lr: 1}\nlr: {lr: 2}", "the key 'lr' stands twice"),
         ("lr: {lr: 1", "not a YAML file"),
         ("- 1", "holds no settings"),
         ("training: {use_blurpool: 2}", "must be true or false"),
+        ("plan: [1]", "plan is a section"),
+        ("plan: {stages: [{epochs: 1, resolution: 9}, 3]}", "plan.stages, row 2 must be"),
+        ("plan: {stages: [{epochs: 1, resoluton: 9}]}", "row 1: unknown 'resoluton' (did you mean"),
+        ("plan: {stages: [{epochs: 1}]}", "row 1 has no resolution"),
+        ("plan: {stages: [{epochs: 1, resolution: a}]}", "row 1: resolution must be an integer"),
+        ("muon: {ns_steps: 4}", "muon.ns_steps must be 3 or 5, not 4"),
     ],
 )
 def test_mistakes_in_a_file_name_the_file(text: str, says: str, tmp_path: Path) -> None:
@@ -114,12 +120,18 @@ def test_mistakes_in_a_file_name_the_file(text: str, says: str, tmp_path: Path) 
         ["--training.epochs=1"],  # the warm-up is two epochs long
         ["--training.nesterov=true", "--training.momentum=0"],
         ["--training.stop_when_reached=true"],
-        ["--muon.ns_steps=4"],
+        ["--muon.lr=1", "--muon.weight_decay=1"],
     ],
 )
 def test_settings_that_clash(arguments: list[str]) -> None:
     with pytest.raises(UsageError):
         s.parse(arguments)
+
+
+def test_a_section_without_settings(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("muon:\n# lr: 0.1\nlr: {lr: 0.25}\n")
+    assert s.load(path) == s.load(lr__lr=0.25)
 
 
 def test_words_for_a_switch() -> None:

@@ -142,8 +142,15 @@ def test_compare_warns_of_what_does_not_compare(
     swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = swept / "out/plain/seed3"
-    assert compare.main([str(run), "--against", str(swept / "out/muon/seed3")]) == 0
+    assert compare.main([str(run), "--against", str(run)]) == 0
     assert "warning" not in capsys.readouterr().err
+    averaged = swept / "out/muon/seed3"
+    assert compare.main([str(run), "--against", str(averaged), "--target", "0.999"]) == 0
+    out, words = capsys.readouterr()
+    assert words == "warning: old keeps averaged weights: its top-1 is theirs, ema_top_1\n"
+    assert "reached by 0 of 1" in out and "one run" in out
+    with pytest.raises(UsageError, match="not a run's log"):
+        compare.main([str(Path(__file__).parents[1] / "README.md"), "--against", str(run)])
     header, first, *_ = (run / "log.jsonl").read_text().splitlines()
     record = json.loads(header)
     record["manifests"]["val"]["content_checksum"] = "sha256:0"

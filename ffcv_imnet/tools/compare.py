@@ -4,6 +4,7 @@ python -m ffcv_imnet compare runs/new/*/log.jsonl --against runs/old/*/log.jsonl
 
 The p-value is that of a t-test on the runs' values: paired by seed where both recipes have the same
 seeds, else Welch's (unequal variances). With three runs a side it can only find large effects.
+A run that keeps averaged weights is judged by them (ema_top_1), not by the better of the two.
 """
 
 import sys
@@ -35,10 +36,9 @@ class Side:
         """`training.seed` of each run."""
         return [int(log.headers[0].settings["training"]["seed"]) for log in self.logs]
 
-    def values(self, measure: Callable[[Log], float | None]) -> list[float] | None:
-        """One a run, or None where some run has none."""
-        found = [measure(log) for log in self.logs]
-        return None if None in found else [value for value in found if value is not None]
+    def values(self, measure: Callable[[Log], float | None]) -> list[float]:
+        """One a run, without the runs that have none."""
+        return [value for log in self.logs if (value := measure(log)) is not None]
 
 
 def read_side(name: str, paths: list[Path]) -> Side:
@@ -67,6 +67,8 @@ def warnings(a: Side, b: Side) -> list[str]:
             "the runs were validated on different pictures: the difference is not the recipe's"
         )
     for side in (a, b):
+        if any(log.epochs[-1].ema_top_1 is not None for log in side.logs):
+            found.append(f"{side.name} keeps averaged weights: its top-1 is theirs, ema_top_1")
         for seed, log in zip(side.seeds, side.logs, strict=True):
             if log.summary is None or log.summary.stopped:
                 last = log.epochs[-1].epoch
@@ -93,15 +95,19 @@ def table(a: Side, b: Side, target: float | None) -> str:
     for title, form, measure in measures:
         ours, theirs = a.values(measure), b.values(measure)
         texts = [
-            "not reached by all" if v is None else format(spread(v), form) for v in (ours, theirs)
+            format(spread(values), form)
+            if len(values) == len(side.logs)
+            else f"reached by {len(values)} of {len(side.logs)}"
+            for side, values in ((a, ours), (b, theirs))
         ]
-        if ours is None or theirs is None:
+        if len(ours) < len(a.logs) or len(theirs) < len(b.logs):
             rows.append([title, *texts, "", ""])
             continue
         gap = spread(ours).mean - spread(theirs).mean
         gap_text = f"{100 * gap:+.2f}" if form == "%" else format(gap, "+" + form)
         p = p_value(ours, theirs, paired=a.seeds == b.seeds)
-        rows.append([title, *texts, gap_text, "" if p is None else f"{p:.2g}"])
+        one = min(len(ours), len(theirs)) == 1
+        rows.append([title, *texts, gap_text, f"{p:.2g}" if p is not None else "one run" * one])
     columns = "mean ± s.e.", f"{a.name} (n={len(a.logs)})", f"{b.name} (n={len(b.logs)})"
     test = "p, paired by seed" if a.seeds == b.seeds else "p, Welch"
     return tabulate(rows, [*columns, "difference", test], disable_numparse=True)

@@ -7,7 +7,7 @@ SWEEP.yaml:
     seeds: [0, 1, 2]                         left out: 0 alone
     variants:                                name: settings that differ, as on the command line
       base: {}
-      muon: {training.optimizer: muon}
+      sgd: {training.optimizer: sgd}
 
 Each run is one of train_imagenet.py in OUT/NAME/seedN. Stop it at any time and start it again: what
 its logs show done is skipped, what was begun goes on; a folder that holds a run of other settings is refused. With several lists of variants under way at
