@@ -36,6 +36,7 @@ def rows(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     words = [sys.executable, "-m", "tests.faults", "--json", str(out)]
     words += ["--data", str(small.train.parent)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    assert "Traceback" not in done.stderr, done.stderr  # a mistake of its own, not of the runs
     assert out.exists(), done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()]
 
