@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from ffcv_imnet.beton import Manifest, manifest_path
-from ffcv_imnet.errors import LostLoss, run_main
-from ffcv_imnet.records import Epoch, Header, Summary
-from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, plan_run
-from ffcv_imnet.settings import Settings, parse, to_dict, to_yaml
+from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
+from ffcv_imnet.config.schema import Settings, parse, to_dict, to_yaml
+from ffcv_imnet.core.errors import LostLoss, run_main
+from ffcv_imnet.core.log import Epoch, Header, Summary
+from ffcv_imnet.data.beton import Manifest, manifest_path
 
 if TYPE_CHECKING:  # at run time after the settings are found right: torch takes seconds
-    from ffcv_imnet.distributed import World
-    from ffcv_imnet.run_folder import RunFolder
+    from ffcv_imnet.machine.distributed import World
+    from ffcv_imnet.train.run_dir import RunFolder
 
 
 def main() -> int:
@@ -45,13 +45,13 @@ def main() -> int:
 def dry_run(settings: Settings, measuring: bool, started: float) -> int:
     """Print what a run would do and cost. Needs neither data nor a GPU, unless it measures."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `train`
-    from ffcv_imnet import bill
+    from ffcv_imnet.bench import cost
     from ffcv_imnet.models.registry import check_arch
 
     check_arch(settings.model.arch)
-    price = bill.price(settings)
+    price = cost.price(settings)
     if measuring:
-        from ffcv_imnet import measure
+        from ffcv_imnet.bench import measure
 
         measured = measure.measure_run(settings, started)
         if measured is not None:
@@ -80,7 +80,7 @@ def dry_run(settings: Settings, measuring: bool, started: float) -> int:
         for p in plans
     ]
     print(tabulate(rows, columns, disable_numparse=True, stralign="right"))
-    print("\n" + bill.describe(settings, plans))
+    print("\n" + cost.describe(settings, plans))
     return 0
 
 
@@ -90,21 +90,28 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     # anything else is busy; asleep they cost little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Here and not above: a wrong setting is said at once, before seconds of imports.
-    from ffcv_imnet import bill, checkpoint
-    from ffcv_imnet.boards import Boards, check_boards
-    from ffcv_imnet.bus_error import explain_bus_error
-    from ffcv_imnet.data import TrainLoader, ValLoader, check_data
-    from ffcv_imnet.distributed import Interrupted, StopSignal, connect, describe_world, disconnect
-    from ffcv_imnet.evaluation import validate
-    from ffcv_imnet.faults import explained
-    from ffcv_imnet.heartbeat import SILENT
+    from ffcv_imnet.bench import cost
+    from ffcv_imnet.data.bus_error import explain_bus_error
+    from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
+    from ffcv_imnet.machine.distributed import (
+        Interrupted,
+        StopSignal,
+        connect,
+        describe_world,
+        disconnect,
+    )
     from ffcv_imnet.models.registry import check_arch
-    from ffcv_imnet.run_folder import open_run
-    from ffcv_imnet.training import build_learner, epoch_record, train_epoch
+    from ffcv_imnet.train import checkpoint
+    from ffcv_imnet.train.epoch import build_learner, epoch_record, train_epoch
+    from ffcv_imnet.train.failures import explained
+    from ffcv_imnet.train.heartbeat import SILENT
+    from ffcv_imnet.train.run_dir import open_run
+    from ffcv_imnet.train.trackers import Boards, check_boards
+    from ffcv_imnet.train.validate import validate
 
     check_arch(settings.model.arch)
-    price = bill.price(settings)
-    limit = bill.limit(settings, price)
+    price = cost.price(settings)
+    limit = cost.limit(settings, price)
     check_boards(settings.logging)
     world = describe_world()
     train_set, val_set = check_data(settings)
@@ -145,7 +152,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     skips = settings.data.on_damaged == "skip"
     try:
         for plan in plans[first:]:
-            stop.deadline = started - before + bill.training_seconds(limit, run.epochs)
+            stop.deadline = started - before + cost.training_seconds(limit, run.epochs)
             with explained(learner, plan, settings, world):
                 if world.any([stop.late])[0]:
                     raise Interrupted(None)
@@ -208,7 +215,7 @@ def describe_run(
     run: "RunFolder", world: "World", precision: str, train: Manifest, val: Manifest
 ) -> Header:
     """The log's line for this start."""
-    from ffcv_imnet import provenance
+    from ffcv_imnet.core import provenance
 
     settings = run.settings
     return Header(

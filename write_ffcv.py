@@ -31,14 +31,14 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from ffcv_imnet import beton
-from ffcv_imnet.errors import Parser, RunError, UsageError, in_range, nearest, run_main
+from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
+from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.data import beton
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
 from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
 from ffcv_imnet.images.parallel import one_thread
 from ffcv_imnet.images.sources import even_subset, open_source, reading_order
-from ffcv_imnet.progress import Progress
 
 VERIFIED = 64  # images encoded again afterwards, to compare with what the disk gives back
 TRAINING_RATE = 1000  # images/s of training, for the disk's read rate when RAM is too small
@@ -420,7 +420,7 @@ def sigterm_exits() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write one split. Exit status 0; see ffcv_imnet/errors.py for the others."""
+    """Write one split. Exit status 0; see ffcv_imnet/core/errors.py for the others."""
     options = parse(argv)
     job = plan(options)
     if not options.force and up_to_date(job):

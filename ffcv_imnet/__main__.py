@@ -5,7 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from ffcv_imnet.errors import UsageError, nearest, run_main
+from ffcv_imnet.core.errors import UsageError, nearest, run_main
 
 TOOLS = Path(__file__).parent / "tools"
 

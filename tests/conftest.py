@@ -9,8 +9,8 @@ import pytest
 
 import tests.networks  # noqa: F401  (registers the tiny network)
 import write_ffcv
-from ffcv_imnet import shapes
-from ffcv_imnet.settings import Settings, load
+from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.images import synthetic as shapes
 
 
 @dataclass(frozen=True)

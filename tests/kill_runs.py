@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ffcv_imnet.beton import Manifest
+from ffcv_imnet.data.beton import Manifest
 from ffcv_imnet.images.folder import ImageFolderTree
 
 ROOT = Path(__file__).parents[1]

@@ -92,7 +92,7 @@ def measure_index(given: argparse.Namespace) -> None:
 
 def only_encode(part: ImageSource, numbers: NDArray[np.int64]) -> list[int]:
     """What a worker of the writer does, with nothing handed back."""
-    from ffcv_imnet import beton
+    from ffcv_imnet.data import beton
     from ffcv_imnet.images.encode import PixelSettings, encode_chunk
 
     return [len(encode_chunk(part, numbers, PixelSettings(), beton.PAGE_SIZE))]

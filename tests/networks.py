@@ -23,6 +23,6 @@ def tiny(classes: int, zero_gamma: bool) -> nn.Module:
 
 if __name__ == "__main__":
     import train_imagenet
-    from ffcv_imnet.errors import run_main
+    from ffcv_imnet.core.errors import run_main
 
     run_main(train_imagenet.main)

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import tests.networks  # noqa: F401
-from ffcv_imnet import checkpoint
-from ffcv_imnet.data import TrainLoader, ValLoader, check_data
-from ffcv_imnet.distributed import World
-from ffcv_imnet.evaluation import evaluate
-from ffcv_imnet.schedules import plan_run
-from ffcv_imnet.settings import Settings, load
-from ffcv_imnet.training import build_learner
+from ffcv_imnet.config.schedules import plan_run
+from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
+from ffcv_imnet.machine.distributed import World
+from ffcv_imnet.train import checkpoint
+from ffcv_imnet.train.epoch import build_learner
+from ffcv_imnet.train.validate import evaluate
 from tests.faults.lives import open_data
 from tests.faults.outside import free_port
 

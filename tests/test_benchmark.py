@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.settings import to_yaml
+from ffcv_imnet.config.schema import to_yaml
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.tools import benchmark
 from tests.conftest import SmallData
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ffcv_imnet import beton
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data import beton
 from ffcv_imnet.images.pixels import encode_jpeg
-from ffcv_imnet.stored import JPEG, RAW, Stored, sample_digest
+from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
 from tests.pictures import picture
 
 LABELS = [0, 0, 1, 2, 2, 2, 1]

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 import train_imagenet
-from ffcv_imnet import bill, records
-from ffcv_imnet.distributed import StopSignal
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.bench import cost as bill
+from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
+from ffcv_imnet.config.schema import Settings, load, parse
+from ffcv_imnet.core import log as records
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.machine.distributed import StopSignal
 from ffcv_imnet.models import build_model
-from ffcv_imnet.run_folder import cost_of
-from ffcv_imnet.schedules import IMAGENET_TRAIN_IMAGES, plan_run
-from ffcv_imnet.settings import Settings, load, parse
+from ffcv_imnet.train.run_dir import cost_of
 from tests.conftest import SmallData
 from tests.test_records import EPOCH
 from tests.test_training import results, run

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import train_imagenet
-from ffcv_imnet.boards import check_boards, numbers
-from ffcv_imnet.errors import UsageError
-from ffcv_imnet.records import Epoch, read_log
-from ffcv_imnet.settings import Settings, load
+from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.log import Epoch, read_log
+from ffcv_imnet.train.trackers import check_boards, numbers
 from tests.conftest import SmallData
 
 

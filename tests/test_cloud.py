@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ffcv_imnet import bill
-from ffcv_imnet.settings import parse
+from ffcv_imnet.bench import cost as bill
+from ffcv_imnet.config.schema import parse
 
 TASKS = sorted(Path("cloud").glob("*.yaml"))
 TRAINING = [path for path in TASKS if path.stem != "prepare"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ffcv_imnet.decoders import DAMAGES, JPEG
+from ffcv_imnet.data.decoders import DAMAGES, JPEG
 from ffcv_imnet.native import build
 
 library = build.load()

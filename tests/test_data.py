@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 import write_ffcv
-from ffcv_imnet import data, decoders, distributed, shapes
-from ffcv_imnet.beton import manifest_path, read_tables
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.config.schedules import EpochPlan, plan_run
+from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data import decoders
+from ffcv_imnet.data import loader as data
+from ffcv_imnet.data.beton import manifest_path, read_tables
+from ffcv_imnet.images import synthetic as shapes
+from ffcv_imnet.machine import distributed
 from ffcv_imnet.native import build
-from ffcv_imnet.schedules import EpochPlan, plan_run
-from ffcv_imnet.settings import Settings
 from tests.conftest import SmallData
 
 ALONE = distributed.World(0, 1, 0, 1, torch.device("cpu"))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ffcv_imnet import decoders as d
+from ffcv_imnet.data import decoders as d
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 VECTORS = [

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ffcv_imnet import beton
+from ffcv_imnet.data import beton
 from ffcv_imnet.images.imagenet import write_labels
 from ffcv_imnet.images.preprocess import Preprocess, preprocess
 from ffcv_imnet.tools import evaluate, export

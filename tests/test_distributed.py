@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from ffcv_imnet.distributed import World
-from ffcv_imnet.errors import UsageError
-from ffcv_imnet.records import read_log
-from ffcv_imnet.run_folder import RunFolder
-from ffcv_imnet.settings import to_yaml
+from ffcv_imnet.config.schema import to_yaml
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.log import read_log
+from ffcv_imnet.machine.distributed import World
+from ffcv_imnet.train.run_dir import RunFolder
 from tests.conftest import SmallData
 from tests.test_training import run
 

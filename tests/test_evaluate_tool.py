@@ -16,16 +16,19 @@ import torchvision.transforms.v2 as transforms
 from PIL import Image
 from torch import nn
 
-from ffcv_imnet import beton, checkpoint, data, evaluation
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.config.schema import Settings, to_dict
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data import beton
+from ffcv_imnet.data import loader as data
+from ffcv_imnet.evaluate.metrics import Outcomes, calibration_error, judge, score, wilson
+from ffcv_imnet.evaluate.weights import load_network, match_classes, parse_channels
 from ffcv_imnet.images.imagenet import imagenet_names, read_labels, readable, write_labels
 from ffcv_imnet.images.preprocess import Preprocess, resize_and_crop
-from ffcv_imnet.judgement import Outcomes, calibration_error, judge, score, wilson
 from ffcv_imnet.models import Normalize, build_model
-from ffcv_imnet.models.weights import load_network, match_classes, parse_channels
-from ffcv_imnet.settings import Settings, to_dict
 from ffcv_imnet.tools import evaluate
-from ffcv_imnet.training import build_learner
+from ffcv_imnet.train import checkpoint
+from ffcv_imnet.train import validate as evaluation
+from ffcv_imnet.train.epoch import build_learner
 from tests.conftest import SmallData
 from tests.pictures import picture
 from tests.test_data import ALONE

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ffcv_imnet import data
-from ffcv_imnet.errors import RunError
-from ffcv_imnet.evaluation import Metrics, evaluate, hits
+from ffcv_imnet.config.schema import to_yaml
+from ffcv_imnet.core.errors import RunError
+from ffcv_imnet.data import loader as data
 from ffcv_imnet.models import build_model
-from ffcv_imnet.settings import to_yaml
+from ffcv_imnet.train.validate import Metrics, evaluate, hits
 from tests.conftest import SmallData
 from tests.test_data import ALONE
 
@@ -74,8 +74,10 @@ def test_evaluate_is_the_plain_loop(small: SmallData, tmp_path: Path) -> None:
 TWO = """
 import json, sys, torch
 import tests.networks
-from ffcv_imnet import data, distributed, settings
-from ffcv_imnet.evaluation import evaluate
+from ffcv_imnet.data import loader as data
+from ffcv_imnet.machine import distributed
+from ffcv_imnet.config import schema as settings
+from ffcv_imnet.train.validate import evaluate
 from ffcv_imnet.models import build_model
 from dataclasses import asdict
 chosen = settings.load(sys.argv[1])

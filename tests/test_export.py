@@ -9,11 +9,11 @@ import torch
 import torchvision.models as tv
 from torch import nn
 
-from ffcv_imnet import beton
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data import beton
+from ffcv_imnet.evaluate.weights import load_network
 from ffcv_imnet.images.imagenet import read_labels
 from ffcv_imnet.models.blurpool import BlurConv2d
-from ffcv_imnet.models.weights import load_network
 from ffcv_imnet.tools import export
 from tests.conftest import SmallData
 from tests.pictures import picture

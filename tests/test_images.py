@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.images.encode import PixelSettings, as_jpeg, encode_image
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.pixels import BadImage, decode_rgb, encode_jpeg, shrink, target_size
-from ffcv_imnet.stored import Stored
+from ffcv_imnet.images.stored import Stored
 from tests.pictures import make_tree, picture, save
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.images.labels import labels_of, read_labels, read_mat
 
 # scipy.io.savemat's own: three synsets in the devkit's order, which is not that of the wnids.

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import train_imagenet
-from ffcv_imnet import measure
-from ffcv_imnet.data import Batches
-from ffcv_imnet.measure import Measured, Rates, bottleneck
-from ffcv_imnet.schedules import EpochPlan
+from ffcv_imnet.bench import measure
+from ffcv_imnet.bench.measure import Measured, Rates, bottleneck
+from ffcv_imnet.config.schedules import EpochPlan
+from ffcv_imnet.data.loader import Batches
 from tests.conftest import SmallData
 
 
@@ -79,8 +79,8 @@ def test_measure_run(small: SmallData, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_dry_run_measures_no_data(tmp_path: Path) -> None:
-    from ffcv_imnet.errors import UsageError
-    from ffcv_imnet.settings import load
+    from ffcv_imnet.config.schema import load
+    from ffcv_imnet.core.errors import UsageError
 
     settings = load(data__train_dataset=tmp_path / "none.beton")
     with pytest.raises(UsageError, match="does not exist"):

@@ -9,9 +9,9 @@ import torchvision
 from torch import nn
 
 from ffcv_imnet import models
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.config.schema import load
+from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.models import blurpool, registry
-from ffcv_imnet.settings import load
 
 
 def test_blurpool_by_hand() -> None:

@@ -12,18 +12,18 @@ import torchvision
 from torch import Tensor, nn
 
 import train_imagenet
-from ffcv_imnet import checkpoint
-from ffcv_imnet.distributed import describe_world
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.config.schema import Model, load, to_dict
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.log import read_log
+from ffcv_imnet.evaluate.weights import load_network
+from ffcv_imnet.machine.distributed import describe_world
 from ffcv_imnet.models import build_model, check_outputs
 from ffcv_imnet.models.blurpool import BlurPool2d
 from ffcv_imnet.models.registry import REGISTRY, build, register
 from ffcv_imnet.models.resnet import apply_options
-from ffcv_imnet.models.weights import load_network
-from ffcv_imnet.records import read_log
-from ffcv_imnet.settings import Model, load, to_dict
 from ffcv_imnet.tools import evaluate, export, models
-from ffcv_imnet.training import build_learner
+from ffcv_imnet.train import checkpoint
+from ffcv_imnet.train.epoch import build_learner
 from tests.conftest import SmallData
 from tests.test_report import epoch, header, summary, write_run
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ffcv_imnet.config.schema import Settings, Training, load
 from ffcv_imnet.models import build_model
-from ffcv_imnet.optim import (
+from ffcv_imnet.train.optim import (
     POLYNOMIALS,
     MuonSGD,
     build_average,
@@ -16,7 +17,6 @@ from ffcv_imnet.optim import (
     newton_schulz,
     parameter_groups,
 )
-from ffcv_imnet.settings import Settings, Training, load
 
 
 def muon(**overrides: object) -> Settings:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import train_imagenet
-from ffcv_imnet.errors import UsageError
-from ffcv_imnet.pages import charts, html
-from ffcv_imnet.pages.judged import Judged, Mistake, judge_run
-from ffcv_imnet.pages.runs import (
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.log import Header, Record, read_log
+from ffcv_imnet.report import charts, html
+from ffcv_imnet.report.evaluation import Judged, Mistake, judge_run
+from ffcv_imnet.report.runs import (
     differing_settings,
     duration,
     group_runs,
@@ -20,7 +21,6 @@ from ffcv_imnet.pages.runs import (
     spread,
     time_spent,
 )
-from ffcv_imnet.records import Header, Record, read_log
 from ffcv_imnet.tools import report
 from tests.conftest import SmallData
 from tests.test_report import epoch, header, write_run

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import write_ffcv
-from ffcv_imnet import beton
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data import beton
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.images.parquet import ParquetShards, class_names, is_imagenet, shards_of

@@ -8,7 +8,7 @@ import torch
 import torchvision.models as tv
 from PIL import Image
 
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.tools import predict
 from tests.pictures import picture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.images.tar import TarArchive
 from ffcv_imnet.tools import prepare
 from tests.archives import member, pack_train, pack_val, tar_of

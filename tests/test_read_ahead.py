@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ffcv_imnet import data, read_ahead
-from ffcv_imnet.beton import read_tables
-from ffcv_imnet.schedules import plan_run
+from ffcv_imnet.config.schedules import plan_run
+from ffcv_imnet.data import loader as data
+from ffcv_imnet.data import read_ahead
+from ffcv_imnet.data.beton import read_tables
 from tests.conftest import SmallData
 from tests.test_data import ALONE, train_batches, world
 

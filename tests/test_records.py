@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ffcv_imnet import records
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core import log as records
+from ffcv_imnet.core.errors import RunError, UsageError
 
 HEADER = records.Header(
     settings={"lr": {"lr": 0.5}},

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from ffcv_imnet import __main__ as entry
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.records import Epoch, Header, Reached, Record, Summary, read_log, to_line
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.log import Epoch, Header, Reached, Record, Summary, read_log, to_line
 from ffcv_imnet.tools import demo, report
 
 

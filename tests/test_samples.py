@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ffcv_imnet.data import TrainLoader, epoch_order
-from ffcv_imnet.distributed import describe_world
-from ffcv_imnet.errors import UsageError
-from ffcv_imnet.schedules import plan_run
+from ffcv_imnet.config.schedules import plan_run
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.data.loader import TrainLoader, epoch_order
+from ffcv_imnet.machine.distributed import describe_world
 from ffcv_imnet.tools import samples
 from tests.conftest import SmallData
 

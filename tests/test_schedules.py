@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ffcv_imnet import schedules
-from ffcv_imnet.errors import UsageError
-from ffcv_imnet.settings import Settings, load
+from ffcv_imnet.config import schedules
+from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.core.errors import UsageError
 
 
 def parse_text(recipe: str) -> Settings:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ffcv_imnet import settings as s
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.config import schema as s
+from ffcv_imnet.core.errors import UsageError
 
 RECIPES = sorted(Path("rn_configs").glob("*.yaml"))
 

@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ffcv_imnet.errors import UsageError
-from ffcv_imnet.shapes import CLASSES, COMPLETE, draw, write_tree
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.images.synthetic import CLASSES, COMPLETE, draw, write_tree
 
 
 def pixels(split: int, per_class: int, side: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:

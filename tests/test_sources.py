@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import write_ffcv
-from ffcv_imnet import beton
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data import beton
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.kaggle import FlatFolder

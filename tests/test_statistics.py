@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from ffcv_imnet.records import Epoch, Log
-from ffcv_imnet.statistics import epochs_to, p_value, score, seconds_to, spread
+from ffcv_imnet.core.log import Epoch, Log
+from ffcv_imnet.report.statistics import epochs_to, p_value, score, seconds_to, spread
 
 
 def epoch(number: int, top_1: float, ema: float | None = None) -> Epoch:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffcv_imnet import steps
-from ffcv_imnet.distributed import describe_world
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.bench import steps
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.machine.distributed import describe_world
 from ffcv_imnet.tools import benchmark
 
 

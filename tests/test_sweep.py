@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import train_imagenet
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.records import read_log
-from ffcv_imnet.settings import parse, to_yaml
+from ffcv_imnet.config.schema import parse, to_yaml
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.log import read_log
 from ffcv_imnet.tools import compare, sweep
 from tests.conftest import SmallData
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.images import tar
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.labels import read_labels

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import train_imagenet
-from ffcv_imnet import checkpoint
-from ffcv_imnet.checkpoint import Trained
-from ffcv_imnet.data import epoch_order
-from ffcv_imnet.distributed import Interrupted
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.records import Epoch, Log, read_log
-from ffcv_imnet.run_folder import RunFolder
-from ffcv_imnet.settings import Settings, load, to_yaml
-from ffcv_imnet.training import choose_precision
+from ffcv_imnet.config.schema import Settings, load, to_yaml
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.log import Epoch, Log, read_log
+from ffcv_imnet.data.loader import epoch_order
+from ffcv_imnet.machine.distributed import Interrupted
+from ffcv_imnet.train import checkpoint
+from ffcv_imnet.train.checkpoint import Trained
+from ffcv_imnet.train.epoch import choose_precision
+from ffcv_imnet.train.run_dir import RunFolder
 from tests.conftest import SmallData
 from tests.test_data import damage
 
@@ -169,7 +169,8 @@ def test_checkpoints_at_every_step_change_nothing(
 def test_stopped_in_validation_trains_nothing_twice(
     whole: Path, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ffcv_imnet import evaluation, training
+    from ffcv_imnet.train import epoch as training
+    from ffcv_imnet.train import validate as evaluation
 
     def stopped(*_: object) -> None:
         raise Interrupted(signal.SIGINT)
@@ -317,7 +318,7 @@ def test_compiled_graphs_are_one_for_each_shape(
     small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dynamo's "eager" backend, so that no C++ is built: the graphs are counted, not timed."""
-    from ffcv_imnet import training
+    from ffcv_imnet.train import epoch as training
 
     graphs: list[torch.Size] = []
 

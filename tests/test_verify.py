@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import write_ffcv
-from ffcv_imnet import beton
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.data import beton
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.tools import verify
 from tests.archives import pack_train, pack_val

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 import write_ffcv
-from ffcv_imnet import beton
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data import beton
 from ffcv_imnet.images import forecast
 from ffcv_imnet.images.encode import PixelSettings, encode_all
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.pixels import decode_rgb
-from ffcv_imnet.stored import RAW
+from ffcv_imnet.images.stored import RAW
 from tests.pictures import Deadly, make_slow_tree, make_tree, picture, save
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.parallel import in_order
 from ffcv_imnet.images.pixels import LONGEST, BadImage, decode_rgb, encode_jpeg, shrink
-from ffcv_imnet.stored import JPEG, RAW, Stored, sample_digest
+from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
 
 
 @dataclass(frozen=True)

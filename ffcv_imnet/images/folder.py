@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.errors import UsageError, nearest
+from ffcv_imnet.core.errors import UsageError, nearest
 
 # torchvision.datasets.folder.IMG_EXTENSIONS; compared in lower case.
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp")

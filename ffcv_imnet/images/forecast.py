@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ffcv_imnet import beton
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import PixelSettings, encode_image
-from ffcv_imnet.stored import Stored
+from ffcv_imnet.images.stored import PAGE_SIZE, Stored
 
 ESTIMATE_FROM = 64  # images encoded
 TABLES = 48  # bytes a sample of metadata and allocation table
@@ -32,13 +31,13 @@ def forecast(source: ImageSource, settings: PixelSettings) -> Forecast:
     sizes = []
     started = time.perf_counter()
     for index in np.sort(chosen).tolist():
-        done = encode_image(source, index, index, settings, beton.PAGE_SIZE)
+        done = encode_image(source, index, index, settings, PAGE_SIZE)
         if isinstance(done, Stored):
             sizes.append(len(done.data))
     seconds = (time.perf_counter() - started) / count
     mean = sum(sizes) / max(1, len(sizes))
     # Pages start on their own boundary: up to a page in front of the first.
-    total = int(mean * len(source)) + TABLES * len(source) + beton.PAGE_SIZE
+    total = int(mean * len(source)) + TABLES * len(source) + PAGE_SIZE
     return Forecast(total, seconds * len(source))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree
 from ffcv_imnet.images.labels import labels_of
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.errors import RunError
+from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.images import ImageSource
 
 CHUNK = 16  # images a task: enough to hide its cost, few enough to keep the window small

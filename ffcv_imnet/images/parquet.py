@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.kaggle import SOLUTION, FlatFolder, images_of, solution_of

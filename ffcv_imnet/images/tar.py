@@ -21,7 +21,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.images.folder import EXTENSIONS
 from ffcv_imnet.images.labels import labels_of
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from ffcv_imnet.errors import UsageError, reason_of
+from ffcv_imnet.config.schedules import resolutions
+from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.core.errors import UsageError, reason_of
 from ffcv_imnet.models import resnet, slim  # noqa: F401  (they register their networks)
 from ffcv_imnet.models.blurpool import apply_blurpool
 from ffcv_imnet.models.registry import build
-from ffcv_imnet.schedules import resolutions
-from ffcv_imnet.settings import Settings
 
 # Of ImageNet's training set in RGB, for pixels from 0 to 255; torchvision's and everybody's.
 MEAN = (123.675, 116.28, 103.53)

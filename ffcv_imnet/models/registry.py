@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ffcv_imnet.errors import UsageError, nearest, reason_of
+from ffcv_imnet.core.errors import UsageError, nearest, reason_of
 
 Constructor = Callable[[int, bool], nn.Module]  # (classes, zero_gamma) -> network
 REGISTRY: dict[str, Constructor] = {}

@@ -9,10 +9,10 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import SqueezeExcitation
 
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.config.schema import Model, Settings
+from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.models.blurpool import BlurPool2d
 from ffcv_imnet.models.registry import register
-from ffcv_imnet.settings import Model, Settings
 
 SQUEEZE = 16  # channels over those between the two layers of squeeze-and-excitation (its 6.4)
 

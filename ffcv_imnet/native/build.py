@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ffcv_imnet.errors import RunError, run_main
+from ffcv_imnet.core.errors import RunError, run_main
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "crop_resize.c"

@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from ffcv_imnet.errors import Parser
+from ffcv_imnet.core.errors import Parser
 
 
 class ToolParser(Parser):

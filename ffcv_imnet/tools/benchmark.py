@@ -30,22 +30,22 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from ffcv_imnet import provenance
-from ffcv_imnet.beton import Manifest, manifest_path, read_tables
-from ffcv_imnet.bill import image_flops
-from ffcv_imnet.checkpoint import DTYPES
-from ffcv_imnet.data import TrainLoader, check_data
-from ffcv_imnet.distributed import connect, describe_world, disconnect, usable_cores
-from ffcv_imnet.errors import RunError, UsageError, in_range
-from ffcv_imnet.measure import PILOT_STEPS, bottleneck
-from ffcv_imnet.measure import measure as measure_training
-from ffcv_imnet.peers import NEEDS, PEERS, Spec
-from ffcv_imnet.progress import Progress
-from ffcv_imnet.schedules import plan_run
-from ffcv_imnet.settings import load
-from ffcv_imnet.steps import ARCHS, STEPS, Stepper, batch_of, ours, public
+from ffcv_imnet.bench.cost import image_flops
+from ffcv_imnet.bench.loaders import NEEDS, PEERS, Spec
+from ffcv_imnet.bench.measure import PILOT_STEPS, bottleneck
+from ffcv_imnet.bench.measure import measure as measure_training
+from ffcv_imnet.bench.steps import ARCHS, STEPS, Stepper, batch_of, ours, public
+from ffcv_imnet.config.schedules import plan_run
+from ffcv_imnet.config.schema import load
+from ffcv_imnet.core import provenance
+from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
+from ffcv_imnet.data.loader import TrainLoader, check_data
+from ffcv_imnet.machine.distributed import connect, describe_world, disconnect, usable_cores
 from ffcv_imnet.tools import ToolParser
-from ffcv_imnet.training import build_learner, choose_precision
+from ffcv_imnet.train.checkpoint import DTYPES
+from ffcv_imnet.train.epoch import build_learner, choose_precision
 
 ROUNDS = 5
 # Multiply-adds counted as two, dense, bf16 or fp16: the makers' data sheets.
@@ -154,11 +154,11 @@ def unpack(beton: Path, folder: Path) -> None:
 
 
 class Peer:
-    """A loader in its process (`ffcv_imnet.peers`)."""
+    """A loader in its process (`ffcv_imnet.bench.loaders`)."""
 
     def __init__(self, name: str, spec: Spec) -> None:
         self.name = name
-        command = [sys.executable, "-m", "ffcv_imnet.peers", name, json.dumps(asdict(spec))]
+        command = [sys.executable, "-m", "ffcv_imnet.bench.loaders", name, json.dumps(asdict(spec))]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True

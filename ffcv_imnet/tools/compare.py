@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from tabulate import tabulate
 
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.records import Log, read_log
-from ffcv_imnet.statistics import epochs_to, p_value, score, seconds_to, spread
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.log import Log, read_log
+from ffcv_imnet.report.statistics import epochs_to, p_value, score, seconds_to, spread
 from ffcv_imnet.tools import ToolParser
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette

@@ -12,9 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.records import read_log
-from ffcv_imnet.shapes import CLASSES, write_tree
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.log import read_log
+from ffcv_imnet.images.synthetic import CLASSES, write_tree
 from ffcv_imnet.tools import ToolParser
 
 CONFIG = Path("rn_configs/demo.yaml")

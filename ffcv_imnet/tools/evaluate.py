@@ -19,19 +19,15 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from ffcv_imnet import provenance, settings
-from ffcv_imnet.beton import check_beton, partial_path
-from ffcv_imnet.checkpoint import DTYPES
-from ffcv_imnet.data import ValLoader, workers_of
-from ffcv_imnet.distributed import World, connect, describe_world, disconnect
-from ffcv_imnet.errors import RunError, UsageError, in_range
-from ffcv_imnet.evaluation import Loader
-from ffcv_imnet.images.folder import ImageFolderTree
-from ffcv_imnet.images.imagenet import readable
-from ffcv_imnet.images.preprocess import Preprocess
-from ffcv_imnet.judgement import judge, score
-from ffcv_imnet.models.onnx_network import OnnxNetwork
-from ffcv_imnet.models.weights import (
+from ffcv_imnet.config import schema
+from ffcv_imnet.core import provenance
+from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.data.beton import check_beton, partial_path
+from ffcv_imnet.data.folder_loader import FolderLoader
+from ffcv_imnet.data.loader import ValLoader, workers_of
+from ffcv_imnet.evaluate.metrics import judge, score
+from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
+from ffcv_imnet.evaluate.weights import (
     Network,
     add_options,
     class_names,
@@ -39,9 +35,14 @@ from ffcv_imnet.models.weights import (
     match_classes,
     parse_preprocess,
 )
-from ffcv_imnet.photos import FolderLoader
+from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.imagenet import readable
+from ffcv_imnet.images.preprocess import Preprocess
+from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect
 from ffcv_imnet.tools import ToolParser
-from ffcv_imnet.training import choose_precision
+from ffcv_imnet.train.checkpoint import DTYPES
+from ffcv_imnet.train.epoch import choose_precision
+from ffcv_imnet.train.validate import Loader
 
 BATCH = 256
 SIDE = in_range(int, 8, 4096)  # px
@@ -176,7 +177,7 @@ def open_data(
     }  # fmt: skip
     if options.num_workers is not None:
         chosen["data__num_workers"] = options.num_workers
-    loading = settings.load(**chosen)
+    loading = schema.load(**chosen)
     if options.data.suffix != ".beton":
         return FolderLoader(options.data, how, batch, world, workers_of(loading, world))
     samples = check_beton(options.data).samples

@@ -22,17 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffcv_imnet import shapes
-from ffcv_imnet.beton import check_beton, partial_path, read_tables
-from ffcv_imnet.errors import RunError, UsageError, in_range, reason_of
-from ffcv_imnet.images import Pixels
-from ffcv_imnet.images.folder import ImageFolderTree
-from ffcv_imnet.images.imagenet import write_labels
-from ffcv_imnet.images.pixels import BadImage, decode_rgb
-from ffcv_imnet.images.preprocess import Preprocess, resize_and_crop
-from ffcv_imnet.models import Normalize
-from ffcv_imnet.models.onnx_network import OnnxNetwork
-from ffcv_imnet.models.weights import (
+from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
+from ffcv_imnet.data.beton import check_beton, partial_path, read_tables
+from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
+from ffcv_imnet.evaluate.weights import (
     Network,
     add_options,
     class_names,
@@ -40,7 +33,13 @@ from ffcv_imnet.models.weights import (
     match_classes,
     parse_preprocess,
 )
-from ffcv_imnet.stored import JPEG
+from ffcv_imnet.images import Pixels, synthetic
+from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.imagenet import write_labels
+from ffcv_imnet.images.pixels import BadImage, decode_rgb
+from ffcv_imnet.images.preprocess import Preprocess, resize_and_crop
+from ffcv_imnet.images.stored import JPEG
+from ffcv_imnet.models import Normalize
 from ffcv_imnet.tools import ToolParser
 
 OPSETS = range(11, 21)  # 11: TensorRT 7; 20: the last of the exporter that can also write 13
@@ -228,7 +227,7 @@ def photographs(options: argparse.Namespace, network: Network, how: Preprocess) 
     data: Path | None = options.data
     if data is None:
         for index in range(GENERATED):
-            drawn = shapes.draw(index % len(shapes.CLASSES), (index,), (320, 256))
+            drawn = synthetic.draw(index % len(synthetic.CLASSES), (index,), (320, 256))
             yield resize_and_crop(np.asarray(drawn), how)
         return
     if data.suffix == ".beton":

@@ -19,16 +19,16 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffcv_imnet.distributed import connect, describe_world
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.config.schema import Settings, flatten, load, to_dict
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.log import LOG
+from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.machine.distributed import connect, describe_world
 from ffcv_imnet.models import build_model
 from ffcv_imnet.models.registry import REGISTRY
-from ffcv_imnet.pages.runs import best, group_runs, read_run
-from ffcv_imnet.progress import Progress
-from ffcv_imnet.records import LOG
-from ffcv_imnet.settings import Settings, flatten, load, to_dict
+from ffcv_imnet.report.runs import best, group_runs, read_run
 from ffcv_imnet.tools import ToolParser
-from ffcv_imnet.training import choose_precision
+from ffcv_imnet.train.epoch import choose_precision
 
 SIDES = (128, 160, 192, 224)
 CLASSES = 1000

@@ -18,13 +18,13 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ffcv_imnet.beton import partial_path
-from ffcv_imnet.errors import RunError, UsageError, in_range
+from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.data.beton import partial_path
+from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.images import Pixels
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.preprocess import resize_and_crop
-from ffcv_imnet.models.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.tools import ToolParser
 
 DRAWN = 100  # photographs on one picture: matplotlib draws at most 65,536 px in height

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.images.labels import read_labels
 from ffcv_imnet.images.sources import check_split
 from ffcv_imnet.images.tar import TarArchive, describe_fault, index_tar
-from ffcv_imnet.progress import Progress
 from ffcv_imnet.tools import ToolParser
 
 HIDDEN = ".unpacking"  # beside train/ and val/: a folder inside them would count as a class

@@ -23,8 +23,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.progress import Progress
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.tools import ToolParser
 
 POOL = 512  # different pictures; every image is one of them
@@ -180,12 +180,12 @@ def proportional_memory(pid: int) -> float:
 
 def first_steps(folder: Path, started: float) -> int:
     """What `train_imagenet.py` does until the first batch, then four steps of training."""
-    from ffcv_imnet.checkpoint import Trained
-    from ffcv_imnet.data import TrainLoader, ValLoader, check_data
-    from ffcv_imnet.distributed import StopSignal, connect, describe_world, disconnect
-    from ffcv_imnet.schedules import plan_run
-    from ffcv_imnet.settings import load
-    from ffcv_imnet.training import build_learner, train_epoch
+    from ffcv_imnet.config.schedules import plan_run
+    from ffcv_imnet.config.schema import load
+    from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
+    from ffcv_imnet.machine.distributed import StopSignal, connect, describe_world, disconnect
+    from ffcv_imnet.train.checkpoint import Trained
+    from ffcv_imnet.train.epoch import build_learner, train_epoch
 
     settings = load(
         data__train_dataset=str(folder / "train.beton"),

@@ -18,13 +18,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tabulate import tabulate
 
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.pages.runs import Group, best, group_runs, origin, reached, read_run, target
-from ffcv_imnet.records import Log
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.log import Log
+from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, read_run, target
 from ffcv_imnet.tools import ToolParser
 
 if TYPE_CHECKING:
-    from ffcv_imnet.pages.judged import Judged
+    from ffcv_imnet.report.evaluation import Judged
 
 # Kept apart by colour and by pattern: the plain weights' curve is the thick one.
 SCORES = {
@@ -189,7 +189,7 @@ def _name_axes(figure: Figure, top: Axes, loss: Axes, plan: Axes, rate: Axes) ->
 
 def write_report(groups: list[Group], out: Path, png: Path | None, photographs: int) -> None:
     """The page at `out`, and each of its charts as a PNG in the folder `png`."""
-    from ffcv_imnet.pages import charts, html  # torch, for judging; the table needs none
+    from ffcv_imnet.report import charts, html  # torch, for judging; the table needs none
 
     judged = [_judge(group, photographs) for group in groups]
     tables = [
@@ -210,7 +210,7 @@ def write_report(groups: list[Group], out: Path, png: Path | None, photographs: 
 
 def _judge(group: Group, photographs: int) -> "Judged | str":
     """The group's best run judged, or why it cannot be."""
-    from ffcv_imnet.pages.judged import judge_run
+    from ffcv_imnet.report.evaluation import judge_run
 
     if not photographs:
         return "left out by --photographs 0"

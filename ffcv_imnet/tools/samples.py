@@ -17,15 +17,15 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from ffcv_imnet.beton import check_beton, read_tables
-from ffcv_imnet.data import TrainLoader
-from ffcv_imnet.distributed import describe_world
-from ffcv_imnet.errors import UsageError
+from ffcv_imnet.config.schedules import EpochPlan, plan_run
+from ffcv_imnet.config.schema import load
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.data.beton import check_beton, read_tables
+from ffcv_imnet.data.loader import TrainLoader
 from ffcv_imnet.images import Pixels
 from ffcv_imnet.images.imagenet import imagenet_names
-from ffcv_imnet.progress import Progress
-from ffcv_imnet.schedules import EpochPlan, plan_run
-from ffcv_imnet.settings import load
+from ffcv_imnet.machine.distributed import describe_world
 from ffcv_imnet.tools import ToolParser
 
 INK, MUTED = "#1b1e23", "#667080"

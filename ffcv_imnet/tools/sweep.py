@@ -24,10 +24,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ffcv_imnet.errors import RunError, UsageError
-from ffcv_imnet.records import Log, read_log
-from ffcv_imnet.settings import differences, parse, read_config, to_dict
-from ffcv_imnet.statistics import Spread, score, spread
+from ffcv_imnet.config.schema import differences, parse, read_config, to_dict
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.log import Log, read_log
+from ffcv_imnet.report.statistics import Spread, score, spread
 from ffcv_imnet.tools import ToolParser
 
 SCRIPT = Path(__file__).parents[2] / "train_imagenet.py"

@@ -29,8 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ffcv_imnet import beton
-from ffcv_imnet.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.data import beton
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_image
 from ffcv_imnet.images.kaggle import images_of
@@ -38,8 +39,7 @@ from ffcv_imnet.images.parallel import in_order
 from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
 from ffcv_imnet.images.sources import even_subset, open_source, reading_order
-from ffcv_imnet.progress import Progress
-from ffcv_imnet.stored import RAW, sample_digest
+from ffcv_imnet.images.stored import RAW, sample_digest
 from ffcv_imnet.tools import ToolParser
 
 MD5 = {  # torchvision/datasets/imagenet.py has the same

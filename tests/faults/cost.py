@@ -16,11 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-from ffcv_imnet import checkpoint
-from ffcv_imnet.distributed import describe_world
-from ffcv_imnet.run_folder import LAST, PREVIOUS
-from ffcv_imnet.settings import Settings, to_yaml
-from ffcv_imnet.training import build_learner
+from ffcv_imnet.config.schema import Settings, to_yaml
+from ffcv_imnet.machine.distributed import describe_world
+from ffcv_imnet.train import checkpoint
+from ffcv_imnet.train.epoch import build_learner
+from ffcv_imnet.train.run_dir import LAST, PREVIOUS
 from tests.faults.lives import ROOT, write_data
 
 TRIALS = 6

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ffcv_imnet import beton
+from ffcv_imnet.data import beton
 from ffcv_imnet.tools import verify
 from tests.conftest import SmallData
 from tests.faults.lives import PATIENCE, Life, Row, same_run, train_config

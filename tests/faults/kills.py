@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ffcv_imnet.records import read_log
+from ffcv_imnet.core.log import read_log
 from tests.conftest import SmallData
 from tests.faults.lives import Row, changes_of, same_run, train
 from tests.test_training import FULL

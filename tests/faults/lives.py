@@ -19,13 +19,14 @@ from ffcv.pipeline.compiler import Compiler
 
 import tests.networks  # noqa: F401  (registers the tiny network)
 import train_imagenet
-from ffcv_imnet import checkpoint, shapes, training  # noqa: F401  (imported here, once for all)
-from ffcv_imnet.beton import Manifest, manifest_path
-from ffcv_imnet.data import TrainLoader
-from ffcv_imnet.distributed import World
-from ffcv_imnet.errors import run_main
-from ffcv_imnet.records import read_log
-from ffcv_imnet.settings import Settings, to_yaml
+from ffcv_imnet.config.schema import Settings, to_yaml
+from ffcv_imnet.core.errors import run_main
+from ffcv_imnet.core.log import read_log
+from ffcv_imnet.data.beton import Manifest, manifest_path
+from ffcv_imnet.data.loader import TrainLoader
+from ffcv_imnet.images import synthetic as shapes
+from ffcv_imnet.machine.distributed import World
+from ffcv_imnet.train import checkpoint, validate  # noqa: F401  (imported here, once for all)
 from tests.conftest import SmallData
 from tests.test_training import results, same_weights
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ffcv_imnet.records import read_log
-from ffcv_imnet.settings import to_yaml
+from ffcv_imnet.config.schema import to_yaml
+from ffcv_imnet.core.log import read_log
 from tests.conftest import SmallData
 from tests.faults.lives import PATIENCE, ROOT, Life, Row, changes_of, same_run, train, train_config
 from tests.test_training import FULL

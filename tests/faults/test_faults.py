@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from ffcv_imnet import checkpoint, faults, records, training
-from ffcv_imnet.checkpoint import Trained
-from ffcv_imnet.data import _Epoch
-from ffcv_imnet.errors import LostLoss, RunError
-from ffcv_imnet.faults import fitting_batch
-from ffcv_imnet.heartbeat import Heartbeat
-from ffcv_imnet.records import read_log
-from ffcv_imnet.run_folder import RunFolder
+from ffcv_imnet.core import log as records
+from ffcv_imnet.core.errors import LostLoss, RunError
+from ffcv_imnet.core.log import read_log
+from ffcv_imnet.data.loader import _Epoch
+from ffcv_imnet.train import checkpoint
+from ffcv_imnet.train import epoch as training
+from ffcv_imnet.train import failures as faults
+from ffcv_imnet.train.checkpoint import Trained
+from ffcv_imnet.train.failures import fitting_batch
+from ffcv_imnet.train.heartbeat import Heartbeat
+from ffcv_imnet.train.run_dir import RunFolder
 from tests.conftest import SmallData
 from tests.faults.outside import copy_of
 from tests.test_training import run
@@ -123,7 +126,7 @@ def test_the_batch_that_fits() -> None:
 def test_a_full_gpu_names_the_batch_that_fits(
     where: str, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ffcv_imnet import evaluation
+    from ffcv_imnet.train import validate as evaluation
 
     def full(learner: Any, *_: Any) -> Trained:
         learner.model.train(where == "train_epoch")
@@ -171,7 +174,7 @@ def test_a_file_that_changes_while_it_is_read(
 
 def test_sigbus_in_one_sentence() -> None:
     code = (
-        "import os, signal; from ffcv_imnet.bus_error import explain_bus_error as e\n"
+        "import os, signal; from ffcv_imnet.data.bus_error import explain_bus_error as e\n"
         "e('a.beton was cut off'); os.kill(os.getpid(), signal.SIGBUS)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -211,7 +214,7 @@ def test_a_checkpoint_that_cannot_be_written(
 
 def test_the_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("ffcv_imnet.heartbeat.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ffcv_imnet.train.heartbeat.time.monotonic", lambda: now[0])
     path = tmp_path / "heartbeat.json"
     heart = Heartbeat(path)
     for step, seconds in ((1, 0.0), (2, 4.9), (3, 5.1)):

@@ -1,0 +1,1 @@
+"""What a run costs: measured, or computed before it starts."""

@@ -1,0 +1,230 @@
+"""The JSON epoch log, `RUN/log.jsonl`: these dataclasses are its schema; append to it, read it.
+
+One JSON object a line. The first is a `Header` (a resumed run adds another), then one `Epoch` per
+epoch (a `Lowered` before it, where the loss was lost), at the end a `Summary`. A field that does not
+apply is absent, never null.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ffcv_imnet.core.errors import RunError, UsageError, not_written
+
+LOG = "log.jsonl"  # its name in a run's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """How the run was started."""
+
+    TYPE: ClassVar[str] = "header"
+
+    settings: dict[str, Any]  # every setting, resolved, by section
+    manifests: dict[str, dict[str, Any]]  # train, val: path, samples, classes, content_checksum
+    versions: dict[str, str]  # python, torch, torchvision, ffcv, numba, numpy
+    device: str  # name of the accelerator or of the processor
+    precision: str  # fp32, bf16 or fp16: what `auto` came to
+    world_size: int  # number of processes, one a device
+    started: str  # UTC, ISO 8601
+    git_commit: str | None = None  # of this project, with "+changes" if the tree was not clean
+    first_epoch: int = 0  # > 0 on a resumed run
+    first_step: int = 0  # within it, > 0 on a run that was stopped within an epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What one epoch did, and one pass over the whole validation set after it."""
+
+    TYPE: ClassVar[str] = "epoch"
+
+    epoch: int  # counted from 0
+    resolution: int  # side of the training crops, px
+    batch_size: int  # global
+    lr: float  # at the last step
+    train_loss: float  # mean training objective (cross-entropy with label smoothing)
+    val_loss: float  # mean plain cross-entropy, single view
+    top_1: float  # fraction of one, single view; this and the next are never test-time augmented
+    top_5: float
+    ema_val_loss: float | None = None  # the same of the averaged weights, where EMA is on
+    ema_top_1: float | None = None
+    ema_top_5: float | None = None
+    tta_top_1: float | None = None  # logits summed over the picture and its mirror image
+    tta_top_5: float | None = None
+    ema_tta_top_1: float | None = None
+    ema_tta_top_5: float | None = None
+    images_per_second: float  # training images over train_seconds, all processes together
+    train_seconds: float
+    loader_seconds: float  # the part of train_seconds that rank 0 waited for its loader
+    # from constructing the loader to its first batch, where this process made its first one
+    loader_start_seconds: float | None = None
+    compile_seconds: float | None = None  # the part of it that torch.compile took; absent without
+    val_seconds: float
+    elapsed_seconds: float  # since the script started, earlier parts of a resumed run included
+    peak_memory_bytes: int | None = None  # on one accelerator; absent on a CPU
+    # Damaged pictures that were left out, of all processes; absent where they end the run.
+    skipped: int | None = None  # of the training pictures
+    val_skipped: int | None = None  # of the validation pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """When the target `training.stop_at` was first reached, without test-time augmentation."""
+
+    top_1: float
+    by: str  # "top_1" or "ema_top_1"
+    epoch: int  # counted from 0; the number of epochs spent is this + 1
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """The loss became NaN or infinite; the run went back to its last checkpoint, at a lower rate."""
+
+    TYPE: ClassVar[str] = "lowered"
+
+    epoch: int  # in which the loss was lost, counted from 0
+    step: int  # the first whose loss was not finite
+    back_to_step: int  # of the same epoch: how much of it was done in the checkpoint
+    lr_scale: float  # all rates from there on, over the recipe's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The last line of a finished run, and of one that a limit stopped."""
+
+    TYPE: ClassVar[str] = "summary"
+
+    reached: Reached | None = None  # absent if there was no target or it was missed
+    best_top_1: float  # the larger of top_1 and ema_top_1
+    best_epoch: int
+    epochs: int  # epochs trained
+    elapsed_seconds: float
+    cost_dollars: float | None = None  # of elapsed_seconds, at cost.*; absent without a price
+    stopped: str | None = None  # the limit that ended the run before its epochs; absent if none did
+
+
+Record = Header | Epoch | Lowered | Summary
+_TYPES: dict[str, type[Record]] = {kind.TYPE: kind for kind in (Header, Epoch, Lowered, Summary)}
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a `log.jsonl` holds."""
+
+    headers: list[Header] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
+    summary: Summary | None = None  # None: the run has not finished
+    lowered: list[Lowered] = field(default_factory=list)
+
+
+def best_of(epoch: Epoch) -> tuple[float, str]:
+    """The better of the weights' and their average's top-1, never test-time augmented, and its name."""
+    if epoch.ema_top_1 is not None and epoch.ema_top_1 > epoch.top_1:
+        return epoch.ema_top_1, "ema_top_1"
+    return epoch.top_1, "top_1"
+
+
+def first_reached(epochs: list[Epoch], target: float) -> Reached | None:
+    """The first epoch at or above `target`; None if there is none, or the target is 0."""
+    for epoch in epochs if target else []:
+        top_1, by = best_of(epoch)
+        if top_1 >= target:
+            elapsed = epoch.elapsed_seconds
+            return Reached(top_1=top_1, by=by, epoch=epoch.epoch, elapsed_seconds=elapsed)
+    return None
+
+
+def to_dict(record: Record | Reached) -> dict[str, Any]:
+    """A record as JSON's types, its type's name first, without the fields that do not apply."""
+    out: dict[str, Any] = {} if isinstance(record, Reached) else {"type": record.TYPE}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if value is not None:
+            out[item.name] = to_dict(value) if isinstance(value, Reached) else value
+    return out
+
+
+def from_dict(values: dict[str, Any]) -> Record:
+    """The inverse of `to_dict`. Raises TypeError or KeyError when `values` is not a record."""
+    values = dict(values)
+    kind = _TYPES[values.pop("type")]
+    if kind is Summary and "reached" in values:
+        values["reached"] = Reached(**values["reached"])
+    return kind(**values)
+
+
+def to_line(record: Record) -> str:
+    """A record as its line of the log. Raises ValueError on NaN or infinity, which JSON lacks."""
+    return json.dumps(to_dict(record), allow_nan=False) + "\n"
+
+
+def append(path: Path, record: Record) -> None:
+    """Add one line and have the disk keep it before anything else happens.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    line = to_line(record)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(
+            f"{not_written(path, error)}; --resume auto completes it from the checkpoint"
+        ) from error
+
+
+def rewrite(path: Path, records: list[Record]) -> None:
+    """Replace the log in one step: after a resume it says exactly what the checkpoint knows."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(to_line(record) for record in records), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_log(path: Path) -> Log:
+    """The records of a log.
+
+    A last line without its newline is a write that was cut off and is left out.
+
+    Raises:
+        UsageError: no such file, or one that does not begin as a log does.
+        RunError: a line is not a record; it is named.
+    """
+    if path.is_dir():
+        path = path / LOG
+    if not path.is_file():
+        raise UsageError(f"{path}: no such log; a run's folder holds {LOG}")
+    log = Log()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RunError(f"{path}: not a log: it is no text") from None
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = from_dict(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == 1:
+                raise UsageError(
+                    f"{path}: not a run's log: its first line is no record; where the run's checkpoint is at "
+                    f"hand, --resume auto writes the log again"
+                ) from error
+            raise RunError(
+                f"{path}, line {number}: not a record of this log; where its checkpoint is at hand, "
+                f"--resume auto writes the log again"
+            ) from error
+        if isinstance(record, Header):
+            log.headers.append(record)
+        elif isinstance(record, Epoch):
+            log.epochs.append(record)
+        elif isinstance(record, Lowered):
+            log.lowered.append(record)
+        else:
+            log = replace(log, summary=record)
+    return log

@@ -1,0 +1,1 @@
+"""The .beton file and the batches that come from it."""

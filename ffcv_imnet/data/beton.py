@@ -1,0 +1,518 @@
+"""The .beton file and the manifest beside it: write, check, verify, put in place.
+
+The layout is ffcv's version 2, so that its Reader and Loader take the file as their own: header,
+field descriptors, metadata (one row a sample), pages with the images, allocation table.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.images.pixels import BadImage, decode_rgb
+from ffcv_imnet.images.stored import PAGE_SIZE, RAW, Stored, sample_digest
+
+MANIFEST_FORMAT = 1
+
+
+# ------------------------------------------------------------------------------------ manifest
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a .beton holds, as OUT_DIR/SPLIT.json beside it. Sizes in bytes."""
+
+    format: int
+    split: str
+    samples: int
+    classes: tuple[str, ...]  # names in index order
+    class_counts: tuple[int, ...]
+    bytes: int
+    content_checksum: str  # labels and stored bytes in index order, whatever the page layout
+    tables_checksum: str  # header, field descriptors, metadata, allocation table
+    settings: dict[str, Any]  # how the images were chosen and stored
+    source: dict[str, Any]  # kind, fingerprint, images, ignored files
+    skipped: tuple[dict[str, str], ...]  # path and reason of every unreadable image left out
+    versions: dict[str, str]
+    created: str  # UTC, ISO 8601
+
+    def save(self, path: Path) -> None:
+        """Write as JSON and force it to the disk."""
+        with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            json.dump(dataclasses.asdict(self), file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def load(cls, path: Path) -> "Manifest":
+        """Read `path`.
+
+        Raises:
+            UsageError: there is no such file.
+            RunError: it is not a manifest of this format.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        except FileNotFoundError:
+            raise UsageError(f"the manifest {path} does not exist: {_command(path)}") from None
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"the manifest {path} cannot be read ({error}): {_again(path)}"
+            ) from None
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or fields.get("format") != MANIFEST_FORMAT:
+            raise RunError(f"{path} is not a manifest of format {MANIFEST_FORMAT}: {_again(path)}")
+        if wrong := names ^ set(fields):
+            raise RunError(f"the manifest {path} lacks or misnames {min(wrong)!r}: {_again(path)}")
+        for name in ("classes", "class_counts", "skipped"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
+
+
+def manifest_path(beton: Path) -> Path:
+    """The manifest's place: the same name, ending in .json."""
+    return beton.with_suffix(".json")
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name under which `path` is written."""
+    return path.with_name(path.name + ".partial")
+
+
+def _command(path: Path) -> str:
+    return f"write it with `{_write(path)}`"
+
+
+def _again(path: Path) -> str:
+    return f"write it again with `{_write(path)} --force`"
+
+
+def _write(path: Path) -> str:
+    split = path.stem if path.stem in ("train", "val") else "train (or val)"
+    return f"python write_ffcv.py --split {split} --data_dir PHOTOGRAPHS --out_dir {path.parent}"
+
+
+# --------------------------------------------------------------------------------- the layout
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """ffcv's dtypes, and our two field descriptors."""
+
+    version: int
+    header: np.dtype[Any]
+    metadata: np.dtype[Any]  # per sample: f0 = (mode, width, height, data_ptr), f1 = label
+    allocation: np.dtype[Any]
+    descriptors: NDArray[Any]
+
+
+@functools.cache
+def _layout() -> _Layout:
+    # ffcv.types as of ffcv 1.0.2, spelled out: importing it brings torch and numba, seconds and
+    # 600 MB, for a dozen field sizes. A test compares every one of them with ffcv's own.
+    header = [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+    descriptor = [("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)]
+    image = [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")]
+    fields = {"image": 2, "label": 1}  # names and type ids: RGBImageField, IntField
+    descriptors = np.zeros(len(fields), np.dtype(descriptor, align=True))
+    for row, (name, type_id) in zip(descriptors, fields.items(), strict=True):
+        row["type_id"] = type_id
+        row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), "<u1")
+    return _Layout(
+        version=2,
+        header=np.dtype(header, align=True),
+        metadata=np.dtype([("", np.dtype(image)), ("", "<i8")], align=True),
+        allocation=np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")]),
+        descriptors=descriptors,
+    )
+
+
+class BetonWriter:
+    """Writes samples into an open, empty file. `finish` makes it a valid .beton.
+
+    Until then the header's pointer to the allocation table is 0, by which `check_beton` knows a
+    file that was cut short.
+
+    Args:
+        file: seekable, opened for writing in binary.
+        capacity: most samples that will come; room for their metadata is left in front.
+        page_size: in bytes, a power of two.
+    """
+
+    def __init__(self, file: BinaryIO, capacity: int, page_size: int = PAGE_SIZE) -> None:
+        layout = _layout()
+        self.file, self.page_size, self.samples = file, page_size, 0
+        self.metadata = np.zeros(capacity, layout.metadata)
+        self.allocations = np.zeros(capacity, layout.allocation)
+        self.header = np.zeros((), layout.header)
+        self.header["version"] = layout.version
+        self.header["num_fields"] = len(layout.descriptors)
+        self.header["page_size"] = page_size
+        file.write(self.header.tobytes() + layout.descriptors.tobytes())
+        front = file.tell() + self.metadata.nbytes
+        self.end = -(-front // page_size) * page_size  # pages are aligned in the file
+        file.seek(self.end)
+
+    def add(self, sample: Stored, index: int | None = None) -> None:
+        """Append one sample, whose data must fit a page, as number `index` (default: the next).
+
+        Numbers that never come are closed up by `finish`.
+        """
+        index = self.samples if index is None else index
+        size = len(sample.data)
+        if self.end % self.page_size + size > self.page_size:
+            self.end += -self.end % self.page_size
+            self.file.seek(self.end)  # leaves a hole of zeros
+        row = self.metadata[index]
+        row["f0"] = (sample.mode, sample.width, sample.height, self.end)
+        row["f1"] = sample.label
+        self.allocations[index] = (index, self.end, size)
+        self.file.write(sample.data)
+        self.end += size
+        self.samples += 1
+
+    def finish(self) -> str:
+        """Write the tables, force the file to the disk, set the pointer; the tables' checksum."""
+        written = self.allocations["size"] > 0
+        self.metadata = _rows(self.metadata, written)
+        self.allocations = _rows(self.allocations, written)
+        self.allocations["sample_id"] = np.arange(self.samples)
+        self.file.write(self.allocations.tobytes())
+        self.header["num_samples"] = self.samples
+        descriptors = _layout().descriptors.tobytes()
+        self.file.seek(self.header.nbytes + len(descriptors))
+        self.file.write(self.metadata.tobytes())
+        # The pointer last, when all that it vouches for is on the disk.
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.header["alloc_table_ptr"] = self.end
+        self.file.seek(0)
+        self.file.write(self.header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return _checksum(self.header, descriptors, self.metadata, self.allocations)
+
+
+def _rows(table: NDArray[Any], chosen: NDArray[np.bool_]) -> NDArray[Any]:
+    # As bytes: numpy does not copy what lies between aligned fields, and the file must not depend
+    # on what lay in memory.
+    rows = table.view(np.uint8).reshape(len(table), table.itemsize)[chosen]
+    return rows.reshape(-1).view(table.dtype)
+
+
+def _checksum(*parts: NDArray[Any] | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a .beton, (samples,) each, in index order."""
+
+    labels: NDArray[np.int64]
+    modes: NDArray[np.uint8]  # 0 JPEG, 1 raw
+    heights: NDArray[np.uint16]
+    widths: NDArray[np.uint16]
+    pointers: NDArray[np.uint64]  # offset of the stored bytes in the file
+    sizes: NDArray[np.uint64]
+    start: int  # end of the metadata: no image begins before
+    end: int  # start of the allocation table
+    page_size: int
+    checksum: str
+
+
+def read_tables(path: Path) -> Tables:
+    """Header and tables of a .beton that this project wrote; none of its images is read.
+
+    Raises:
+        UsageError: there is no such file, or it is not a .beton.
+        RunError: it is not one of ours, half-written or cut off.
+    """
+    layout = _layout()
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        unfinished = partial_path(path).exists()
+        also = f" (only an unfinished {partial_path(path).name})" if unfinished else ""
+        raise UsageError(f"{path} does not exist{also}: {_command(path)}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        header = _read_header(path, file, size)
+        pointer, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
+        descriptors = file.read(layout.descriptors.nbytes)
+        if descriptors != layout.descriptors.tobytes():
+            raise RunError(f"{path} has other fields than image and label: {_again(path)}")
+        metadata = np.frombuffer(file.read(samples * layout.metadata.itemsize), layout.metadata)
+        start = file.tell()
+        file.seek(pointer)
+        allocations = np.frombuffer(file.read(), layout.allocation)
+    if len(metadata) != samples or len(allocations) != samples or start > pointer:
+        raise RunError(
+            f"{path} is damaged, its tables do not hold its {samples:,} samples: {_again(path)}"
+        )
+    if not np.array_equal(allocations["sample_id"], np.arange(samples)):
+        raise RunError(
+            f"{path} was not written by write_ffcv.py (its samples are out of order):"
+            f" {_again(path)}"
+        )
+    image = metadata["f0"]
+    return Tables(
+        labels=metadata["f1"],
+        modes=image["mode"],
+        heights=image["height"],
+        widths=image["width"],
+        pointers=image["data_ptr"],
+        sizes=allocations["size"],
+        start=start,
+        end=pointer,
+        page_size=int(header["page_size"]),
+        checksum=_checksum(header, descriptors, metadata, allocations),
+    )
+
+
+def _read_header(path: Path, file: BinaryIO, size: int) -> NDArray[Any]:
+    layout = _layout()
+    data = file.read(layout.header.itemsize)
+    if len(data) < layout.header.itemsize:
+        raise RunError(f"{path} is not a .beton, it has only {len(data)} bytes: {_again(path)}")
+    header = np.frombuffer(data, layout.header)[0]
+    page_size = int(header["page_size"])
+    if header["version"] != layout.version or page_size == 0 or page_size & (page_size - 1):
+        raise UsageError(
+            f"{path} is not a .beton of version {layout.version}: name one that write_ffcv.py wrote"
+        )
+    pointer = int(header["alloc_table_ptr"])
+    if pointer == 0:
+        raise RunError(f"{path} is half-written, its writer did not finish: {_again(path)}")
+    samples = int(header["num_samples"])
+    if pointer + samples * layout.allocation.itemsize != size:
+        expected = pointer + samples * layout.allocation.itemsize
+        raise RunError(
+            f"{path} is {'cut off' if size < expected else 'too long'}: it has {size:,} bytes and"
+            f" its header says {expected:,}: {_again(path)}"
+        )
+    return header
+
+
+def check_beton(path: Path, manifest: Path | None = None) -> Manifest:
+    """Refuse a .beton that is not what its manifest says, without reading its images.
+
+    Reads the tables only (48 bytes a sample, 60 MB for ImageNet): file size, header, SHA-256 of
+    the tables, number of samples and classes. Changed pixels are left to `verify_beton`.
+
+    Args:
+        path: the .beton.
+        manifest: its manifest, where that is not beside it.
+
+    Raises:
+        UsageError: .beton or manifest is missing; the message has the command that writes it.
+        RunError: either is damaged, half-written, or they do not belong together.
+    """
+    manifest = manifest or manifest_path(path)
+    tables = read_tables(path)
+    said = Manifest.load(manifest)
+    size = path.stat().st_size
+    if size != said.bytes:
+        raise RunError(
+            f"{path} has {size:,} bytes and its manifest {manifest} says {said.bytes:,}:"
+            f" {_again(path)}"
+        )
+    if tables.checksum != said.tables_checksum:
+        raise RunError(
+            f"the header or tables of {path} are not those in its manifest {manifest},"
+            f" one of the two was changed or replaced: {_again(path)}"
+        )
+    # The checksum vouches for the tables, not for the manifest's own lists.
+    counts = np.bincount(tables.labels.clip(0), minlength=len(said.classes))
+    if said.samples != len(tables.labels) or list(said.class_counts) != counts.tolist():
+        raise RunError(
+            f"the manifest {manifest} does not count the samples that {path} holds: {_again(path)}"
+        )
+    return said
+
+
+def verify_beton(
+    path: Path,
+    expected: Mapping[int, bytes] | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    manifest: Path | None = None,
+) -> Manifest:
+    """`check_beton`, then every table entry, then the stored bytes and pixels of some samples.
+
+    Args:
+        path: the .beton.
+        expected: digests (see `sample_digest`) that samples must have, by index. They are what is
+            read again from the disk; without them, a seeded choice is only decoded.
+        samples: how many samples that choice takes.
+        seed: of that choice.
+        manifest: the manifest, where it is not beside the .beton.
+
+    Raises:
+        UsageError, RunError: as `check_beton`, and RunError that names the first sample at fault.
+    """
+    said = check_beton(path, manifest)
+    tables = read_tables(path)
+    _verify_tables(path, tables, len(said.classes))
+    if expected is None:
+        count = min(samples, len(tables.labels))
+        chosen = np.random.default_rng(seed).choice(len(tables.labels), count, replace=False)
+    else:
+        chosen = np.array(sorted(expected), dtype=np.int64)
+    with path.open("rb") as file:
+        for index in np.sort(chosen).tolist():
+            data = _read_sample(file, tables, index)
+            if expected and sample_digest(int(tables.labels[index]), data) != expected[index]:
+                raise RunError(
+                    f"sample {index:,} of {path} is not what was to be stored there"
+                    f" (a failing disk?): {_again(path)}"
+                )
+            _verify_pixels(path, tables, index, data)
+    return said
+
+
+def _verify_tables(path: Path, tables: Tables, classes: int) -> None:
+    pointers, sizes = tables.pointers.astype(np.int64), tables.sizes.astype(np.int64)
+    raw_sizes = tables.heights.astype(np.int64) * tables.widths * 3
+    last = pointers + sizes - 1
+    by_place = np.argsort(pointers, kind="stable")
+    overlaps = np.zeros(len(pointers), bool)
+    overlaps[by_place[1:]] = pointers[by_place[1:]] <= last[by_place[:-1]]
+    faults = {
+        "lies outside the data": (pointers < tables.start) | (last >= tables.end),
+        "crosses a page": pointers // tables.page_size != last // tables.page_size,
+        "overlaps the one before": overlaps,
+        "is empty": (sizes == 0) | (tables.heights == 0) | (tables.widths == 0),
+        "has a label out of range": (tables.labels < 0) | (tables.labels >= classes),
+        "has an unknown storage mode": tables.modes > RAW,
+        "has a size that is not height x width x 3": (tables.modes == RAW) & (sizes != raw_sizes),
+    }
+    for fault, where in faults.items():
+        if where.any():
+            raise RunError(f"sample {int(np.argmax(where)):,} of {path} {fault}: {_again(path)}")
+
+
+def _read_sample(file: BinaryIO, tables: Tables, index: int) -> bytes:
+    file.seek(int(tables.pointers[index]))
+    return file.read(int(tables.sizes[index]))
+
+
+def _verify_pixels(path: Path, tables: Tables, index: int, data: bytes) -> None:
+    said = (int(tables.heights[index]), int(tables.widths[index]))
+    if tables.modes[index] == RAW:
+        return  # its size was compared with height x width x 3
+    try:  # not OpenCV, whose libjpeg prints a line of its own
+        height, width = decode_rgb(data).shape[:2]
+        found = f"is {width} x {height}"
+    except BadImage:
+        height, width = 0, 0
+        found = "does not decode"
+    if (height, width) != said:
+        raise RunError(
+            f"sample {index:,} of {path} {found}, said to be {said[1]} x {said[0]}: {_again(path)}"
+        )
+
+
+def content_checksum(path: Path) -> str:
+    """The content checksum computed afresh from the file, reading all of it."""
+    tables = read_tables(path)
+    digest = hashlib.sha256()
+    with (
+        io.BufferedReader(path.open("rb", buffering=0), 1 << 20) as file,
+        Progress(len(tables.labels), f"checksum of {path.name}") as progress,
+    ):
+        for index, label in enumerate(tables.labels.tolist()):
+            digest.update(sample_digest(label, _read_sample(file, tables, index)))
+            progress.update(1)
+    return f"sha256:{digest.hexdigest()}"
+
+
+# -------------------------------------------------------------------------- putting in place
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[BinaryIO]:
+    """`path` open for writing under its temporary name, which is removed if anything goes wrong.
+
+    Raises:
+        UsageError: it cannot be created, or another process is writing it.
+        RunError: writing fails, for instance because the disk is full.
+    """
+    partial = partial_path(path)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("ab", buffering=0)
+    except OSError as error:
+        raise UsageError(f"{partial} cannot be written: {error.strerror}") from None
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another write_ffcv.py is writing {path}") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            with partial.open("r+b", buffering=1 << 20) as out:
+                out.truncate()  # what a killed run left
+                yield out
+        except BaseException as error:
+            partial.unlink(missing_ok=True)
+            partial_path(manifest_path(path)).unlink(missing_ok=True)
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise RunError(f"{path} could not be written: {error.strerror or error}") from None
+            raise
+
+
+def commit_beton(path: Path) -> None:
+    """Rename the verified partial .beton, then its partial manifest, to their final names.
+
+    A stop between the two leaves a new .beton beside no manifest or an old one, and the new one
+    under its partial name: `repair_beton` sees that they match and finishes the work.
+    """
+    for final in (path, manifest_path(path)):
+        partial_path(final).replace(final)
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def repair_beton(path: Path) -> bool:
+    """Finish a `commit_beton` that was stopped half-way; True if there was one."""
+    waiting = partial_path(manifest_path(path))
+    if not path.exists() or not waiting.exists():
+        return False
+    try:
+        check_beton(path, waiting)
+    except (RunError, UsageError):
+        return False  # a left-over of a writer that got no further; the next one overwrites it
+    waiting.replace(manifest_path(path))
+    return True

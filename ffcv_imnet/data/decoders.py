@@ -1,0 +1,352 @@
+"""A decoder for FFCV whose crops and flips are a function of (seed, epoch, sample).
+
+FFCV's own decoders draw from numba's per-thread generators: which thread meets which sample first
+decides the pixels. Here every number comes from a counter-based generator, Philox4x32-10 (Salmon,
+Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC11; test vectors:
+`kat_vectors` of the authors' Random123), so the pixels are the same at any number of threads and
+processes.
+
+Two decoders stand behind the same crops, and both shrink by area. `native/crop_resize.c`, where
+set-up compiled it, decodes what the crop needs, at the scale that it needs. Without it FFCV's own
+functions decode the whole JPEG: slower, and other pixels by a rounding or by the DCT's smoothing.
+"""
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ffcv_imnet.data.fast_import  # noqa: F401
+
+# isort: split
+import llvmlite.binding
+import numpy as np
+from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+from ffcv.libffcv import ctypes_imdecode, ctypes_resize
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.state import State
+from numba import carray, get_thread_id, njit, prange, types
+from numba.extending import intrinsic
+
+from ffcv_imnet.native import build
+
+MASK = np.uint64(0xFFFFFFFF)
+HALF = np.uint64(32)
+UNIT = 1.0 / 2**32
+ATTEMPTS = 10  # to fit a box of random area and aspect ratio, as torchvision and FFCV do
+
+
+@njit(nogil=True, cache=True)
+def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32-10: four random 32-bit words for a 64-bit key and a counter of four 32-bit words.
+
+    Integers in, `uint64` out.
+    """
+    k0, k1 = np.uint64(key) & MASK, np.uint64(key) >> HALF
+    x0, x1, x2, x3 = np.uint64(c0), np.uint64(c1), np.uint64(c2), np.uint64(c3)
+    for _ in range(10):
+        p0 = np.uint64(0xD2511F53) * x0
+        p1 = np.uint64(0xCD9E8D57) * x2
+        x0, x1, x2, x3 = (p1 >> HALF) ^ x1 ^ k0, p1 & MASK, (p0 >> HALF) ^ x3 ^ k1, p0 & MASK
+        k0 = (k0 + np.uint64(0x9E3779B9)) & MASK
+        k1 = (k1 + np.uint64(0xBB67AE85)) & MASK
+    return x0, x1, x2, x3
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def random_crop(
+    height: int, width: int, seed: int, epoch: int, sample: int, scale: Any, ratio: Any
+) -> tuple[int, int, int, int]:
+    """The training crop of a picture: top, left, height, width in px.
+
+    Area uniform in `scale` of the picture's, aspect ratio log-uniform in `ratio` (GoogLeNet's
+    augmentation, arXiv:1409.4842, 6); attempt t reads block t + 1 of the sample's random stream.
+    If none fits, the largest central box whose aspect ratio lies within `ratio`.
+    """
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    for attempt in range(ATTEMPTS):
+        a, b, c, d = philox(seed, sample, epoch, attempt + 1, 0)
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * (a * UNIT))
+        aspect = np.exp(low + (high - low) * (b * UNIT))
+        w = round(np.sqrt(area * aspect))
+        h = round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(c * UNIT * (height - h + 1)), int(d * UNIT * (width - w + 1)), h, w
+    w = max(1, min(width, round(height * ratio[1])))
+    h = max(1, min(height, round(width / ratio[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@njit(nogil=True, cache=True)
+def mirrored(mode: int, seed: int, epoch: int, sample: int) -> bool:
+    """Whether the sample is flipped in this epoch; `mode` is its place in `FLIPS`.
+
+    Random: a bit of block 0 of the sample's random stream. Alternating (arXiv:2404.00498, 3.5): that
+    bit of epoch 0, and the other one in every odd epoch, so that two epochs show both sides.
+    """
+    if mode == 0:
+        return False
+    drawn = np.uint64(epoch) if mode == 1 else np.uint64(0)
+    bit = philox(seed, sample, drawn, 0, 0)[0] & np.uint64(1)
+    if mode == 2:
+        bit ^= np.uint64(epoch) & np.uint64(1)
+    return bit == np.uint64(1)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def central_crop(height: int, width: int, ratio: float) -> tuple[int, int, int, int]:
+    """The validation crop: a central square whose side is `ratio` of the shorter side, px."""
+    side = max(1, int(ratio * min(height, width)))
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+@njit(nogil=True, cache=True)
+def mirror(image: Any) -> None:
+    """Flip an image (height, width, 3) left to right, in place."""
+    height, width = image.shape[0], image.shape[1]
+    for row in range(height):
+        for left in range(width // 2):
+            for channel in range(3):
+                kept = image[row, left, channel]
+                image[row, left, channel] = image[row, width - 1 - left, channel]
+                image[row, width - 1 - left, channel] = kept
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """An address as a pointer: compiled code sees what the host changes after its compilation."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.uintp), generate
+
+
+# Fields of the decoder's control block. FFCV compiles a decoder once and freezes what it closes
+# over; what changes with the epoch is therefore read from memory, at a fixed address.
+CONTROL = np.dtype(
+    [
+        ("seed", "<u8"),
+        ("epoch", "<u8"),
+        ("random", "<u8"),  # 1: random_crop, 0: central_crop
+        ("flip", "<u8"),  # place in FLIPS
+        ("scale", "<f8", 2),
+        ("ratio", "<f8", 2),
+        ("central", "<f8"),
+    ]
+)
+WORDS = CONTROL.itemsize // 8
+RANDOM_WORD, FLIP_WORD, SCALE_WORD, RATIO_WORD, CENTRAL_WORD = 2, 3, 4, 6, 8
+FLIPS = ("none", "random", "alternating")
+# What is wrong with a sample, by the number that a decoder leaves in `CropDecoder.damaged`.
+DAMAGES = (
+    "",
+    "is damaged",
+    "has another size than the file's table says",
+    "is neither grey nor RGB",
+    "did not fit into memory",
+)
+JPEG = int(IMAGE_MODES["jpg"])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def chosen_crop(
+    height: int, width: int, sample: int, words: Any, numbers: Any
+) -> tuple[int, int, int, int]:
+    """The crop that the control block, as `words` and as float `numbers`, asks for."""
+    if words[RANDOM_WORD] == 0:
+        return central_crop(height, width, numbers[CENTRAL_WORD])
+    scale = numbers[SCALE_WORD : SCALE_WORD + 2]
+    ratio = numbers[RATIO_WORD : RATIO_WORD + 2]
+    return random_crop(height, width, words[0], words[1], sample, scale, ratio)
+
+
+_crop_resize: Any = types.ExternalFunction(build.FUNCTION, types.int64(*[types.int64] * 13))
+
+
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+def _decode_natively(
+    indices: Any,
+    out: Any,
+    metadata: Any,
+    file: Any,
+    pointers: Any,
+    sizes: Any,
+    words: Any,
+    numbers: Any,
+    damaged: Any,
+) -> None:
+    """One batch through the C kernel. Compiled once a machine: it closes over nothing."""
+    for slot in prange(len(indices)):
+        sample = indices[slot]
+        field = metadata[sample]
+        start = field["data_ptr"]
+        size = sizes[np.searchsorted(pointers, start)]
+        height: Any = np.int64(field["height"])
+        width: Any = np.int64(field["width"])
+        top, left, h, w = chosen_crop(height, width, sample, words, numbers)
+        damaged[sample] = _crop_resize(
+            file[start : start + size].ctypes.data,
+            np.int64(size),
+            np.int64(field["mode"] == JPEG),
+            height,
+            width,
+            top,
+            left,
+            h,
+            w,
+            out[slot].ctypes.data,
+            out.shape[1],
+            out.shape[2],
+            np.int64(mirrored(words[FLIP_WORD], words[0], words[1], sample)),
+        )
+
+
+@functools.cache
+def native_kernel() -> ctypes.CDLL | None:
+    """The C kernel, known to numba by its name; None, said once, where it was not built."""
+    library = build.load()
+    if library is None:
+        print(
+            "the crop decoder is not compiled (make setup, or python -m ffcv_imnet.native.build): "
+            "images are decoded whole, which is slower",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+    address = ctypes.cast(library.ffcv_imnet_crop_resize, ctypes.c_void_p).value
+    llvmlite.binding.add_symbol(build.FUNCTION, address)
+    return library
+
+
+class CropDecoder(SimpleRGBImageDecoder):
+    """FFCV decoder: crop, resize and perhaps mirror each image of a batch into uint8 (H, W, 3).
+
+    `control` may be changed between epochs, `resolution` too; neither recompiles anything. An
+    image is decoded into its thread's own scratch memory, not into a buffer per image of the
+    batch (at 500 px, batch 1024: a megabyte a core instead of 4 GB).
+
+    Args:
+        resolution: side of the output, px.
+        samples: in the whole file.
+        whole: decode whole pictures, with FFCV's functions, even where the C kernel is there.
+
+    Attributes:
+        damaged: (samples,) int8, what was wrong with a sample when it was last decoded: a place
+            in `DAMAGES`, 0 if nothing. Its pixels are black then.
+    """
+
+    def __init__(self, resolution: int, samples: int, whole: bool = False) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.control = np.zeros(1, dtype=CONTROL)
+        self.damaged = np.zeros(samples, dtype=np.int8)  # FFCV makes uint8 arrays read-only
+        self.scratch = np.zeros(0, dtype=np.uint8)
+        self.native = not whole and native_kernel() is not None
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        """FFCV asks this at the start of every epoch: the output buffer, (side, side, 3) an image."""
+        shape = (self.resolution, self.resolution, 3)
+        state = replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1"))
+        return state, AllocationQuery(shape, np.dtype("u1"))
+
+    def generate_code(self) -> Callable[..., Any]:
+        """The function that numba compiles: one batch, images in parallel."""
+        return self._native_code() if self.native else self._plain_code()
+
+    def _native_code(self) -> Callable[..., Any]:
+        control_at, damaged_at = self.control.ctypes.data, self.damaged.ctypes.data
+        samples = len(self.damaged)
+
+        def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
+            control: Any = _pointer(control_at)  # type: ignore[call-arg]  # numba adds one
+            marks: Any = _pointer(damaged_at)
+            file, pointers, sizes = storage
+            _decode_natively(
+                indices,
+                destination,
+                metadata,
+                file,
+                pointers,
+                sizes,
+                carray(control, WORDS, np.uint64),
+                carray(control, WORDS, np.float64),
+                carray(marks, samples, np.int8),
+            )
+            return destination[: len(indices)]
+
+        return decode
+
+    def _plain_code(self) -> Callable[..., Any]:
+        heights = self.metadata["height"].astype(np.int64)
+        widths = self.metadata["width"].astype(np.int64)
+        stride = int((heights * widths).max()) * 3 if len(heights) else 0
+        threads = Compiler.num_threads
+        if self.scratch.size != threads * stride:
+            self.scratch = np.zeros(threads * stride, dtype=np.uint8)
+
+        parallel = threads > 1
+        scratch_at, control_at = self.scratch.ctypes.data, self.control.ctypes.data
+        damaged_at, samples = self.damaged.ctypes.data, len(self.damaged)
+        read = self.memory_read
+        loop = Compiler.get_iterator()
+
+        def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
+            for slot in loop(len(indices)):
+                control: Any = _pointer(control_at)  # type: ignore[call-arg]  # numba adds one
+                words = carray(control, WORDS, np.uint64)
+                numbers = carray(control, WORDS, np.float64)
+                marks: Any = _pointer(damaged_at)
+                damaged = carray(marks, samples, np.int8)
+                sample = indices[slot]
+                field = metadata[sample]
+                stored = read(field["data_ptr"], storage)
+                height, width = np.int64(field["height"]), np.int64(field["width"])
+                pixels = stored
+                damaged[sample] = 0
+                if field["mode"] == JPEG:
+                    thread = get_thread_id() if parallel else 0
+                    scratch: Any = _pointer(scratch_at + thread * stride)
+                    pixels = carray(scratch, height * width * 3, np.uint8)
+                    status = ctypes_imdecode(
+                        stored.ctypes.data,
+                        stored.size,
+                        height,
+                        width,
+                        pixels.ctypes.data,
+                        height,
+                        width,
+                        0,  # offset of a crop, not enabled
+                        0,
+                        1,  # scale 1 / 1
+                        1,
+                        False,
+                        False,
+                    )
+                    if status != 0:
+                        damaged[sample] = 1
+                        destination[slot] = 0
+                        continue
+                top, left, h, w = chosen_crop(height, width, sample, words, numbers)
+                ctypes_resize(
+                    0,
+                    pixels.ctypes.data,
+                    height,
+                    width,
+                    top,
+                    top + h,
+                    left,
+                    left + w,
+                    destination[slot].ctypes.data,
+                    destination.shape[1],
+                    destination.shape[2],
+                )
+                if mirrored(words[FLIP_WORD], words[0], words[1], sample):
+                    mirror(destination[slot])
+            return destination[: len(indices)]
+
+        decode.is_parallel = True  # type: ignore[attr-defined]
+        return decode

@@ -1,0 +1,415 @@
+"""FFCV loaders: the same batches at any number of threads and processes, and never a hang."""
+
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from queue import Empty, Full
+from typing import Any
+
+import ffcv_imnet.data.fast_import  # noqa: F401
+
+# isort: split
+import numpy as np
+import torch
+from ffcv.fields.basics import IntDecoder
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+from ffcv.pipeline import Compiler, PipelineSpec
+from ffcv.pipeline.graph import Graph
+from ffcv.reader import Reader
+from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ffcv_imnet.config.schedules import EpochPlan, batch_sizes, resolutions
+from ffcv_imnet.config.schema import Data, Settings
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data.beton import Manifest, check_beton, content_checksum, manifest_path
+from ffcv_imnet.data.decoders import DAMAGES, FLIPS, CropDecoder
+from ffcv_imnet.data.read_ahead import ReadAhead
+from ffcv_imnet.machine.distributed import World, usable_cores
+
+Batches = Generator[tuple[Tensor, Tensor], None, None]
+Indices = NDArray[np.int64]
+# Label of a picture that does not count: what fills up the last validation batch, what is damaged.
+PADDING = -1
+
+
+def check_data(settings: Settings) -> tuple[Manifest, Manifest]:
+    """The manifests of both files, found to be what they say and to speak of the same classes.
+
+    Raises:
+        UsageError: a file is missing, or the classes of the two differ.
+        RunError: a file is not what its manifest says.
+    """
+    paths = (Path(settings.data.train_dataset), Path(settings.data.val_dataset))
+    train, val = (check_beton(path) for path in paths)
+    if train.classes != val.classes:
+        raise UsageError(
+            f"{settings.data.train_dataset} and {settings.data.val_dataset} differ in their classes: "
+            f"{_first_difference(train.classes, val.classes)}; write both from the same classes"
+        )
+    for path, said in zip(paths, (train, val), strict=True):
+        if settings.data.verify and content_checksum(path) != said.content_checksum:
+            raise RunError(
+                f"{path}: its pictures or labels are not those of {manifest_path(path)}: write it again "
+                f"with write_ffcv.py --force"
+            )
+    return train, val
+
+
+def _first_difference(train: Sequence[str], val: Sequence[str]) -> str:
+    if len(train) != len(val):
+        odd = sorted(set(train) ^ set(val))
+        return f"{len(train)} and {len(val)} classes, {', '.join(odd[:3])} in only one of them"
+    index = next(i for i, (a, b) in enumerate(zip(train, val, strict=True)) if a != b)
+    return f"class {index} is {train[index]!r} in one and {val[index]!r} in the other"
+
+
+def local_batch_size(batch: int, world: World) -> int:
+    """This process's share of a global batch.
+
+    Raises:
+        UsageError: the world does not divide the batch; names the nearest that fits.
+    """
+    if batch % world.size:
+        fits = max(1, round(batch / world.size)) * world.size
+        raise UsageError(
+            f"training.batch_size {batch} does not divide into {world.size} processes; "
+            f"the nearest that does is {fits}"
+        )
+    return batch // world.size
+
+
+def workers_of(settings: Settings, world: World) -> int:
+    """Decoding threads of this process.
+
+    Raises:
+        UsageError: more than the cores this process may use, which numba refuses.
+    """
+    cores = usable_cores()
+    workers = settings.data.num_workers
+    if workers is None:
+        return max(1, cores // world.local_size)
+    if workers > cores:
+        raise UsageError(
+            f"data.num_workers {workers} is more than the {cores} cores this process may use; "
+            f"set it to {cores} or less, or leave it out"
+        )
+    return workers
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> Indices:
+    """One permutation of all samples, the same on every process. Shape (samples,), int64."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
+
+
+def share_of_order(order: Indices, local_batch: int, rank: int, size: int) -> Indices:
+    """What `rank` of `size` trains on: its slice of every global batch; the rest that fills none is dropped."""
+    steps = len(order) // (local_batch * size)
+    batches = order[: steps * local_batch * size].reshape(steps, size, local_batch)
+    return batches[:, rank].reshape(-1)
+
+
+def exact_share(samples: int, batch_size: int, world: World) -> tuple[Indices, int]:
+    """What this process judges, every world.size-th sample from its rank on, and its batch size."""
+    share = -(-samples // world.size)
+    order = np.arange(world.rank, samples, world.size)
+    return order, max(1, min(batch_size // world.size, share))
+
+
+def copy_event(device: torch.device) -> torch.cuda.Event | None:
+    """What tells when a copy to `device` is done; None where `device` reads the host's memory."""
+    return torch.cuda.Event() if device.type == "cuda" else None
+
+
+class _Epoch(EpochIterator):
+    """FFCV's iterator with an end for every case: an error in its thread, a consumer that leaves."""
+
+    def __init__(self, loader: "_OrderedLoader", order: Indices) -> None:
+        self.error: BaseException | None = None
+        self.read_ahead: ReadAhead | None = None
+        super().__init__(loader, order)
+
+    def run(self) -> None:
+        try:
+            if self.loader.read_ahead and len(self.order):
+                cuts = range(self.loader.batch_size, len(self.order), self.loader.batch_size)
+                self.read_ahead = ReadAhead(
+                    self.storage_state[0],
+                    self.loader.starts,
+                    self.loader.ends,
+                    np.split(self.order, cuts),
+                    self.loader.read_ahead,
+                )
+            super().run()
+        except BaseException as error:  # FFCV would leave the consumer waiting for ever
+            self.error = error
+            self._put_end()
+
+    def run_pipeline(self, *arguments: Any) -> Any:
+        if self.read_ahead is not None:
+            self.read_ahead.begin_batch()
+        return super().run_pipeline(*arguments)
+
+    def _put_end(self) -> None:
+        while not self.terminate_event.is_set():
+            try:
+                self.output_queue.put(None, timeout=0.5)
+                return
+            except Full:
+                continue
+
+    def __next__(self) -> Any:
+        try:
+            return super().__next__()
+        except StopIteration:
+            if self.error is not None:
+                raise RunError(
+                    f"{self.loader.fname}: the loader failed: {self.error!r}"
+                ) from self.error
+            raise
+
+    def stop(self) -> None:
+        """End the thread and free its buffers, wherever it is."""
+        self.close()
+        # FFCV's thread looks at its stop sign only while the queue is full: emptying the queue
+        # alone would let it decode the rest of the epoch.
+        self.iter_ixes = iter(())
+        while self.is_alive():
+            try:
+                self.output_queue.get(timeout=0.05)
+            except Empty:
+                continue
+        if self.read_ahead is not None:
+            self.read_ahead.stop()
+
+
+class _Mapped(OSCacheManager):
+    """FFCV's access to a mapped file, without the dicts and sets of all samples that its base class
+    builds and only its other cache reads: seconds and a gigabyte at ImageNet's count."""
+
+    def __init__(self, reader: Reader) -> None:
+        table = reader.alloc_table
+        order = np.argsort(table["ptr"])  # a place in the file is looked up by bisection
+        self.reader = reader
+        self.ptrs, self.sizes = table["ptr"][order], table["size"][order]
+        self.context = OSCacheContext(self)
+
+
+class _OrderedLoader:
+    """What FFCV's iterator asks of a loader, and the order of samples given for each epoch.
+
+    FFCV's own Loader compiles the same pipelines, but cannot be told how to access the file.
+    """
+
+    def __init__(
+        self, path: str, batch_size: int, decoder: CropDecoder, workers: int, data: Data
+    ) -> None:
+        self.fname, self.batch_size, self.batches_ahead = path, batch_size, data.batches_ahead
+        self.num_workers, self.decoder = workers, decoder
+        started = time.perf_counter()
+        threads = torch.get_num_threads()
+        Compiler.set_num_threads(workers)
+        self.opened, self.replaced = Path(path).stat(), False
+        self.reader = Reader(path)
+        self.memory_manager = _Mapped(self.reader)
+        self.memory_manager.context.__enter__()  # mapped now: later the name may be another file's
+        self._check_unchanged()
+        pipelines = {
+            "image": [decoder, ToTensor(), ToTorchImage()],
+            "label": [IntDecoder(), ToTensor(), Squeeze(1)],
+        }
+        self.graph = Graph(
+            {name: PipelineSpec(name, None, steps) for name, steps in pipelines.items()},
+            self.reader.handlers,
+            {name: number for number, name in enumerate(self.reader.handlers)},
+            self.reader.metadata,
+            self.memory_manager.compile_reader(),
+        )
+        _, stages = self.graph.collect_requirements()
+        self.code = self.graph.codegen_all(stages)
+        torch.set_num_threads(threads)  # FFCV sets it for the whole process
+        self.read_ahead = data.read_ahead
+        self.starts = self.reader.metadata["f0"]["data_ptr"].astype(np.int64)
+        places = np.searchsorted(self.memory_manager.ptrs, self.starts)
+        self.ends = self.starts + self.memory_manager.sizes[places].astype(np.int64)
+        self.skip_damaged = data.on_damaged == "skip"
+        self.skipped: set[int] = set()
+        self.construction_seconds = time.perf_counter() - started
+        self.start_seconds: float | None = None  # construction and wait for the first batch of all
+
+    def batches(self, order: Indices, device: torch.device) -> Batches:
+        """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.
+
+        A batch is valid until the next one is taken. A damaged picture that is skipped is black
+        and labelled `PADDING`.
+
+        Raises:
+            RunError: a stored image did not decode and is not to be skipped, or the loader's
+                thread failed.
+        """
+        threads = torch.get_num_threads()
+        copied = copy_event(device)
+        asked = time.perf_counter()
+        self._check_unchanged()
+        epoch = _Epoch(self, order)
+        try:
+            for number, (images, labels) in enumerate(epoch):
+                if self.start_seconds is None:
+                    waited = time.perf_counter() - asked
+                    self.start_seconds = self.construction_seconds + waited
+                # The loader's thread changed it before its first batch.
+                torch.set_num_threads(threads)
+                start = number * self.batch_size
+                self._check_decoded(order[start : start + self.batch_size], labels)
+                images = images.to(device, non_blocking=True)
+                labels = labels.to(device, non_blocking=True)
+                if copied is None:
+                    yield images, labels
+                    continue
+                copied.record()
+                yield images, labels
+                # FFCV reuses a host buffer some batches later without asking the device. Waiting
+                # for this copy, not for the step behind it, keeps the device busy.
+                copied.synchronize()
+            self._check_unchanged()
+        finally:
+            epoch.stop()
+            torch.set_num_threads(threads)
+
+    def _check_unchanged(self) -> None:
+        """Raises RunError if the file was written to since it was opened.
+
+        One that was replaced or deleted is still there, whole, for whoever has it mapped. A read past
+        the end of one that was cut off raises SIGBUS: `bus_error`.
+        """
+        try:
+            now = Path(self.fname).stat()
+        except OSError:
+            now = None
+        if now is None or (now.st_dev, now.st_ino) != (self.opened.st_dev, self.opened.st_ino):
+            if not self.replaced:
+                print(
+                    f"{self.fname} was replaced or deleted; this process goes on with the file it opened",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self.replaced = True
+        elif (now.st_size, now.st_mtime_ns) != (self.opened.st_size, self.opened.st_mtime_ns):
+            raise RunError(
+                f"{self.fname} was changed while it was read ({self.opened.st_size:,} bytes before, "
+                f"{now.st_size:,} now): write it again with write_ffcv.py --force; the last checkpoint "
+                f"may have seen changed pictures, the one of the epoch before has not"
+            )
+
+    def _check_decoded(self, samples: Indices, labels: Tensor) -> None:
+        """End at a damaged picture of this batch, or make it one that does not count."""
+        damaged = self.decoder.damaged[samples]
+        if not damaged.any():
+            return
+        self._check_unchanged()
+        for slot in np.flatnonzero(damaged):
+            sample, label = int(samples[slot]), int(labels[slot])
+            what = self._describe(sample, label, int(damaged[slot]))
+            if not self.skip_damaged:
+                raise RunError(
+                    f"{what}; write the file again with write_ffcv.py --force, or train without "
+                    f"the picture: data.on_damaged=skip"
+                )
+            labels[slot] = PADDING
+            if sample not in self.skipped:
+                self.skipped.add(sample)
+                print(f"{what}: skipped", file=sys.stderr, flush=True)
+        if damaged.all() and self.decoder.control["random"][0]:  # of such a batch no loss is left
+            raise RunError(
+                f"{self.fname}: all {len(samples)} pictures of a training batch are damaged: write the "
+                f"file again with write_ffcv.py --force, or take a larger training.batch_size"
+            )
+
+    def _describe(self, sample: int, label: int, damage: int) -> str:
+        manifest = manifest_path(Path(self.fname))
+        classes = Manifest.load(manifest).classes if manifest.is_file() else ()
+        name = classes[label] if 0 <= label < len(classes) else label
+        return f"{self.fname}: the picture of sample {sample}, class {name}, {DAMAGES[damage]}"
+
+
+class TrainLoader:
+    """Training batches: global permutation, seeded crops and flips, this process's share.
+
+    Args:
+        path: the .beton file.
+        samples: number of images in it.
+        settings: seed, crop scale and ratio, flip, batch size, workers.
+        world: whose share to take.
+    """
+
+    def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
+        self.samples, self.seed, self.world = samples, settings.training.seed, world
+        local_batches = [local_batch_size(batch, world) for batch in batch_sizes(settings)]
+        whole = settings.data.decoder == "whole"
+        self.decoder = CropDecoder(max(resolutions(settings)), samples, whole)
+        control = self.decoder.control
+        control["seed"], control["random"] = self.seed, 1
+        control["flip"] = FLIPS.index(settings.augmentation.flip)
+        control["ratio"] = settings.augmentation.crop_ratio
+        self.loader = _OrderedLoader(
+            path,
+            max(local_batches),
+            self.decoder,
+            workers_of(settings, world),
+            settings.data,
+        )
+
+    def epoch(self, plan: EpochPlan, first_step: int = 0, only: Indices | None = None) -> Batches:
+        """This process's batches of one epoch from a step on, or what they make of the samples
+        `only`, in that order; see `_OrderedLoader.batches`."""
+        self.decoder.control["epoch"] = plan.epoch
+        self.decoder.control["scale"] = plan.crop_scale
+        self.decoder.resolution = plan.resolution
+        self.loader.batch_size = local_batch_size(plan.batch_size, self.world)
+        order = epoch_order(self.samples, self.seed, plan.epoch)
+        order = share_of_order(order, self.loader.batch_size, self.world.rank, self.world.size)
+        order = order[first_step * self.loader.batch_size :] if only is None else only
+        return self.loader.batches(order, self.world.device)
+
+
+class ValLoader:
+    """Validation batches, each image once over all processes, all batches of one shape."""
+
+    def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
+        self.samples, self.world = samples, world
+        self.order, self.local_batch = exact_share(samples, settings.validation.batch_size, world)
+        whole = settings.data.decoder == "whole"
+        decoder = CropDecoder(settings.validation.resolution, samples, whole)
+        decoder.control["central"] = settings.validation.crop_ratio
+        self.loader = _OrderedLoader(
+            path,
+            self.local_batch,
+            decoder,
+            workers_of(settings, world),
+            settings.data,
+        )
+
+    def batches(self) -> Batches:
+        """As training batches; the last is filled up with black pictures labelled `PADDING`."""
+        with closing(self.loader.batches(self.order, self.world.device)) as batches:
+            for images, labels in batches:
+                yield pad(images, labels, self.local_batch)
+
+
+def pad(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Fill a batch up to `batch_size`: one shape, one compiled graph.
+
+    Args:
+        images: (n, 3, side, side), n <= batch_size; the memory format is kept.
+        labels: (n,).
+    """
+    missing = batch_size - len(labels)
+    if missing == 0:
+        return images, labels
+    black = images.new_zeros((missing, *images.shape[1:]))
+    full = torch.cat([images, black]).contiguous(memory_format=torch.channels_last)
+    return full, torch.cat([labels, labels.new_full((missing,), PADDING)])

@@ -1,0 +1,1 @@
+"""Trained networks, and how good they are."""

@@ -1,0 +1,393 @@
+"""Weights of every kind that we judge, as one thing: a network from raw pixels to logits.
+
+This project's checkpoints, state dicts of torchvision, timm and ours (.pt, .pth, .safetensors), and
+ONNX files.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+
+from ffcv_imnet.config.schema import Model, Settings, flatten, load
+from ffcv_imnet.core.errors import RunError, UsageError, in_range, nearest, reason_of
+from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
+from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
+from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
+from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite, resnet
+from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
+from ffcv_imnet.models.registry import REGISTRY, TIMM, build
+from ffcv_imnet.train import checkpoint
+
+assert "efficientnet_lite0" in REGISTRY, efficientnet_lite  # imported to be registered
+
+Channels = tuple[float, ...]  # three numbers, in units of 0 to 255
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Weights in working order.
+
+    `model` takes uint8 (or float) pixels 0 to 255, (N, 3, H, W), and gives logits (N, outputs). Of a
+    torch network it is `Sequential(Normalize, network)`.
+    """
+
+    model: nn.Module
+    outputs: int
+    classes: tuple[str, ...] | None  # names in index order, where the file or its folder has them
+    how: Preprocess  # what the weights were validated with, else torchvision's
+    origin: str  # for people: what was loaded
+    settings: Settings | None = None  # of the run, where these are a checkpoint's
+    arch: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of a ResNet, see models/resnet.py
+
+    @property
+    def uses_blurpool(self) -> bool:
+        """Whether a fixed blur stands before its strided convolutions."""
+        return any(isinstance(module, BlurConv2d) for module in self.model.modules())
+
+
+def load_network(
+    path: Path,
+    *,
+    arch: str | None = None,
+    plain: bool = False,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+) -> Network:
+    """Read weights, on the CPU, in evaluation mode; runs nothing that the file holds.
+
+    Args:
+        arch: of a state dict: a name of this project's registry (`timm:NAME` too) or torchvision's.
+            By default the network of the registry whose parameters have these names and shapes.
+        plain: of a checkpoint with averaged weights, take the plain ones.
+        mean, std: of the pixels, 0 to 255. Default: ImageNet's; for ONNX: raw pixels go in.
+
+    Raises:
+        UsageError: no such file, or it needs (or forbids) one of the options.
+        RunError: the file is damaged or is not what it is taken for.
+    """
+    if path.is_dir():
+        hint = f": name {path / 'best.pt'}" if (path / "best.pt").is_file() else ""
+        raise UsageError(f"--weights {path} is a folder{hint}")
+    if not path.is_file():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UsageError(f"--weights {path}: no such file{nearest(path.name, names)}")
+    if path.suffix == ".onnx":
+        if arch or plain:
+            raise UsageError(
+                f"{path} is an ONNX file and knows its network: leave out --arch, --plain"
+            )
+        network = _from_onnx(path, mean, std)
+    elif path.suffix == ".safetensors":
+        state, notes = _read_safetensors(path)
+        mean, std = (given or notes.get(key) for given, key in ((mean, "mean"), (std, "std")))
+        options = notes.get("options") if arch is None else None
+        network = _from_state(path, state, arch or notes.get("arch"), mean, std, options or {})
+        network = _with_notes(network, notes)
+    else:
+        content = checkpoint.read(path)
+        if isinstance(content, dict) and "run" in content and "format" in content:
+            if arch or mean or std:
+                raise UsageError(
+                    f"{path} is a checkpoint and knows its network: leave out --arch, --mean, --std"
+                )
+            network = _from_checkpoint(path, content, plain)
+        else:
+            network = _from_state(path, _tensors(path, content), arch, mean, std, {})
+    network.model.eval().requires_grad_(False)
+    _check_finite(path, network.model)
+    return network
+
+
+# ---- readers ------------------------------------------------------------------------------------
+
+
+def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise UsageError(
+            ".safetensors files need safetensors: pip install onnx onnxruntime safetensors"
+        ) from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found = file.metadata() or {}
+            notes = {key: json.loads(found["ffcv_imnet." + key]) for key in
+                     (k.removeprefix("ffcv_imnet.") for k in found if k.startswith("ffcv_imnet."))}  # fmt: skip
+    except Exception as error:
+        raise RunError(f"{path}: not a readable safetensors file ({reason_of(error)})") from error
+    return state, notes
+
+
+def _tensors(path: Path, content: Any) -> State:
+    """The state dict in a file, under the keys and prefixes that training scripts wrap it in."""
+    for key in ("state_dict_ema", "state_dict", "model_ema", "model", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise RunError(f"{path}: holds neither a checkpoint of this project nor a state dict")
+    if not content:
+        raise RunError(f"{path}: the state dict is empty")
+    for prefix in ("module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return content
+
+
+def _check_finite(path: Path, model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise RunError(f"{path}: {name} holds NaN or infinite values, the weights are lost")
+
+
+# ---- kinds --------------------------------------------------------------------------------------
+
+
+def _from_checkpoint(path: Path, state: dict[str, Any], plain: bool) -> Network:
+    checkpoint.check_format(state, path)
+    try:
+        run, weights, average = state["run"], state["model"], state["ema"]
+        settings = load(**{k.replace(".", "__"): v for k, v in flatten(run["settings"]).items()})
+        classes = tuple(run["classes"])
+        epochs = sum(record.get("type") == "epoch" for record in run["records"])
+        use_average = average is not None and bool(average["n_averaged"]) and not plain
+        if use_average:  # AveragedModel's: a counter, and the network under `module`
+            weights = {
+                k.removeprefix("module."): v for k, v in average.items() if k != "n_averaged"
+            }
+        model = build_model(settings, len(classes))
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunError(
+            f"{path}: a checkpoint whose parts do not fit each other ({reason_of(error)})"
+        ) from error
+    kind = "averaged weights" if use_average else "weights"
+    how = Preprocess(settings.validation.resolution, settings.validation.crop_ratio)
+    origin = f"{kind} of {settings.model.arch} after {epochs} epochs, {len(classes)} classes"
+    arch, options = settings.model.arch, resnet.options_of(settings.model)
+    return Network(model, len(classes), classes, how, origin, settings, arch, options)
+
+
+def _from_onnx(path: Path, mean: Channels | None, std: Channels | None) -> Network:
+    if (mean is None) != (std is None):
+        raise UsageError("an ONNX file needs both of --mean and --std, or neither (raw pixels)")
+    model = OnnxNetwork(path, mean, std)
+    notes = {key.removeprefix("ffcv_imnet."): value for key, value in model.metadata().items()}
+    how = Preprocess(model.resolution or Preprocess().resolution)
+    network = Network(model, model.outputs, None, how, f"ONNX, {model.outputs} classes")
+    return _with_notes(network, notes)
+
+
+def _with_notes(network: Network, notes: dict[str, Any]) -> Network:
+    """What `export` wrote beside the numbers."""
+    how = {k: notes[k] for k in ("resolution", "crop_ratio", "interpolation") if k in notes}
+    classes = tuple(notes["classes"]) if "classes" in notes else network.classes
+    return replace(network, classes=classes, how=replace(network.how, **how))
+
+
+def _from_state(
+    path: Path,
+    state: State,
+    arch: str | None,
+    mean: Channels | None,
+    std: Channels | None,
+    options: dict[str, Any],
+) -> Network:
+    candidates = [arch] if arch else sorted(REGISTRY)
+    for name in candidates:
+        for blurpool in (False, True):
+            constructor = _constructor(name, blurpool, options)
+            outputs = _outputs_of(constructor, state)
+            if outputs is None:
+                continue
+            network = constructor(outputs)
+            missing = _mismatch(network, state)
+            if missing is None:
+                network.load_state_dict(state)
+                model = nn.Sequential(normalize(mean or MEAN, std or STD), network)
+                origin = f"state dict of {name}{' with BlurPool' if blurpool else ''}"
+                return Network(
+                    model, outputs, None, Preprocess(), f"{origin}, {outputs} classes", arch=name,
+                    options=options,
+                )  # fmt: skip
+    if not arch:
+        raise UsageError(
+            f"{path}: a state dict of none of {', '.join(candidates)}; name its network with --arch "
+            f"(one of torchvision's, or {TIMM}NAME)"
+        )
+    constructor = _constructor(arch, False, options)
+    why = _mismatch(constructor(_outputs_of(constructor, state) or 1), state)
+    raise RunError(f"{path}: the state dict does not fit {arch}: {why}")
+
+
+def _constructor(name: str, blurpool: bool, options: dict[str, Any]) -> Callable[[int], nn.Module]:
+    """Makes the network for a number of classes. Raises UsageError for a name nobody knows."""
+    if name in REGISTRY or name.startswith(TIMM):
+        make: Callable[[int], nn.Module] = lambda classes: _registered(name, options, classes)  # noqa: E731
+    elif name in tv.list_models(module=tv):
+        make = lambda classes: tv.get_model(name, weights=None, num_classes=classes)  # noqa: E731
+    else:
+        known = [*REGISTRY, *tv.list_models(module=tv)]
+        raise UsageError(
+            f"--arch {name}: known neither here nor to torchvision{nearest(name, known)}; "
+            f"timm's networks are named {TIMM}NAME"
+        )
+    if not blurpool:
+        return make
+
+    def blurred(classes: int) -> nn.Module:
+        network = make(classes)
+        apply_blurpool(network)
+        return network
+
+    return blurred
+
+
+def _registered(name: str, options: dict[str, Any], classes: int) -> nn.Module:
+    network = build(name, classes, False)
+    resnet.apply_options(network, Model(arch=name, **options))
+    return network
+
+
+def _outputs_of(constructor: Callable[[int], nn.Module], state: State) -> int | None:
+    """The length, in the state dict, of the first parameter that follows the number of classes."""
+    with torch.device("meta"):
+        two, three = constructor(2).state_dict(), constructor(3).state_dict()
+    head = next((name for name in two if two[name].shape != three[name].shape), None)
+    return len(state[head]) if head in state and state[head].ndim else None
+
+
+def _mismatch(network: nn.Module, state: State) -> str | None:
+    """The first difference in names and shapes, in a few words; None if there is none."""
+    counter = "num_batches_tracked"  # absent from old files, of no use here
+    want = {k: tuple(v.shape) for k, v in network.state_dict().items() if counter not in k}
+    have = {k: tuple(v.shape) for k, v in state.items() if counter not in k}
+    for name, shape in want.items():
+        if name not in have:
+            return f"{name} is missing"
+        if have[name] != shape:
+            return f"{name} has shape {have[name]}, expected {shape}"
+    extra = next((name for name in have if name not in want), None)
+    return None if extra is None else f"{extra} belongs to another network"
+
+
+def normalize(mean: Channels, std: Channels) -> Normalize:
+    """The first layer of every network, for any mean and standard deviation of 0 to 255."""
+    layer = Normalize()
+    layer.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
+    layer.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
+    return layer
+
+
+# ---- options and classes ------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every tool that takes weights; `load_from` and `parse_preprocess` read them."""
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="checkpoint, state dict, .safetensors or .onnx")
+    add("--arch", metavar="NAME", help=f"of a state dict: here, in torchvision, or {TIMM}NAME")
+    add("--plain", action="store_true", help="the plain weights of a run that averaged them")
+    add("--mean", metavar="M", help="one or three numbers, 0 to 255; default: ImageNet's")
+    add("--std", metavar="S", help="likewise")
+    add("--crop_ratio", type=in_range(float, 0.01, 1), metavar="R",
+        help="side of the input over the resized shorter side; default: as validated")  # fmt: skip
+    add("--interpolation", choices=list(INTERPOLATIONS), help="of a photograph that is resized")
+
+
+def load_from(options: argparse.Namespace) -> Network:
+    """The network that the options of `add_options` name. Raises UsageError, RunError."""
+    return load_network(
+        options.weights, arch=options.arch, plain=options.plain,
+        mean=parse_channels(options.mean, "--mean"), std=parse_channels(options.std, "--std"),
+    )  # fmt: skip
+
+
+def parse_channels(text: str | None, option: str) -> Channels | None:
+    """`127` or `123.675,116.28,103.53` as three numbers. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3) or not all(-1e4 < value < 1e4 for value in values):
+        raise UsageError(f"{option} {text}: expected a number, or three separated by commas")
+    if min(values) < 1 and (option == "--std" or 0 < max(values) <= 1):
+        raise UsageError(
+            f"{option} {text}: in units of pixels from 0 to 255 (torchvision's 0.229 is 58.395)"
+        )
+    return values * 3 if len(values) == 1 else values
+
+
+def parse_preprocess(
+    network: Network, resolution: int | None, options: argparse.Namespace
+) -> Preprocess:
+    """The network's own preprocessing with what the command line changes.
+
+    Raises:
+        UsageError: the network does not take pictures of that size; it is tried on a black one.
+    """
+    how = Preprocess(
+        resolution or network.how.resolution, options.crop_ratio or network.how.crop_ratio,
+        options.interpolation or network.how.interpolation,
+    )  # fmt: skip
+    fixed = network.model.resolution if isinstance(network.model, OnnxNetwork) else None
+    if fixed and how.resolution != fixed:
+        raise UsageError(f"--resolution {how.resolution}: this ONNX file takes {fixed} px only")
+    try:
+        black = torch.zeros(1, 3, how.resolution, how.resolution, dtype=torch.uint8)
+        network.model(black)
+    except (RuntimeError, AssertionError, ValueError) as error:  # a transformer of fixed size
+        raise UsageError(
+            f"{network.origin}: does not take {how.resolution} px ({reason_of(error)}); "
+            "give another --resolution"
+        ) from error
+    return how
+
+
+def match_classes(network: Network, classes: Sequence[str], where: str) -> list[int]:
+    """The network's output for each class of a data set.
+
+    By name where the network has names; a network of 1,000 outputs without names has ImageNet's; else
+    in index order, if there are as many. ImageNet networks may so be judged on some of its classes.
+
+    Raises:
+        UsageError: the classes do not fit.
+    """
+    imagenet = tuple(imagenet_names()) if network.outputs == CLASSES else None
+    names = network.classes or imagenet
+    if names is not None:
+        index = {name: i for i, name in enumerate(names)}
+        strangers = [name for name in classes if name not in index]
+        if not strangers:
+            return [index[name] for name in classes]
+        if network.classes is not None:
+            raise UsageError(
+                f"{where} has {len(classes):,} classes and the network {network.outputs:,}, "
+                f"{strangers[0]!r} is not among them{nearest(strangers[0], names)}"
+            )
+    if len(classes) != network.outputs:
+        raise UsageError(
+            f"{where} has {len(classes):,} classes and the network {network.outputs:,}"
+        )
+    return list(range(network.outputs))
+
+
+def class_names(network: Network) -> tuple[str, ...]:
+    """The network's classes; ImageNet's for 1,000 without names; else numbers."""
+    if network.classes is not None:
+        return network.classes
+    if network.outputs == CLASSES:
+        return tuple(imagenet_names())
+    return tuple(str(index) for index in range(network.outputs))

@@ -1,0 +1,34 @@
+"""One image as a .beton stores it: what the encoding processes hand to the writer."""
+
+import hashlib
+from dataclasses import dataclass
+
+JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
+PAGE_SIZE = 1 << 23  # 8 MiB, ffcv's default; a sample never crosses a page
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A label and an image of `height` x `width` pixels, encoded.
+
+    `data` is a JPEG file, or with `mode` RAW the height x width x 3 bytes of RGB rows; `digest` is
+    its `sample_digest`.
+    """
+
+    label: int
+    mode: int
+    height: int
+    width: int
+    data: bytes
+    digest: bytes
+
+
+def sample_digest(label: int, data: bytes) -> bytes:
+    """sha256 over the label as little-endian int64 and the stored bytes; 32 bytes.
+
+    The content checksum of a .beton is the sha256 of all its samples' digests in index order, so
+    it can be computed in parallel and does not depend on where in the file an image lies.
+    """
+    digest = hashlib.sha256(label.to_bytes(8, "little", signed=True))
+    digest.update(data)
+    return digest.digest()

@@ -1,0 +1,1 @@
+"""What a run stands on: the processes of a run and their devices."""

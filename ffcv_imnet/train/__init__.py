@@ -1,0 +1,1 @@
+"""One run: epochs forward, evaluation, optimizers, checkpoints, the run's folder."""

@@ -1,0 +1,187 @@
+"""Checkpoints: saved whole or not at all, loaded without running anything they hold."""
+
+import os
+import shutil
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from ffcv_imnet.core.errors import RunError, UsageError, not_written, reason_of
+
+FORMAT = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What training changes, and the ways to run it. `ema` is None where no average is kept."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: GradScaler
+    ema: AveragedModel | None
+    forward: nn.Module  # `model` as training calls it: DistributedDataParallel, compiled
+    judge: nn.Module  # `model` and `ema` as validation calls them: compiled at most
+    ema_judge: nn.Module | None
+    precision: str  # fp32, bf16 or fp16
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Autocast's; float32 means none."""
+        return DTYPES[self.precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How far the training of an epoch has come, and what it came to so far."""
+
+    steps: int = 0
+    loss_sum: float = 0.0  # over the steps: the training objective, mean over all processes
+    lr: float = 0.0  # at the last step
+    seconds: float = 0.0
+    loader_seconds: float = 0.0  # waited for batches
+    skipped: int = 0  # damaged pictures, of all processes
+    compile_seconds: float | None = None  # None: not compiled
+    signal: int | None = None  # the one that ended it early
+    late: bool = False  # ended early by a limit of hours or dollars
+
+
+def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:
+    """Everything that going on needs. Crops and order need nothing: they follow from epoch and step.
+
+    Args:
+        run: plain values: settings, data checksums, classes, the records so far.
+    """
+    return {
+        "format": FORMAT,
+        "run": run,
+        "model": learner.model.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "ema": learner.ema.state_dict() if learner.ema is not None else None,
+        "torch_rng": torch.get_rng_state(),
+    }
+
+
+def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's state into `learner`. Raises RunError if it does not fit."""
+    try:
+        learner.model.load_state_dict(state["model"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        if learner.scaler.is_enabled():
+            learner.scaler.load_state_dict(state["scaler"])
+        if learner.ema is not None:
+            learner.ema.load_state_dict(state["ema"])
+        torch.set_rng_state(state["torch_rng"])
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path}: the checkpoint does not fit this network: {reason_of(error)}"
+        ) from error
+
+
+def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Write under a temporary name, reach the disk, read back, rename: `path` is never half a
+    checkpoint. What bore the name before is kept as `previous`.
+
+    Raises:
+        RunError: the disk is full, or gives back other bytes than it was given.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"{not_written(path, error)}; --resume auto goes on from the checkpoint before"
+        ) from error
+    if (damage := damage_of(partial)) is not None:
+        raise RunError(
+            f"{partial} was written and reads back damaged ({damage}): is the disk sound?"
+        )
+    if previous is not None and path.exists():
+        copy(path, previous)
+    partial.replace(path)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes; None if each part has its checksum (the zip's CRC-32)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        return reason_of(error)
+    return None if part is None else f"the checksum of {part} differs"
+
+
+def copy(source: Path, target: Path) -> None:
+    """Make `target` the checkpoint that `source` is, in one step.
+
+    A link where the file system has them: `save` replaces names and never changes a file.
+    """
+    partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU; only tensors and plain values are accepted.
+
+    Raises:
+        UsageError: no such file, or one of another kind.
+        RunError: the file is damaged or is not a checkpoint of this project.
+    """
+    state = read(path)
+    check_format(state, path)
+    return state
+
+
+def check_format(state: Any, path: Path) -> None:
+    """Raises RunError if what `read` gave is no checkpoint of this project."""
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise RunError(f"{path}: not a checkpoint of this project (format {FORMAT})")
+
+
+def read(path: Path) -> Any:
+    """What torch.save wrote, on the CPU; only tensors and plain values are accepted.
+
+    Raises:
+        UsageError: the file cannot be opened, or torch.save did not write it.
+        RunError: it is damaged, or reading it would run what it holds.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    if (
+        start and start != b"PK" and not start.startswith(b"\x80")
+    ):  # a zip, before torch 1.6 a pickle
+        raise UsageError(f"{path} is no file of weights: torch.save did not write it")
+    if start == b"PK" and (damage := damage_of(path)) is not None:
+        raise RunError(f"{path} is damaged, cut off or no file of weights ({damage})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript's archives, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        if "Unsupported" in str(error):
+            raise RunError(
+                f"{path} holds Python objects (a whole network?) whose loading would run their code: "
+                "save its state_dict() instead"
+            ) from error
+        raise RunError(f"{path} is damaged, cut off or no file of weights") from error

@@ -1,0 +1,105 @@
+"""What torch raises when another process or the accelerator's memory is lost, as one sentence."""
+
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from ffcv_imnet.config.schedules import EpochPlan
+from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.core.errors import RunError, reason_of
+from ffcv_imnet.machine.distributed import World
+from ffcv_imnet.train.checkpoint import Learner
+
+SPARE = 0.1  # of the memory: what the caching allocator loses between blocks of many sizes
+
+
+@contextmanager
+def explained(
+    learner: Learner, plan: EpochPlan, settings: Settings, world: World
+) -> Iterator[None]:
+    """Around an epoch's training and validation.
+
+    Raises:
+        RunError: in place of torch's error for a full memory, and for a process that died or was
+            silent for `distributed.timeout_seconds`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the batch and its activations
+        raise RunError(_out_of_memory(learner, plan, settings, world)) from None
+    except RuntimeError as error:
+        # gloo has no exception of its own; its messages begin with its file's name.
+        if world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RunError(
+            f"process {world.rank} lost the others in epoch {plan.epoch}: one of them died, or was "
+            f"silent for distributed.timeout_seconds {settings.distributed.timeout_seconds:g} "
+            f"({reason_of(error)}); --resume auto goes on from the last checkpoint"
+        ) from error
+
+
+def _out_of_memory(learner: Learner, plan: EpochPlan, settings: Settings, world: World) -> str:
+    what = f"the memory of {world.device_name()} is full"
+    if not learner.model.training:
+        batch = settings.validation.batch_size
+        return (
+            f"{what} in the validation after epoch {plan.epoch}: lower validation.batch_size {batch}, "
+            f"which changes no result, and --resume auto goes on"
+        )
+    local = plan.batch_size // world.size
+    try:
+        fits = fitting_batch(lambda batch: _peak(learner, batch, plan, world), _room(world), local)
+    except RuntimeError:  # not even the small ones fitted
+        fits = None
+    advice = f"{fits * world.size} would fit" if fits else "take a much smaller one"
+    return (
+        f"{what} in epoch {plan.epoch} at {plan.resolution} px with a batch of {plan.batch_size}: "
+        f"{advice} (--training.batch_size, or the stage's batch_size; another logging.folder)"
+    )
+
+
+def fitting_batch(peak: Callable[[int], int], room: int, tried: int) -> int | None:
+    """The largest batch of one process that fits, a multiple of 8 where it is larger than that.
+
+    Memory is a constant (weights, momentum) and so much a picture. How far the step that failed had
+    come nobody knows, so both are measured on two small batches.
+
+    Args:
+        peak: most bytes allocated during a step with a batch of so many.
+        room: bytes that this process can have.
+        tried: the batch that did not fit.
+    """
+    small = tried // 8
+    if small < 2:
+        return None
+    first, second = peak(small), peak(2 * small)
+    each = max(1.0, (second - first) / small)
+    fits = min(tried - 1, small + math.floor((room * (1 - SPARE) - first) / each))
+    return (fits // 8 * 8 if fits > 8 else fits) if fits > 0 else None
+
+
+def _room(world: World) -> int:
+    """Bytes free on the accelerator, with what this process has already."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device)
+
+
+def _peak(learner: Learner, batch: int, plan: EpochPlan, world: World) -> int:
+    """Most bytes during forward and backward, with the momentum that the first step has yet to
+    allocate. Not compiled, which would take minutes for a new shape and need less memory."""
+    side = plan.resolution
+    learner.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats(world.device)
+    images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=world.device)
+    half = learner.dtype != torch.float32
+    with torch.autocast(world.device.type, learner.dtype, enabled=half):
+        loss = learner.model(images.contiguous(memory_format=torch.channels_last)).float().sum()
+    loss.backward()
+    learner.optimizer.zero_grad(set_to_none=True)
+    momentum = 0 if learner.optimizer.state else sum(p.nbytes for p in learner.model.parameters())
+    return torch.cuda.max_memory_allocated(world.device) + momentum

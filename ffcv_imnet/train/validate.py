@@ -1,0 +1,165 @@
+"""One exact pass over the validation set: every image counts once, at any number of processes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ffcv_imnet.core.errors import RunError
+from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.data.loader import PADDING, Batches, ValLoader
+from ffcv_imnet.machine.distributed import Interrupted, StopSignal, World
+from ffcv_imnet.train.checkpoint import Learner
+from ffcv_imnet.train.heartbeat import SILENT, Heartbeat
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Fractions of one over all images; `loss` is the mean plain cross-entropy of the single view."""
+
+    loss: float
+    top_1: float
+    top_5: float
+    tta_top_1: float | None  # with logits summed over the picture and its mirror image
+    tta_top_5: float | None
+    images: int
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels are the first, and among the first five, of the logits.
+
+    Args:
+        logits: (N, classes). With fewer than five classes all of them count as the first five.
+        labels: (N,), int64; a negative one is never hit.
+
+    Returns:
+        (2,), float64, on the same device.
+    """
+    best = logits.topk(min(5, logits.shape[1])).indices
+    found = best == labels[:, None]
+    return torch.stack([found[:, 0].sum(), found.sum()]).double()
+
+
+class Loader(Protocol):
+    """`data.ValLoader` or `photos.FolderLoader`: sample k * size + rank is this process's k-th."""
+
+    samples: int
+
+    def batches(self) -> Batches: ...
+
+
+@torch.no_grad()
+def forward(
+    model: nn.Module,
+    loader: Loader,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    tta: bool,
+    what: str,
+    stop: StopSignal | None = None,
+    heart: Heartbeat = SILENT,
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Logits of every batch and its labels, in evaluation mode.
+
+    Yields:
+        Logits (batch, classes), float32, of the view "single" and with `tta` of "flip", where they
+        are the mean over the picture and its mirror image; labels (batch,), `PADDING` among them.
+
+    Raises:
+        Interrupted: `stop` noted a signal (single process only: several cannot agree in here).
+        RunError: the loader failed.
+    """
+    model.eval()
+    with Progress(loader.samples, what, enabled=world.is_main) as progress:
+        for images, labels in loader.batches():
+            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+                logits = {"single": model(images).float()}
+                if tta:
+                    logits["flip"] = (logits["single"] + model(images.flip(3)).float()) / 2
+            yield logits, labels
+            progress.update(len(labels) * world.size)
+            heart.beat("validating")
+            if stop is not None and stop.received is not None and world.size == 1:
+                raise Interrupted(stop.received)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    tta: bool = False,
+    stop: StopSignal | None = None,
+    heart: Heartbeat = SILENT,
+    what: str = "validation",
+) -> Metrics:
+    """Judge `model` on all of `loader`'s images, in evaluation mode.
+
+    Sums are kept on the device in float64, added up over the processes once, at the end.
+
+    Raises:
+        Interrupted: see `forward`.
+        RunError: the loss is NaN or infinite, or the loader failed.
+    """
+    sums = torch.zeros(6, dtype=torch.float64, device=world.device)
+    batches = forward(model, loader, world, dtype, tta=tta, what=what, stop=stop, heart=heart)
+    for logits, labels in batches:
+        single = logits["single"]
+        sums[0] += F.cross_entropy(single, labels, ignore_index=PADDING, reduction="sum")
+        sums[1] += (labels != PADDING).sum()
+        sums[2:4] += hits(single, labels)
+        if tta:
+            sums[4:6] += hits(logits["flip"], labels)
+    loss_sum, images_seen, *found = world.sum(sums).tolist()
+    if not images_seen:
+        raise RunError(f"not one picture of the {what} could be decoded: write its .beton again")
+    if not math.isfinite(loss_sum):
+        raise RunError(
+            f"the {what} loss is NaN or infinite: the weights are lost; try a lower lr.lr"
+        )
+    top_1, top_5, tta_top_1, tta_top_5 = (count / images_seen for count in found)
+    return Metrics(
+        loss=loss_sum / images_seen,
+        top_1=top_1,
+        top_5=top_5,
+        tta_top_1=tta_top_1 if tta else None,
+        tta_top_5=tta_top_5 if tta else None,
+        images=round(images_seen),
+    )
+
+
+def validate(
+    learner: Learner,
+    loader: ValLoader,
+    world: World,
+    tta: bool,
+    stop: StopSignal,
+    heart: Heartbeat = SILENT,
+) -> tuple[Metrics, Metrics | None]:
+    """Judge the weights and, where there is one already, their average.
+
+    BatchNorm's statistics are first made equal on all processes, and stay so for the checkpoint.
+    """
+    world.share(learner.model)
+    plain = evaluate(learner.judge, loader, world, learner.dtype, tta=tta, stop=stop, heart=heart)
+    if learner.ema is None or learner.ema_judge is None or not learner.ema.n_averaged:
+        return plain, None
+    world.share(learner.ema)
+    average = evaluate(
+        learner.ema_judge,
+        loader,
+        world,
+        learner.dtype,
+        tta=tta,
+        stop=stop,
+        heart=heart,
+        what="EMA validation",
+    )
+    return plain, average
