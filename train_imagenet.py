@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from ffcv_imnet.config.parsing import parse, to_yaml
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
-from ffcv_imnet.config.schema import Settings, parse, to_dict, to_yaml
+from ffcv_imnet.config.schema import Settings, to_dict
 from ffcv_imnet.core.errors import LostLoss, run_main
 from ffcv_imnet.core.log import Epoch, Header, Summary
 from ffcv_imnet.data.beton import Manifest, manifest_path

@@ -9,7 +9,8 @@ import pytest
 
 import tests.networks  # noqa: F401  (registers the tiny network)
 import write_ffcv
-from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.config.parsing import load
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.images import synthetic as shapes
 
 

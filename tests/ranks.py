@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import tests.networks  # noqa: F401
+from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
-from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.train import checkpoint

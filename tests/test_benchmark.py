@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ffcv_imnet.config.schema import to_yaml
+from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.tools import benchmark
 from tests.conftest import SmallData

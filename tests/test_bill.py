@@ -7,8 +7,9 @@ import pytest
 
 import train_imagenet
 from ffcv_imnet.bench import cost as bill
+from ffcv_imnet.config.parsing import load, parse
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
-from ffcv_imnet.config.schema import Settings, load, parse
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core import log as records
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.machine.distributed import StopSignal

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import train_imagenet
-from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.config.parsing import load
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import Epoch, read_log
 from ffcv_imnet.train.trackers import check_boards, numbers

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ffcv_imnet.bench import cost as bill
-from ffcv_imnet.config.schema import parse
+from ffcv_imnet.config.parsing import parse
 
 TASKS = sorted(Path("cloud").glob("*.yaml"))
 TRAINING = [path for path in TASKS if path.stem != "prepare"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ffcv_imnet.config.schema import to_yaml
+from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.machine.distributed import World

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ffcv_imnet.config.schema import to_yaml
+from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.data import loader as data
 from ffcv_imnet.models import build_model
@@ -76,11 +76,11 @@ import json, sys, torch
 import tests.networks
 from ffcv_imnet.data import loader as data
 from ffcv_imnet.machine import distributed
-from ffcv_imnet.config import schema as settings
+from ffcv_imnet.config import parsing
 from ffcv_imnet.train.validate import evaluate
 from ffcv_imnet.models import build_model
 from dataclasses import asdict
-chosen = settings.load(sys.argv[1])
+chosen = parsing.load(sys.argv[1])
 world = distributed.describe_world()
 distributed.connect(world)
 model = build_model(chosen, 10)

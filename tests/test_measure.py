@@ -79,7 +79,7 @@ def test_measure_run(small: SmallData, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_dry_run_measures_no_data(tmp_path: Path) -> None:
-    from ffcv_imnet.config.schema import load
+    from ffcv_imnet.config.parsing import load
     from ffcv_imnet.core.errors import UsageError
 
     settings = load(data__train_dataset=tmp_path / "none.beton")

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from ffcv_imnet import models
-from ffcv_imnet.config.schema import load
+from ffcv_imnet.config.parsing import load
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.models import blurpool, registry
 

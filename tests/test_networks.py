@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 import train_imagenet
-from ffcv_imnet.config.schema import Model, load, to_dict
+from ffcv_imnet.config.parsing import load
+from ffcv_imnet.config.schema import Model, to_dict
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.evaluate.weights import load_network

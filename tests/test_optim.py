@@ -6,17 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffcv_imnet.config.schema import Settings, Training, load
+from ffcv_imnet.config.parsing import load
+from ffcv_imnet.config.schema import Settings, Training
 from ffcv_imnet.models import build_model
-from ffcv_imnet.train.optim import (
-    POLYNOMIALS,
-    MuonSGD,
-    build_average,
-    build_optimizer,
-    is_kernel,
-    newton_schulz,
-    parameter_groups,
-)
+from ffcv_imnet.train.muon import POLYNOMIALS, MuonSGD, is_kernel, newton_schulz
+from ffcv_imnet.train.optim import build_average, build_optimizer, parameter_groups
 
 
 def muon(**overrides: object) -> Settings:

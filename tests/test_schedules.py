@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from ffcv_imnet.config import schedules
-from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.config.parsing import load
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import UsageError
 
 

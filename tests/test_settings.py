@@ -5,22 +5,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ffcv_imnet.config import schema as s
+from ffcv_imnet.config.parsing import help_text, load, parse, to_yaml
+from ffcv_imnet.config.schema import Settings, differences, to_dict
 from ffcv_imnet.core.errors import UsageError
 
 RECIPES = sorted(Path("rn_configs").glob("*.yaml"))
 
 
 def test_defaults() -> None:
-    assert s.parse([]).settings == s.Settings()
+    assert parse([]).settings == Settings()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_loads_and_feeds_itself_back(path: Path, tmp_path: Path) -> None:
-    settings = s.load(path)
+    settings = load(path)
     again = tmp_path / "config.yaml"
-    again.write_text(s.to_yaml(settings))
-    assert s.load(again) == settings
+    again.write_text(to_yaml(settings))
+    assert load(again) == settings
 
 
 def test_the_recipes_that_the_readme_names_exist() -> None:
@@ -29,7 +30,7 @@ def test_the_recipes_that_the_readme_names_exist() -> None:
 
 @pytest.mark.parametrize("name", ["rn18_16ep", "rn50_16ep"])
 def test_the_public_recipes(name: str) -> None:
-    settings = s.load(f"rn_configs/{name}.yaml")
+    settings = load(f"rn_configs/{name}.yaml")
     training = settings.training
     batch, lr, decay = {"rn18_16ep": (1024, 0.5, 5e-5), "rn50_16ep": (4096, 1.7, 1e-4)}[name]
     assert (training.batch_size, settings.lr.lr, training.weight_decay) == (batch, lr, decay)
@@ -45,9 +46,9 @@ def test_later_wins(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("lr: {lr: 1.0, lr_peak_epoch: 3}\n")
     second.write_text("lr.lr: 2.0\n")
-    settings = s.load(first, second)
+    settings = load(first, second)
     assert (settings.lr.lr, settings.lr.lr_peak_epoch) == (2.0, 3.0)
-    assert s.load(first, second, lr__lr=3).lr.lr == 3.0
+    assert load(first, second, lr__lr=3).lr.lr == 3.0
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_later_wins(tmp_path: Path) -> None:
 )
 def test_mistakes_on_the_command_line(argument: str, says: str) -> None:
     with pytest.raises(UsageError) as error:
-        s.parse([argument])
+        parse([argument])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -108,7 +109,7 @@ def test_mistakes_in_a_file_name_the_file(text: str, says: str, tmp_path: Path) 
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(UsageError) as error:
-        s.load(path)
+        load(path)
     assert says in str(error.value) and str(path) in str(error.value)
 
 
@@ -125,45 +126,45 @@ def test_mistakes_in_a_file_name_the_file(text: str, says: str, tmp_path: Path) 
 )
 def test_settings_that_clash(arguments: list[str]) -> None:
     with pytest.raises(UsageError):
-        s.parse(arguments)
+        parse(arguments)
 
 
 def test_a_section_without_settings(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("muon:\n# lr: 0.1\nlr: {lr: 0.25}\n")
-    assert s.load(path) == s.load(lr__lr=0.25)
+    assert load(path) == load(lr__lr=0.25)
 
 
 def test_words_for_a_switch() -> None:
     for word in ("false", "False", "0", "no", "off"):
-        assert s.load(training__use_blurpool=word).training.use_blurpool is False
+        assert load(training__use_blurpool=word).training.use_blurpool is False
     for word in ("true", "True", "1", "yes", "on"):
-        assert s.load(training__use_blurpool=word).training.use_blurpool is True
+        assert load(training__use_blurpool=word).training.use_blurpool is True
 
 
 def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("lr.lr", "99")
     monkeypatch.setenv("lr", "99")
-    assert s.load().lr.lr == s.Settings().lr.lr
+    assert load().lr.lr == Settings().lr.lr
 
 
 def test_yaml_numbers_without_a_point(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("training: {weight_decay: 5e-5, seed: 9007199254740993}")
     assert isinstance(yaml.safe_load(path.read_text())["training"]["weight_decay"], str)
-    settings = s.load(path)
+    settings = load(path)
     assert settings.training.weight_decay == 5e-5
     assert settings.training.seed == 9007199254740993  # does not fit a float
 
 
 def test_differences_leave_out_what_does_not_shape_the_result() -> None:
-    ours = s.to_dict(s.load(lr__lr=1, data__num_workers=1, logging__folder="a"))
-    theirs = s.to_dict(s.load(lr__lr=2, logging__folder="b"))
-    assert s.differences(ours, theirs) == ["lr.lr 2.0 -> 1.0"]
+    ours = to_dict(load(lr__lr=1, data__num_workers=1, logging__folder="a"))
+    theirs = to_dict(load(lr__lr=2, logging__folder="b"))
+    assert differences(ours, theirs) == ["lr.lr 2.0 -> 1.0"]
 
 
 def test_the_help_names_every_setting() -> None:
-    text = s.help_text()
-    for section, values in s.to_dict(s.Settings()).items():
+    text = help_text()
+    for section, values in to_dict(Settings()).items():
         for name in values:
             assert f"--{section}.{name} " in text

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import train_imagenet
-from ffcv_imnet.config.schema import parse, to_yaml
+from ffcv_imnet.config.parsing import parse, to_yaml
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.tools import compare, sweep

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import train_imagenet
-from ffcv_imnet.config.schema import Settings, load, to_yaml
+from ffcv_imnet.config.parsing import load, to_yaml
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Epoch, Log, read_log
 from ffcv_imnet.data.loader import epoch_order

@@ -15,12 +15,13 @@ import yaml
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
+from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
-from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.log import Epoch
 from ffcv_imnet.models import build_model
-from ffcv_imnet.train.optim import is_kernel, newton_schulz
+from ffcv_imnet.train.muon import is_kernel, newton_schulz
 
 MACHINES = Path(__file__).with_name("machines.yaml")
 THROUGHPUTS = Path(__file__).with_name("throughputs.yaml")

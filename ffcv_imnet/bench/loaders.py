@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numba import njit, prange, set_num_threads, types
 
+from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
-from ffcv_imnet.config.schema import load
 from ffcv_imnet.core.errors import RunError, run_main
 from ffcv_imnet.data.beton import read_tables
 from ffcv_imnet.data.decoders import native_kernel, random_crop

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import EpochPlan
-from ffcv_imnet.config.schema import Settings, load
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.data.loader import Batches, TrainLoader
 from ffcv_imnet.machine.distributed import StopSignal, World

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from ffcv_imnet.config.schema import Settings, Stage
+from ffcv_imnet.config.domains import Stage
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import UsageError
 
 IMAGENET_TRAIN_IMAGES = 1_281_167  # ILSVRC 2012

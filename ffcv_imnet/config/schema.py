@@ -1,195 +1,26 @@
 """Every training setting, declared once: name, type, default, unit, help.
 
-The dataclasses below are the declaration. fastargs reads YAML files and the command line; what it
-would let pass (unknown keys, abbreviations, the environment, `bool("False")`) is refused here.
-Names are those of ffcv-imagenet where it has them.
+One dataclass a section. `parsing` fills them from YAML files and the command line. Names are
+those of ffcv-imagenet where it has them.
 """
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, get_type_hints
 
-import fastargs
-import yaml
-from fastargs.dict_utils import expand_keys, fix_dict
 from fastargs.validation import Checker
 
-from ffcv_imnet.core.errors import Parser, UsageError, nearest
-
-MOST_EPOCHS = 100_000  # the plan has a row for each
-
-
-class Number(Checker):
-    """An int or a float within bounds."""
-
-    def __init__(self, kind: type[int] | type[float], low: float, high: float) -> None:
-        self.kind, self.low, self.high = kind, low, high
-
-    def check(self, value: object) -> int | float:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise ValueError
-        number = float(value)
-        whole = self.kind is int
-        # JSON has no infinity, and int() of it is another error.
-        if not (math.isfinite(number) and self.low <= number <= self.high):
-            raise ValueError
-        if whole and number != int(number):
-            raise ValueError
-        return int(value) if whole else number  # int(value): a 63-bit seed does not fit a float
-
-    def help(self) -> str:
-        noun = "an integer" if self.kind is int else "a number"
-        if math.isinf(self.high):
-            return noun if math.isinf(self.low) else f"{noun} of at least {self.low:g}"
-        return f"{noun} from {self.low:g} to {self.high:g}"
-
-
-class OneOf(Checker):
-    """One of two integers."""
-
-    def __init__(self, first: int, second: int) -> None:
-        self.numbers = first, second
-
-    def check(self, value: object) -> int:
-        number = Number(int, *self.numbers).check(value)
-        if number not in self.numbers:
-            raise ValueError
-        return int(number)
-
-    def help(self) -> str:
-        return "{} or {}".format(*self.numbers)
-
-
-class Switch(Checker):
-    """true or false, in YAML's words or as 1 and 0."""
-
-    def check(self, value: object) -> bool:
-        word = str(value).lower()
-        if word not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-            raise ValueError
-        return word in ("true", "yes", "on", "1")
-
-    def help(self) -> str:
-        return "true or false"
-
-
-class Choice(Checker):
-    """One of a few words; `once` maps what earlier recipes say to what it is called now."""
-
-    def __init__(self, words: Sequence[str], once: dict[str, str] | None = None) -> None:
-        self.words, self.once = words, once or {}
-
-    def check(self, value: object) -> str:
-        word = str(value).lower()
-        word = self.once.get(word, word)
-        if word not in self.words:
-            raise ValueError
-        return word
-
-    def help(self) -> str:
-        return "one of " + ", ".join(self.words)
-
-
-class Text(Checker):
-    """Any text that is not empty."""
-
-    def check(self, value: object) -> str:
-        if not isinstance(value, str) or not value:
-            raise ValueError
-        return value
-
-    def help(self) -> str:
-        return "a text"
-
-
-class Range(Checker):
-    """Two numbers, the smaller first: `[0.35, 1]` in YAML, `0.35,1` on the command line."""
-
-    def __init__(self, low: float, high: float) -> None:
-        self.number = Number(float, low, high)
-
-    def check(self, value: object) -> tuple[float, float]:
-        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or len(parts) != 2:
-            raise ValueError
-        first, second = (self.number.check(part) for part in parts)
-        if first > second:
-            raise ValueError
-        return first, second
-
-    def help(self) -> str:
-        return f"two numbers from {self.number.low:g} to {self.number.high:g}, the smaller first"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A row of `plan.stages`. What it leaves out is taken from the settings of that name."""
-
-    epochs: int
-    resolution: int  # side of the training crops, px
-    crop_scale: tuple[float, float] | None = None
-    batch_size: int | None = None  # global
-    label_smoothing: float | None = None
-
-
-class RowError(ValueError):
-    """What is wrong with a row of `plan.stages`, in words for the user."""
-
-
-class Stages(Checker):
-    """A list of `Stage`s: in YAML as it is, on the command line as YAML text. `check` raises RowError."""
-
-    columns: ClassVar[dict[str, Checker]] = {
-        "epochs": Number(int, 1, MOST_EPOCHS),
-        "resolution": Number(int, 8, 4096),
-        "crop_scale": Range(0.001, 1.0),
-        "batch_size": Number(int, 1, math.inf),
-        "label_smoothing": Number(float, 0.0, 0.9999),
-    }
-
-    def check(self, value: object) -> tuple[Stage, ...]:
-        try:
-            rows = yaml.safe_load(value) if isinstance(value, str) else value
-        except yaml.YAMLError:
-            raise ValueError from None
-        if not isinstance(rows, list | tuple):
-            raise ValueError
-        return tuple(
-            row if isinstance(row, Stage) else self._stage(row, f"row {number}")
-            for number, row in enumerate(rows, 1)
-        )
-
-    def _stage(self, row: object, where: str) -> Stage:
-        if not isinstance(row, dict):
-            raise RowError(
-                f"{where} must be settings such as {{epochs: 3, resolution: 128}}, not {row!r}"
-            )
-        values = {}
-        for key, value in row.items():
-            if key not in self.columns:
-                raise RowError(
-                    f"{where}: unknown {key!r}{nearest(str(key), list(self.columns))}; known are "
-                    f"{', '.join(self.columns)}"
-                )
-            try:
-                values[key] = self.columns[key].check(value)
-            except (ValueError, TypeError, OverflowError):
-                domain = self.columns[key].help()
-                raise RowError(f"{where}: {key} must be {domain}, not {value!r}") from None
-        for key in ("epochs", "resolution"):
-            if key not in values:
-                raise RowError(f"{where} has no {key}")
-        return Stage(**values)
-
-    def help(self) -> str:
-        optional = [name for name in self.columns if name not in ("epochs", "resolution")]
-        return (
-            "a list of rows such as {epochs: 3, resolution: 128}, each with optional "
-            + ", ".join(optional)
-        )
+from ffcv_imnet.config.domains import (
+    MOST_EPOCHS,
+    Choice,
+    Number,
+    OneOf,
+    Range,
+    Stage,
+    Stages,
+    Switch,
+    Text,
+)
 
 
 def _setting(default: Any, checker: Checker, text: str) -> Any:
@@ -451,16 +282,6 @@ class Settings:
     cost: Cost = Cost()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """A command line of train_imagenet.py."""
-
-    settings: Settings
-    dry_run: bool = False
-    measure: bool = False
-    resume: str | None = None  # "auto" or a checkpoint's path
-
-
 # Settings that may differ between a run and its resumption: they leave the numbers as they are.
 # The data's paths are among them because their content is compared by checksum.
 NOT_OF_THE_RESULT = (
@@ -489,18 +310,13 @@ NOT_OF_THE_RESULT = (
 
 def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
     """By section, in JSON's and YAML's types; settings left to the machine (None) are absent."""
-    return {section: _json_types(values) for section, values in asdict(settings).items()}
+    return {section: json_types(values) for section, values in asdict(settings).items()}
 
 
-def _json_types(value: Any) -> Any:
+def json_types(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _json_types(item) for key, item in value.items() if item is not None}
-    return [_json_types(item) for item in value] if isinstance(value, tuple) else value
-
-
-def to_yaml(settings: Settings) -> str:
-    """A file that `--config` takes and that gives the same settings."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, width=1000)
+        return {key: json_types(item) for key, item in value.items() if item is not None}
+    return [json_types(item) for item in value] if isinstance(value, tuple) else value
 
 
 def flatten(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -521,314 +337,10 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [f"{key} {b.get(key)} -> {a.get(key)}" for key in keys if a.get(key) != b.get(key)]
 
 
-def _sections() -> dict[str, type]:
+def sections() -> dict[str, type]:
     return get_type_hints(Settings)
 
 
-def _declared() -> dict[str, "Field[Any]"]:
+def declared() -> dict[str, "Field[Any]"]:
     """All settings by their dotted name."""
-    return {f"{s}.{f.name}": f for s, section in _sections().items() for f in fields(section)}
-
-
-class StrictConfig(fastargs.Config):
-    """fastargs without its surprises.
-
-    Unknown keys are refused with the nearest right name; a value is checked when it is read, so
-    that the message can name its file; the environment changes nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, section in _sections().items():
-            params = {f.name: _param(f) for f in fields(section)}
-            fastargs.Section(name, (section.__doc__ or "").strip(), self).params(**params)
-
-    def collect_from(self, values: dict[Any, Any], origin: str) -> None:
-        """Check `values` (nested or dotted keys) and merge them over what is there.
-
-        Raises:
-            UsageError: an unknown key or a value out of its domain; names `origin` and the key.
-        """
-        for path, value in _leaves(fix_dict(expand_keys(values))):
-            key = ".".join(path)
-            if key in _sections():
-                if value is None:  # every line below it is a comment
-                    continue
-                example = next(name for name in _declared() if name.startswith(f"{key}."))
-                raise UsageError(
-                    f"{origin}: {key} is a section: its settings stand below it, {example} for one"
-                )
-            if path not in self.entries:
-                raise UsageError(f"{origin}: unknown setting {key!r}{_suggest(key)}")
-            if value is None:
-                continue
-            checker = self.entries[path].checker
-            try:
-                checker.check(value)
-            except RowError as error:
-                raise UsageError(f"{origin}: {key}, {error}") from None
-            except (ValueError, KeyError, TypeError, OverflowError):
-                raise UsageError(
-                    f"{origin}: {key} must be {checker.help()}, not {value!r}"
-                ) from None
-        self.collect({key: value for key, value in values.items() if value is not None})
-
-    def collect_env_variables(self) -> "StrictConfig":
-        """The environment changes nothing."""
-        return self
-
-
-def _param(declared: "Field[Any]") -> fastargs.Param:
-    assert declared.default is not MISSING
-    return fastargs.Param(declared.metadata["checker"], declared.metadata["help"], declared.default)
-
-
-def _leaves(
-    values: dict[Any, Any], above: tuple[str, ...] = ()
-) -> list[tuple[tuple[str, ...], Any]]:
-    out: list[tuple[tuple[str, ...], Any]] = []
-    for key, value in values.items():
-        path = (*above, str(key))
-        out += _leaves(value, path) if isinstance(value, dict) else [(path, value)]
-    return out
-
-
-def _suggest(key: str) -> str:
-    """The nearest setting, looking first for the same last name in another section."""
-    names = list(_declared())
-    same = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
-    return f" (did you mean {same[0]}?)" if same else nearest(key, names)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one winning unseen."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
-    """A YAML file as a dict; `option` stands before its name in messages.
-
-    Raises:
-        UsageError: the file is missing, is not YAML or is not a table of settings.
-    """
-    file = Path(path)
-    if file.is_dir():
-        recipes = ", ".join(sorted(p.name for p in file.glob("*.yaml"))) or "no .yaml file"
-        raise UsageError(f"{option}{path}: a folder; name one file (it holds {recipes})")
-    if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else Path()
-        near = nearest(file.name, [p.name for p in folder.glob("*.yaml")])
-        raise UsageError(f"{option}{path}: no such file{near}")
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{option}{path}: not a YAML file: {reason}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"{option}{path}: holds no settings; expected lines such as 'lr: {{lr: 0.5}}'"
-        )
-    return values
-
-
-def help_text() -> str:
-    """Every setting with its default, its domain and its meaning."""
-    lines = ["settings, in a --config file or as --section.name=value:"]
-    for name, section in _sections().items():
-        lines.append(f"\n  {(section.__doc__ or '').strip()}")
-        for item in fields(section):
-            default = "" if item.default is None else f" [{_plain(item.default)}]"
-            lines.append(f"    --{name}.{item.name}{default}: {item.metadata['checker'].help()}")
-            lines.append(f"        {item.metadata['help']}")
-    return "\n".join(lines)
-
-
-def _plain(value: object) -> str:
-    """A setting's value as the command line takes it."""
-    if isinstance(value, tuple) and value and not isinstance(value[0], Stage | dict):
-        return ",".join(f"{part:g}" for part in value)
-    if isinstance(value, list | tuple):
-        rows = [_json_types(asdict(row)) if isinstance(row, Stage) else row for row in value]
-        return yaml.safe_dump(rows, default_flow_style=True, width=1000).strip()
-    return str(value)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="train_imagenet.py",
-        description="Train a classifier on .beton files that write_ffcv.py wrote.",
-        epilog=help_text(),
-    )
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later wins"
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="auto|CHECKPOINT",
-        help="go on with the run in logging.folder, or from a file",
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print settings, plan and bill; needs neither data nor a GPU",
-    )
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="with --dry_run: measure this machine on the data and predict the run's duration",
-    )
-    for key in _declared():
-        parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
-    return parser
-
-
-def parse(argv: Sequence[str] | None = None) -> Command:
-    """The command line as resolved settings: defaults, then each --config, then --section.name.
-
-    Raises:
-        UsageError: see `StrictConfig.collect_from`, `read_config` and `check`; nothing has been
-            allocated by then.
-    """
-    parser = _parser()
-    arguments, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        option = word.split("=")[0].lstrip("-")
-        if not word.startswith("-"):
-            raise UsageError(
-                f"unexpected word {word!r}; settings are given as --section.name=value"
-            )
-        known = [*_declared(), "config", "resume", "dry_run", "measure", "help"]
-        hint = _suggest(option) if "." in option else nearest(option, known)
-        raise UsageError(f"unknown option --{option}{hint}")
-    if arguments.resume == "":
-        raise UsageError(
-            "--resume: give auto (go on with the run in logging.folder) or a checkpoint's path"
-        )
-    config = StrictConfig()
-    for path in arguments.config:
-        config.collect_from(read_config(path), f"--config {path}")
-    given = {
-        key: value for key, value in vars(arguments).items() if "." in key and value is not None
-    }
-    config.collect_from(given, "command line")
-    settings = _build(config)
-    check(settings)
-    if arguments.measure and not arguments.dry_run:
-        raise UsageError("--measure goes with --dry_run: it measures instead of training")
-    return Command(
-        settings=settings,
-        dry_run=arguments.dry_run,
-        measure=arguments.measure,
-        resume=arguments.resume,
-    )
-
-
-def _build(config: StrictConfig) -> Settings:
-    return Settings(
-        **{
-            name: section(**{f.name: config[(name, f.name)] for f in fields(section)})
-            for name, section in _sections().items()
-        }
-    )
-
-
-def load(*paths: str | Path, **overrides: Any) -> Settings:
-    """Settings from config files and keyword overrides, for tools and tests.
-
-    A dot in a name is written as two underscores: `load(lr__lr=1.7)`.
-    """
-    options = [f"--config={path}" for path in paths]
-    for key, value in overrides.items():
-        options.append(f"--{key.replace('__', '.')}={_plain(value)}")
-    return parse(options).settings
-
-
-def check(settings: Settings) -> None:
-    """What single domains cannot say. Raises UsageError naming the settings that clash."""
-    s = settings
-    rules: list[tuple[bool, Callable[[], str]]] = [
-        (
-            s.resolution.start_ramp > s.resolution.end_ramp,
-            lambda: (
-                f"resolution.start_ramp {s.resolution.start_ramp} lies after "
-                f"resolution.end_ramp {s.resolution.end_ramp}"
-            ),
-        ),
-        (
-            s.resolution.min_res > s.resolution.max_res,
-            lambda: (
-                f"resolution.min_res {s.resolution.min_res} is larger than "
-                f"resolution.max_res {s.resolution.max_res}"
-            ),
-        ),
-        (
-            bool(s.plan.stages) and sum(row.epochs for row in s.plan.stages) != s.training.epochs,
-            lambda: (
-                f"plan.stages make {sum(row.epochs for row in s.plan.stages)} epochs, "
-                f"training.epochs is {s.training.epochs}; make them equal"
-            ),
-        ),
-        (
-            bool(s.plan.stages) and s.resolution != Resolution(),
-            lambda: "plan.stages and the section resolution both say the resolution; leave one out",
-        ),
-        (
-            0 < s.lr.decay_epoch < s.lr.lr_peak_epoch or s.lr.decay_epoch >= s.training.epochs,
-            lambda: (
-                f"lr.decay_epoch {s.lr.decay_epoch:g} must lie between lr.lr_peak_epoch "
-                f"{s.lr.lr_peak_epoch:g} and the end of training.epochs {s.training.epochs}"
-            ),
-        ),
-        (
-            s.training.average_last > 0 and s.training.ema_decay > 0,
-            lambda: "training.average_last and training.ema_decay are two averages; set one to 0",
-        ),
-        (
-            s.training.average_last > s.training.epochs,
-            lambda: (
-                f"training.average_last {s.training.average_last} is more than training.epochs "
-                f"{s.training.epochs}"
-            ),
-        ),
-        (
-            s.lr.lr_peak_epoch > s.training.epochs,
-            lambda: (
-                f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "
-                f"training.epochs {s.training.epochs}"
-            ),
-        ),
-        (
-            s.muon.lr * s.muon.weight_decay >= 1,
-            lambda: (
-                f"muon.weight_decay {s.muon.weight_decay:g} times muon.lr {s.muon.lr:g} is one or more: a "
-                f"step would wipe the kernels out; lower one"
-            ),
-        ),
-        (
-            s.training.nesterov and s.training.momentum == 0,
-            lambda: "training.nesterov needs training.momentum above 0",
-        ),
-        (
-            s.training.stop_when_reached and s.training.stop_at == 0,
-            lambda: "training.stop_when_reached needs training.stop_at above 0",
-        ),
-        (
-            s.training.max_cost > 0 and s.cost.dollars_per_hour is None and s.cost.machine is None,
-            lambda: "training.max_cost needs a price: cost.dollars_per_hour or cost.machine",
-        ),
-    ]
-    for broken, message in rules:
-        if broken:
-            raise UsageError(message())
+    return {f"{s}.{f.name}": f for s, section in sections().items() for f in fields(section)}

@@ -15,7 +15,8 @@ import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 
-from ffcv_imnet.config.schema import Model, Settings, flatten, load
+from ffcv_imnet.config.parsing import load
+from ffcv_imnet.config.schema import Model, Settings, flatten
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, nearest, reason_of
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ffcv_imnet.config.schema import load
+from ffcv_imnet.config.parsing import load
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.data.beton import Tables, check_beton, read_tables
 from ffcv_imnet.data.loader import ValLoader

@@ -35,8 +35,8 @@ from ffcv_imnet.bench.loaders import NEEDS, PEERS, Spec
 from ffcv_imnet.bench.measure import PILOT_STEPS, bottleneck
 from ffcv_imnet.bench.measure import measure as measure_training
 from ffcv_imnet.bench.steps import ARCHS, STEPS, Stepper, batch_of, ours, public
+from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
-from ffcv_imnet.config.schema import load
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.progress import Progress

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from ffcv_imnet.config import schema
+from ffcv_imnet.config import parsing
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.data.beton import check_beton, partial_path
@@ -177,7 +177,7 @@ def open_data(
     }  # fmt: skip
     if options.num_workers is not None:
         chosen["data__num_workers"] = options.num_workers
-    loading = schema.load(**chosen)
+    loading = parsing.load(**chosen)
     if options.data.suffix != ".beton":
         return FolderLoader(options.data, how, batch, world, workers_of(loading, world))
     samples = check_beton(options.data).samples

@@ -19,7 +19,8 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffcv_imnet.config.schema import Settings, flatten, load, to_dict
+from ffcv_imnet.config.parsing import load
+from ffcv_imnet.config.schema import Settings, flatten, to_dict
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import LOG
 from ffcv_imnet.core.progress import Progress

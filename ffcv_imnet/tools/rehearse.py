@@ -180,8 +180,8 @@ def proportional_memory(pid: int) -> float:
 
 def first_steps(folder: Path, started: float) -> int:
     """What `train_imagenet.py` does until the first batch, then four steps of training."""
+    from ffcv_imnet.config.parsing import load
     from ffcv_imnet.config.schedules import plan_run
-    from ffcv_imnet.config.schema import load
     from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
     from ffcv_imnet.machine.distributed import StopSignal, connect, describe_world, disconnect
     from ffcv_imnet.train.checkpoint import Trained

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import EpochPlan, plan_run
-from ffcv_imnet.config.schema import load
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import check_beton, read_tables

@@ -24,7 +24,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ffcv_imnet.config.schema import differences, parse, read_config, to_dict
+from ffcv_imnet.config.parsing import parse, read_config
+from ffcv_imnet.config.schema import differences, to_dict
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
 from ffcv_imnet.report.statistics import Spread, score, spread

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ffcv_imnet.config.schema import Settings, differences, to_dict, to_yaml
+from ffcv_imnet.config.parsing import to_yaml
+from ffcv_imnet.config.schema import Settings, differences, to_dict
 from ffcv_imnet.core import log
 from ffcv_imnet.core.errors import LostLoss, RunError, UsageError
 from ffcv_imnet.core.log import LOG, Epoch, Header, Lowered, Reached, Record, Summary

@@ -16,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from ffcv_imnet.config.schema import Settings, to_yaml
+from ffcv_imnet.config.parsing import to_yaml
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.machine.distributed import describe_world
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.epoch import build_learner

@@ -19,7 +19,8 @@ from ffcv.pipeline.compiler import Compiler
 
 import tests.networks  # noqa: F401  (registers the tiny network)
 import train_imagenet
-from ffcv_imnet.config.schema import Settings, to_yaml
+from ffcv_imnet.config.parsing import to_yaml
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import run_main
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.data.beton import Manifest, manifest_path

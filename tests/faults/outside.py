@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ffcv_imnet.config.schema import to_yaml
+from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.core.log import read_log
 from tests.conftest import SmallData
 from tests.faults.lives import PATIENCE, ROOT, Life, Row, changes_of, same_run, train, train_config

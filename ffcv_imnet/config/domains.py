@@ -1,0 +1,183 @@
+"""What values a setting may have: each domain checks a value from YAML or the command line."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import yaml
+from fastargs.validation import Checker
+
+from ffcv_imnet.core.errors import nearest
+
+MOST_EPOCHS = 100_000  # the plan has a row for each
+
+
+class Number(Checker):
+    """An int or a float within bounds."""
+
+    def __init__(self, kind: type[int] | type[float], low: float, high: float) -> None:
+        self.kind, self.low, self.high = kind, low, high
+
+    def check(self, value: object) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        number = float(value)
+        whole = self.kind is int
+        # JSON has no infinity, and int() of it is another error.
+        if not (math.isfinite(number) and self.low <= number <= self.high):
+            raise ValueError
+        if whole and number != int(number):
+            raise ValueError
+        return int(value) if whole else number  # int(value): a 63-bit seed does not fit a float
+
+    def help(self) -> str:
+        noun = "an integer" if self.kind is int else "a number"
+        if math.isinf(self.high):
+            return noun if math.isinf(self.low) else f"{noun} of at least {self.low:g}"
+        return f"{noun} from {self.low:g} to {self.high:g}"
+
+
+class OneOf(Checker):
+    """One of two integers."""
+
+    def __init__(self, first: int, second: int) -> None:
+        self.numbers = first, second
+
+    def check(self, value: object) -> int:
+        number = Number(int, *self.numbers).check(value)
+        if number not in self.numbers:
+            raise ValueError
+        return int(number)
+
+    def help(self) -> str:
+        return "{} or {}".format(*self.numbers)
+
+
+class Switch(Checker):
+    """true or false, in YAML's words or as 1 and 0."""
+
+    def check(self, value: object) -> bool:
+        word = str(value).lower()
+        if word not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            raise ValueError
+        return word in ("true", "yes", "on", "1")
+
+    def help(self) -> str:
+        return "true or false"
+
+
+class Choice(Checker):
+    """One of a few words; `once` maps what earlier recipes say to what it is called now."""
+
+    def __init__(self, words: Sequence[str], once: dict[str, str] | None = None) -> None:
+        self.words, self.once = words, once or {}
+
+    def check(self, value: object) -> str:
+        word = str(value).lower()
+        word = self.once.get(word, word)
+        if word not in self.words:
+            raise ValueError
+        return word
+
+    def help(self) -> str:
+        return "one of " + ", ".join(self.words)
+
+
+class Text(Checker):
+    """Any text that is not empty."""
+
+    def check(self, value: object) -> str:
+        if not isinstance(value, str) or not value:
+            raise ValueError
+        return value
+
+    def help(self) -> str:
+        return "a text"
+
+
+class Range(Checker):
+    """Two numbers, the smaller first: `[0.35, 1]` in YAML, `0.35,1` on the command line."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.number = Number(float, low, high)
+
+    def check(self, value: object) -> tuple[float, float]:
+        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or len(parts) != 2:
+            raise ValueError
+        first, second = (self.number.check(part) for part in parts)
+        if first > second:
+            raise ValueError
+        return first, second
+
+    def help(self) -> str:
+        return f"two numbers from {self.number.low:g} to {self.number.high:g}, the smaller first"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A row of `plan.stages`. What it leaves out is taken from the settings of that name."""
+
+    epochs: int
+    resolution: int  # side of the training crops, px
+    crop_scale: tuple[float, float] | None = None
+    batch_size: int | None = None  # global
+    label_smoothing: float | None = None
+
+
+class RowError(ValueError):
+    """What is wrong with a row of `plan.stages`, in words for the user."""
+
+
+class Stages(Checker):
+    """A list of `Stage`s: in YAML as it is, on the command line as YAML text. `check` raises RowError."""
+
+    columns: ClassVar[dict[str, Checker]] = {
+        "epochs": Number(int, 1, MOST_EPOCHS),
+        "resolution": Number(int, 8, 4096),
+        "crop_scale": Range(0.001, 1.0),
+        "batch_size": Number(int, 1, math.inf),
+        "label_smoothing": Number(float, 0.0, 0.9999),
+    }
+
+    def check(self, value: object) -> tuple[Stage, ...]:
+        try:
+            rows = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            raise ValueError from None
+        if not isinstance(rows, list | tuple):
+            raise ValueError
+        return tuple(
+            row if isinstance(row, Stage) else self._stage(row, f"row {number}")
+            for number, row in enumerate(rows, 1)
+        )
+
+    def _stage(self, row: object, where: str) -> Stage:
+        if not isinstance(row, dict):
+            raise RowError(
+                f"{where} must be settings such as {{epochs: 3, resolution: 128}}, not {row!r}"
+            )
+        values = {}
+        for key, value in row.items():
+            if key not in self.columns:
+                raise RowError(
+                    f"{where}: unknown {key!r}{nearest(str(key), list(self.columns))}; known are "
+                    f"{', '.join(self.columns)}"
+                )
+            try:
+                values[key] = self.columns[key].check(value)
+            except (ValueError, TypeError, OverflowError):
+                domain = self.columns[key].help()
+                raise RowError(f"{where}: {key} must be {domain}, not {value!r}") from None
+        for key in ("epochs", "resolution"):
+            if key not in values:
+                raise RowError(f"{where} has no {key}")
+        return Stage(**values)
+
+    def help(self) -> str:
+        optional = [name for name in self.columns if name not in ("epochs", "resolution")]
+        return (
+            "a list of rows such as {epochs: 3, resolution: 128}, each with optional "
+            + ", ".join(optional)
+        )

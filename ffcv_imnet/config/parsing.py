@@ -1,0 +1,338 @@
+"""Settings from YAML files and the command line.
+
+fastargs reads both; what it would let pass (unknown keys, abbreviations, the environment,
+`bool("False")`) is refused here.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import fastargs
+import yaml
+from fastargs.dict_utils import expand_keys, fix_dict
+
+from ffcv_imnet.config.domains import RowError, Stage
+from ffcv_imnet.config.schema import Resolution, Settings, declared, json_types, sections, to_dict
+from ffcv_imnet.core.errors import Parser, UsageError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command line of train_imagenet.py."""
+
+    settings: Settings
+    dry_run: bool = False
+    measure: bool = False
+    resume: str | None = None  # "auto" or a checkpoint's path
+
+
+def to_yaml(settings: Settings) -> str:
+    """A file that `--config` takes and that gives the same settings."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, width=1000)
+
+
+class StrictConfig(fastargs.Config):
+    """fastargs without its surprises.
+
+    Unknown keys are refused with the nearest right name; a value is checked when it is read, so
+    that the message can name its file; the environment changes nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, section in sections().items():
+            params = {f.name: _param(f) for f in fields(section)}
+            fastargs.Section(name, (section.__doc__ or "").strip(), self).params(**params)
+
+    def collect_from(self, values: dict[Any, Any], origin: str) -> None:
+        """Check `values` (nested or dotted keys) and merge them over what is there.
+
+        Raises:
+            UsageError: an unknown key or a value out of its domain; names `origin` and the key.
+        """
+        for path, value in _leaves(fix_dict(expand_keys(values))):
+            key = ".".join(path)
+            if key in sections():
+                if value is None:  # every line below it is a comment
+                    continue
+                example = next(name for name in declared() if name.startswith(f"{key}."))
+                raise UsageError(
+                    f"{origin}: {key} is a section: its settings stand below it, {example} for one"
+                )
+            if path not in self.entries:
+                raise UsageError(f"{origin}: unknown setting {key!r}{_suggest(key)}")
+            if value is None:
+                continue
+            checker = self.entries[path].checker
+            try:
+                checker.check(value)
+            except RowError as error:
+                raise UsageError(f"{origin}: {key}, {error}") from None
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise UsageError(
+                    f"{origin}: {key} must be {checker.help()}, not {value!r}"
+                ) from None
+        self.collect({key: value for key, value in values.items() if value is not None})
+
+    def collect_env_variables(self) -> "StrictConfig":
+        """The environment changes nothing."""
+        return self
+
+
+def _param(declared: "Field[Any]") -> fastargs.Param:
+    assert declared.default is not MISSING
+    return fastargs.Param(declared.metadata["checker"], declared.metadata["help"], declared.default)
+
+
+def _leaves(
+    values: dict[Any, Any], above: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], Any]]:
+    out: list[tuple[tuple[str, ...], Any]] = []
+    for key, value in values.items():
+        path = (*above, str(key))
+        out += _leaves(value, path) if isinstance(value, dict) else [(path, value)]
+    return out
+
+
+def _suggest(key: str) -> str:
+    """The nearest setting, looking first for the same last name in another section."""
+    names = list(declared())
+    same = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    return f" (did you mean {same[0]}?)" if same else nearest(key, names)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last one winning unseen."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
+    """A YAML file as a dict; `option` stands before its name in messages.
+
+    Raises:
+        UsageError: the file is missing, is not YAML or is not a table of settings.
+    """
+    file = Path(path)
+    if file.is_dir():
+        recipes = ", ".join(sorted(p.name for p in file.glob("*.yaml"))) or "no .yaml file"
+        raise UsageError(f"{option}{path}: a folder; name one file (it holds {recipes})")
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path()
+        near = nearest(file.name, [p.name for p in folder.glob("*.yaml")])
+        raise UsageError(f"{option}{path}: no such file{near}")
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{option}{path}: not a YAML file: {reason}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(
+            f"{option}{path}: holds no settings; expected lines such as 'lr: {{lr: 0.5}}'"
+        )
+    return values
+
+
+def help_text() -> str:
+    """Every setting with its default, its domain and its meaning."""
+    lines = ["settings, in a --config file or as --section.name=value:"]
+    for name, section in sections().items():
+        lines.append(f"\n  {(section.__doc__ or '').strip()}")
+        for item in fields(section):
+            default = "" if item.default is None else f" [{_plain(item.default)}]"
+            lines.append(f"    --{name}.{item.name}{default}: {item.metadata['checker'].help()}")
+            lines.append(f"        {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str:
+    """A setting's value as the command line takes it."""
+    if isinstance(value, tuple) and value and not isinstance(value[0], Stage | dict):
+        return ",".join(f"{part:g}" for part in value)
+    if isinstance(value, list | tuple):
+        rows = [json_types(asdict(row)) if isinstance(row, Stage) else row for row in value]
+        return yaml.safe_dump(rows, default_flow_style=True, width=1000).strip()
+    return str(value)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="train_imagenet.py",
+        description="Train a classifier on .beton files that write_ffcv.py wrote.",
+        epilog=help_text(),
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later wins"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="auto|CHECKPOINT",
+        help="go on with the run in logging.folder, or from a file",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print settings, plan and bill; needs neither data nor a GPU",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="with --dry_run: measure this machine on the data and predict the run's duration",
+    )
+    for key in declared():
+        parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Command:
+    """The command line as resolved settings: defaults, then each --config, then --section.name.
+
+    Raises:
+        UsageError: see `StrictConfig.collect_from`, `read_config` and `check`; nothing has been
+            allocated by then.
+    """
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        option = word.split("=")[0].lstrip("-")
+        if not word.startswith("-"):
+            raise UsageError(
+                f"unexpected word {word!r}; settings are given as --section.name=value"
+            )
+        known = [*declared(), "config", "resume", "dry_run", "measure", "help"]
+        hint = _suggest(option) if "." in option else nearest(option, known)
+        raise UsageError(f"unknown option --{option}{hint}")
+    if arguments.resume == "":
+        raise UsageError(
+            "--resume: give auto (go on with the run in logging.folder) or a checkpoint's path"
+        )
+    config = StrictConfig()
+    for path in arguments.config:
+        config.collect_from(read_config(path), f"--config {path}")
+    given = {
+        key: value for key, value in vars(arguments).items() if "." in key and value is not None
+    }
+    config.collect_from(given, "command line")
+    settings = _build(config)
+    check(settings)
+    if arguments.measure and not arguments.dry_run:
+        raise UsageError("--measure goes with --dry_run: it measures instead of training")
+    return Command(
+        settings=settings,
+        dry_run=arguments.dry_run,
+        measure=arguments.measure,
+        resume=arguments.resume,
+    )
+
+
+def _build(config: StrictConfig) -> Settings:
+    return Settings(
+        **{
+            name: section(**{f.name: config[(name, f.name)] for f in fields(section)})
+            for name, section in sections().items()
+        }
+    )
+
+
+def load(*paths: str | Path, **overrides: Any) -> Settings:
+    """Settings from config files and keyword overrides, for tools and tests.
+
+    A dot in a name is written as two underscores: `load(lr__lr=1.7)`.
+    """
+    options = [f"--config={path}" for path in paths]
+    for key, value in overrides.items():
+        options.append(f"--{key.replace('__', '.')}={_plain(value)}")
+    return parse(options).settings
+
+
+def check(settings: Settings) -> None:
+    """What single domains cannot say. Raises UsageError naming the settings that clash."""
+    s = settings
+    rules: list[tuple[bool, Callable[[], str]]] = [
+        (
+            s.resolution.start_ramp > s.resolution.end_ramp,
+            lambda: (
+                f"resolution.start_ramp {s.resolution.start_ramp} lies after "
+                f"resolution.end_ramp {s.resolution.end_ramp}"
+            ),
+        ),
+        (
+            s.resolution.min_res > s.resolution.max_res,
+            lambda: (
+                f"resolution.min_res {s.resolution.min_res} is larger than "
+                f"resolution.max_res {s.resolution.max_res}"
+            ),
+        ),
+        (
+            bool(s.plan.stages) and sum(row.epochs for row in s.plan.stages) != s.training.epochs,
+            lambda: (
+                f"plan.stages make {sum(row.epochs for row in s.plan.stages)} epochs, "
+                f"training.epochs is {s.training.epochs}; make them equal"
+            ),
+        ),
+        (
+            bool(s.plan.stages) and s.resolution != Resolution(),
+            lambda: "plan.stages and the section resolution both say the resolution; leave one out",
+        ),
+        (
+            0 < s.lr.decay_epoch < s.lr.lr_peak_epoch or s.lr.decay_epoch >= s.training.epochs,
+            lambda: (
+                f"lr.decay_epoch {s.lr.decay_epoch:g} must lie between lr.lr_peak_epoch "
+                f"{s.lr.lr_peak_epoch:g} and the end of training.epochs {s.training.epochs}"
+            ),
+        ),
+        (
+            s.training.average_last > 0 and s.training.ema_decay > 0,
+            lambda: "training.average_last and training.ema_decay are two averages; set one to 0",
+        ),
+        (
+            s.training.average_last > s.training.epochs,
+            lambda: (
+                f"training.average_last {s.training.average_last} is more than training.epochs "
+                f"{s.training.epochs}"
+            ),
+        ),
+        (
+            s.lr.lr_peak_epoch > s.training.epochs,
+            lambda: (
+                f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "
+                f"training.epochs {s.training.epochs}"
+            ),
+        ),
+        (
+            s.muon.lr * s.muon.weight_decay >= 1,
+            lambda: (
+                f"muon.weight_decay {s.muon.weight_decay:g} times muon.lr {s.muon.lr:g} is one or more: a "
+                f"step would wipe the kernels out; lower one"
+            ),
+        ),
+        (
+            s.training.nesterov and s.training.momentum == 0,
+            lambda: "training.nesterov needs training.momentum above 0",
+        ),
+        (
+            s.training.stop_when_reached and s.training.stop_at == 0,
+            lambda: "training.stop_when_reached needs training.stop_at above 0",
+        ),
+        (
+            s.training.max_cost > 0 and s.cost.dollars_per_hour is None and s.cost.machine is None,
+            lambda: "training.max_cost needs a price: cost.dollars_per_hour or cost.machine",
+        ),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise UsageError(message())
