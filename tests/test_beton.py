@@ -167,7 +167,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no manifest": (
         lambda path: beton.manifest_path(path).unlink(),
         UsageError,
-        r"manifest .*train.json does not exist: .*--split train",
+        r"has no manifest .*train.json: copy it .* python -m ffcv_imnet adopt .*train.beton",
     ),
     "empty": (lambda path: os.truncate(path, 0), RunError, "not a .beton, it has only 0 bytes"),
     "something else": (
@@ -191,7 +191,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "other pointer": (
         lambda path: flip(path, path.stat().st_size - TABLE + 8),
         RunError,
-        "tables .* are not those in its manifest",
+        "its two tables place its samples differently",
     ),
     "other size": (lambda path: edit_manifest(path, bytes=7), RunError, "manifest .* says 7"),
     "other counts": (

@@ -11,7 +11,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,18 @@ from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.stored import PAGE_SIZE, RAW, Stored, sample_digest
 
 MANIFEST_FORMAT = 1
+IMAGE_FIELD, INT_FIELD = 2, 1
+FIELDS = {  # ffcv.types.TYPE_ID_HANDLER: what a descriptor's type_id says
+    0: "FloatField",
+    INT_FIELD: "IntField",
+    IMAGE_FIELD: "RGBImageField",
+    3: "BytesField",
+    4: "NDArrayField",
+    5: "JSONField",
+    6: "TorchTensorField",
+    255: "a custom field",
+}
+MOST_FIELDS = 16  # named in a message
 
 
 # ------------------------------------------------------------------------------------ manifest
@@ -97,6 +110,11 @@ def _command(path: Path) -> str:
     return f"write it with `{_write(path)}`"
 
 
+def adopt_command(*paths: Path) -> str:
+    """The command that makes manifests for files that another program wrote."""
+    return f"python -m ffcv_imnet adopt {' '.join(shlex.quote(str(path)) for path in paths)}"
+
+
 def _again(path: Path) -> str:
     return f"write it again with `{_write(path)} --force`"
 
@@ -115,7 +133,8 @@ class _Layout:
 
     version: int
     header: np.dtype[Any]
-    metadata: np.dtype[Any]  # per sample: f0 = (mode, width, height, data_ptr), f1 = label
+    image: np.dtype[Any]  # (mode, width, height, data_ptr)
+    metadata: np.dtype[Any]  # per sample: f0 = image, f1 = label
     allocation: np.dtype[Any]
     descriptors: NDArray[Any]
 
@@ -133,7 +152,7 @@ def _layout() -> _Layout:
     ]
     descriptor = [("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)]
     image = [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")]
-    fields = {"image": 2, "label": 1}  # names and type ids: RGBImageField, IntField
+    fields = {"image": IMAGE_FIELD, "label": INT_FIELD}
     descriptors = np.zeros(len(fields), np.dtype(descriptor, align=True))
     for row, (name, type_id) in zip(descriptors, fields.items(), strict=True):
         row["type_id"] = type_id
@@ -141,10 +160,16 @@ def _layout() -> _Layout:
     return _Layout(
         version=2,
         header=np.dtype(header, align=True),
-        metadata=np.dtype([("", np.dtype(image)), ("", "<i8")], align=True),
+        image=np.dtype(image),
+        metadata=_metadata_type([np.dtype(image), np.dtype("<i8")]),
         allocation=np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")]),
         descriptors=descriptors,
     )
+
+
+def _metadata_type(fields: Sequence[np.dtype[Any]]) -> np.dtype[Any]:
+    """A row of the metadata: f0, f1 and so on, as ffcv aligns them."""
+    return np.dtype([("", field) for field in fields], align=True)
 
 
 class BetonWriter:
@@ -247,11 +272,11 @@ class Tables:
 
 
 def read_tables(path: Path) -> Tables:
-    """Header and tables of a .beton that this project wrote; none of its images is read.
+    """Header and tables of a .beton of one image and one integer; none of its images is read.
 
     Raises:
-        UsageError: there is no such file, or it is not a .beton.
-        RunError: it is not one of ours, half-written or cut off.
+        UsageError: there is no such file, it is not a .beton, or has other fields.
+        RunError: it is half-written, cut off or damaged.
     """
     layout = _layout()
     try:
@@ -266,10 +291,8 @@ def read_tables(path: Path) -> Tables:
         size = os.fstat(file.fileno()).st_size
         header = _read_header(path, file, size)
         pointer, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
-        descriptors = file.read(layout.descriptors.nbytes)
-        if descriptors != layout.descriptors.tobytes():
-            raise RunError(f"{path} has other fields than image and label: {_again(path)}")
-        metadata = np.frombuffer(file.read(samples * layout.metadata.itemsize), layout.metadata)
+        fields = _read_fields(path, file, int(header["num_fields"]))
+        metadata = np.frombuffer(file.read(samples * fields.row.itemsize), fields.row)
         start = file.tell()
         file.seek(pointer)
         allocations = np.frombuffer(file.read(), layout.allocation)
@@ -277,23 +300,63 @@ def read_tables(path: Path) -> Tables:
         raise RunError(
             f"{path} is damaged, its tables do not hold its {samples:,} samples: {_again(path)}"
         )
-    if not np.array_equal(allocations["sample_id"], np.arange(samples)):
+    # ffcv's own writer lists them as its workers finish.
+    by_sample = allocations[np.argsort(allocations["sample_id"], kind="stable")]
+    image = metadata[fields.image]
+    if not np.array_equal(by_sample["sample_id"], np.arange(samples)) or not np.array_equal(
+        by_sample["ptr"], image["data_ptr"]
+    ):
         raise RunError(
-            f"{path} was not written by write_ffcv.py (its samples are out of order):"
-            f" {_again(path)}"
+            f"{path} is damaged, its two tables place its samples differently: {_again(path)}"
         )
-    image = metadata["f0"]
     return Tables(
-        labels=metadata["f1"],
+        labels=metadata[fields.label],
         modes=image["mode"],
         heights=image["height"],
         widths=image["width"],
         pointers=image["data_ptr"],
-        sizes=allocations["size"],
+        sizes=by_sample["size"],
         start=start,
         end=pointer,
         page_size=int(header["page_size"]),
-        checksum=_checksum(header, descriptors, metadata, allocations),
+        checksum=_checksum(header, fields.descriptors, metadata, allocations),
+    )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Which columns of the metadata are the image and the label, whatever they are called."""
+
+    descriptors: bytes
+    row: np.dtype[Any]
+    image: str  # f0 or f1
+    label: str
+
+
+def _read_fields(path: Path, file: BinaryIO, count: int) -> _Fields:
+    """The field descriptors, at which `file` stands.
+
+    Raises:
+        UsageError: they are not one image and one integer under two names.
+    """
+    layout = _layout()
+    kind = layout.descriptors.dtype
+    data = file.read(min(count, MOST_FIELDS) * kind.itemsize)
+    rows = np.frombuffer(data[: len(data) // kind.itemsize * kind.itemsize], kind)
+    types = [int(row["type_id"]) for row in rows]
+    names = [bytes(row["name"]).split(b"\0")[0].decode("ascii", "replace") for row in rows]
+    if count != 2 or sorted(types) != [INT_FIELD, IMAGE_FIELD] or names[0] == names[1]:
+        held = [f"{n!r} ({FIELDS.get(t, 'unknown')})" for n, t in zip(names, types, strict=True)]
+        raise UsageError(
+            f"{path} has {count} fields, {', '.join(held)}: one image (RGBImageField) and one class"
+            " (IntField) can be trained on, whatever their names; write it again with these two"
+        )
+    place = {type_id: f"f{number}" for number, type_id in enumerate(types)}
+    return _Fields(
+        descriptors=data,
+        row=_metadata_type([layout.image if t == IMAGE_FIELD else np.dtype("<i8") for t in types]),
+        image=place[IMAGE_FIELD],
+        label=place[INT_FIELD],
     )
 
 
@@ -337,6 +400,11 @@ def check_beton(path: Path, manifest: Path | None = None) -> Manifest:
     """
     manifest = manifest or manifest_path(path)
     tables = read_tables(path)
+    if not manifest.exists():
+        raise UsageError(
+            f"{path} has no manifest {manifest}: copy it from beside the original, or make it for a"
+            f" .beton of any writer with `{adopt_command(path)}`"
+        )
     said = Manifest.load(manifest)
     size = path.stat().st_size
     if size != said.bytes:

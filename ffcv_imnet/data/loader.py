@@ -13,6 +13,7 @@ import ffcv_imnet.data.fast_import  # noqa: F401
 # isort: split
 import numpy as np
 import torch
+from ffcv.fields import IntField, RGBImageField
 from ffcv.fields.basics import IntDecoder
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
@@ -218,9 +219,12 @@ class _OrderedLoader:
         self.memory_manager = _Mapped(self.reader)
         self.memory_manager.context.__enter__()  # mapped now: later the name may be another file's
         self._check_unchanged()
+        # By their kind: ffcv's own files call them as they like, in either order.
+        place = {type(field): n for n, field in enumerate(self.reader.handlers.values())}
+        image, label = (self.reader.field_names[place[f]] for f in (RGBImageField, IntField))
         pipelines = {
-            "image": [decoder, ToTensor(), ToTorchImage()],
-            "label": [IntDecoder(), ToTensor(), Squeeze(1)],
+            image: [decoder, ToTensor(), ToTorchImage()],
+            label: [IntDecoder(), ToTensor(), Squeeze(1)],
         }
         self.graph = Graph(
             {name: PipelineSpec(name, None, steps) for name, steps in pipelines.items()},
@@ -233,7 +237,7 @@ class _OrderedLoader:
         self.code = self.graph.codegen_all(stages)
         torch.set_num_threads(threads)  # FFCV sets it for the whole process
         self.read_ahead = data.read_ahead
-        self.starts = self.reader.metadata["f0"]["data_ptr"].astype(np.int64)
+        self.starts = self.reader.metadata[f"f{place[RGBImageField]}"]["data_ptr"].astype(np.int64)
         places = np.searchsorted(self.memory_manager.ptrs, self.starts)
         self.ends = self.starts + self.memory_manager.sizes[places].astype(np.int64)
         self.skip_damaged = data.on_damaged == "skip"
