@@ -59,7 +59,15 @@ assert all(metadata.version(name) == version.strip() for name, version in pins)
 library = next(pathlib.Path(metadata.distribution("ffcv").locate_file("ffcv")).glob("_libffcv*.so"))
 ctypes.CDLL(str(library))
 PYTHON
-    "$venv/bin/python" -m ffcv_imnet.native.build --check 2>/dev/null
+}
+
+# FFCV could do without the crop decoder, so a failure is said, tried again at the next call, and neither ends
+# the set-up nor makes it install anything anew. In a Docker image the sources come later than this.
+crop_decoder() {
+    [ -d ffcv_imnet ] || return 0
+    "$venv/bin/python" -m ffcv_imnet.native.build --check 2>/dev/null ||
+        "$venv/bin/python" -m ffcv_imnet.native.build ||
+        say "the crop decoder was not compiled: loading will be slower"
 }
 
 # Its Python runs, is new enough, has pip, was made at this path (scripts such as torchrun carry the
@@ -161,6 +169,7 @@ install_python_packages() {
 }
 
 if whole; then
+    crop_decoder
     say "nothing missing ($("$venv/bin/python" -V), $venv)"
     exit 0
 fi
@@ -169,8 +178,7 @@ rm -f "$stamp"
 install_system_packages
 make_venv
 install_python_packages
-# FFCV could do without, so a failure is said and does not end the set-up.
-"$venv/bin/python" -m ffcv_imnet.native.build || say "the crop decoder was not compiled: loading will be slower"
+crop_decoder
 sha256sum <"$lock" >"$stamp.partial"
 mv "$stamp.partial" "$stamp"
 say "complete: $("$venv/bin/python" -V), $venv"

@@ -1,4 +1,4 @@
-"""`python -m ffcv_imnet <tool> [options]`: runs one of the tools in ffcv_imnet/tools."""
+"""`python -m ffcv_imnet <tool> [options]`, or `ffcv-imnet` once installed: a tool, or one of the scripts."""
 
 import ast
 import importlib
@@ -7,18 +7,17 @@ from pathlib import Path
 
 from ffcv_imnet.core.errors import UsageError, nearest, run_main
 
-TOOLS = Path(__file__).parent / "tools"
+HERE = Path(__file__).parent
+SCRIPTS = {"write": "write_ffcv", "train": "train_imagenet"}  # beside the package
 
 
 def tools() -> dict[str, str]:
     """Every tool's name and the first line of its docstring, read without importing any."""
-    return {
-        path.stem: (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split(
-            "\n"
-        )[0]
-        for path in sorted(TOOLS.glob("*.py"))
-        if path.stem != "__init__"
-    }
+    paths = {name: HERE.parent / f"{script}.py" for name, script in SCRIPTS.items()}
+    paths |= {path.stem: path for path in sorted((HERE / "tools").glob("*.py"))}
+    del paths["__init__"]
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    return {name: (ast.get_docstring(tree) or "").split("\n")[0] for name, tree in trees.items()}
 
 
 def main() -> int | None:
@@ -34,9 +33,19 @@ def main() -> int | None:
         raise UsageError(
             f"no tool is called {name!r}{nearest(name, known)}; python -m ffcv_imnet --help lists them"
         )
-    status: int | None = importlib.import_module(f"ffcv_imnet.tools.{name}").main(argv)
+    status: int | None
+    if name in SCRIPTS:
+        sys.argv = [SCRIPTS[name], *argv]  # as if the script had been started
+        status = importlib.import_module(SCRIPTS[name]).main()
+    else:
+        status = importlib.import_module(f"ffcv_imnet.tools.{name}").main(argv)
     return status
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What `ffcv-imnet` starts."""
     run_main(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,6 +1,7 @@
 """The C kernel against OpenCV and PIL: every scale, odd sources, crops at the borders, damage."""
 
 import io
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -210,3 +211,15 @@ def test_a_library_of_another_source_is_not_loaded(monkeypatch: pytest.MonkeyPat
     before = build.library_path()
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
     assert build.library_path() != before and build.load() is None
+
+
+def test_a_library_beside_a_source_that_is_not_ours_to_change_goes_to_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed for all users: compiled at the first use, into the user's cache."""
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "not writable, as it does not exist")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    built = build.build()
+    assert built.parent == tmp_path / "cache" / "ffcv_imnet" and build.load() is not None
+    changed = built.stat().st_mtime_ns
+    assert build.build() == built and built.stat().st_mtime_ns == changed

@@ -277,11 +277,13 @@ def test_without_the_compiled_decoder_the_same_crops_come(
 ) -> None:
     with_it = train_batches(small.settings(tmp_path), small)
     monkeypatch.setattr(build, "load", lambda: None)
+    monkeypatch.setenv("CC", "no-compiler")
     decoders.native_kernel.cache_clear()
     try:
         for _ in range(2):
             without = train_batches(small.settings(tmp_path), small)
-        assert capsys.readouterr().err.count("is not compiled") == 1
+        said = capsys.readouterr().err
+        assert said.count("is not compiled") == 1 and "no C compiler called no-compiler" in said
         damaged = damage(small, tmp_path, sample=3)
         with pytest.raises(RunError, match=r"sample 3, class .* is damaged"):
             train_batches(damaged.settings(tmp_path), damaged)

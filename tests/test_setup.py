@@ -34,9 +34,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evaluate",),
     ("bench",),
     ("report",),
-    ("tools", "__main__"),
+    ("tools",),
     ("write_ffcv", "train_imagenet"),
+    ("__main__",),
 )
+SCRIPTS = FLOORS[-2]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 
 
@@ -82,13 +84,12 @@ def room(path: Path) -> str:
 
 def ours(path: Path) -> set[str]:
     """Rooms of ours that `path` imports."""
-    scripts = FLOORS[-1]
     names: set[str] = set()
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == PACKAGE and len(parts) > 1:
             names.add(parts[1])
-        elif parts[0] in scripts:
+        elif parts[0] in SCRIPTS:
             names.add(parts[0])
     return names
 
@@ -147,7 +148,7 @@ def test_every_import_is_declared() -> None:
     groups = [group for name, group in project().items() if name != "dev"]
     names = [canonicalize_name(r.name) for group in groups for r in group]
     runtime = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
-    declared_here = {PACKAGE, *FLOORS[-1], "tests"}
+    declared_here = {PACKAGE, *SCRIPTS, "tests"}
     for path in sources():
         # packaging comes with pytest
         extra = {"pytest", "packaging", "conftest"} if "tests" in path.parts else set()

@@ -220,7 +220,7 @@ def turbojpeg(spec: Spec) -> Pass:
     """The limit: libjpeg-turbo decoding the crops and scales of `ours`, and nothing else."""
     library = native_kernel()
     if library is None:
-        raise RunError("the limit needs the compiled decoder: python -m ffcv_imnet.native.build")
+        raise RunError("the limit needs the compiled decoder, see above")
     name = "ffcv_imnet_crop_decode"
     llvmlite.binding.add_symbol(name, ctypes.cast(library[name], ctypes.c_void_p).value)
     decode: Any = types.ExternalFunction(name, types.int64(*[types.int64] * 10))

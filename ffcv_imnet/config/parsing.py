@@ -18,6 +18,8 @@ from ffcv_imnet.config.domains import RowError, Stage
 from ffcv_imnet.config.schema import Resolution, Settings, declared, json_types, sections, to_dict
 from ffcv_imnet.core.errors import Parser, UsageError, nearest
 
+RECIPES = Path(__file__).parents[1] / "rn_configs"  # a link in a checkout, a copy where installed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -124,6 +126,8 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
         UsageError: the file is missing, is not YAML or is not a table of settings.
     """
     file = Path(path)
+    if not file.exists() and file.parent == Path("rn_configs") and not file.parent.exists():
+        file = RECIPES / file.name  # installed, and run from some other folder
     if file.is_dir():
         recipes = ", ".join(sorted(p.name for p in file.glob("*.yaml"))) or "no .yaml file"
         raise UsageError(f"{option}{path}: a folder; name one file (it holds {recipes})")

@@ -5,7 +5,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "torchvision", "ffcv", "numba", "numpy", "opencv-python", "pillow", "timm")
+PACKAGES = (
+    "ffcv-imnet",  # where it is installed; a checkout has its commit instead
+    "torch", "torchvision", "ffcv", "numba", "numpy", "opencv-python", "pillow", "timm",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

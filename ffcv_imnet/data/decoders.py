@@ -31,6 +31,7 @@ from ffcv.pipeline.state import State
 from numba import carray, get_thread_id, njit, prange, types
 from numba.extending import intrinsic
 
+from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.native import build
 
 MASK = np.uint64(0xFFFFFFFF)
@@ -207,16 +208,18 @@ def _decode_natively(
 
 @functools.cache
 def native_kernel() -> ctypes.CDLL | None:
-    """The C kernel, known to numba by its name; None, said once, where it was not built."""
-    library = build.load()
-    if library is None:
+    """The C kernel, known to numba by its name and compiled if need be; None, said once, where it cannot be."""
+    try:
+        build.build()
+    except RunError as error:
         print(
-            "the crop decoder is not compiled (make setup, or python -m ffcv_imnet.native.build): "
-            "images are decoded whole, which is slower",
+            f"the crop decoder is not compiled, so images are decoded whole, which is slower: {error}",
             file=sys.stderr,
             flush=True,
         )
         return None
+    library = build.load()
+    assert library is not None
     address = ctypes.cast(library.ffcv_imnet_crop_resize, ctypes.c_void_p).value
     llvmlite.binding.add_symbol(build.FUNCTION, address)
     return library

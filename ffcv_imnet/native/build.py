@@ -1,9 +1,10 @@
 """Compile crop_resize.c, and find the result again.
 
-    python -m ffcv_imnet.native.build           what `make setup` runs
+    python -m ffcv_imnet.native.build           what `make setup` runs, and the loader at its first use
     python -m ffcv_imnet.native.build --check   exit status 1 unless it is built and loads
 
-The library's name carries a checksum of its source, of the options and of the kind of processor: a
+It stands beside its source, or in the user's cache where that folder is not the user's to write in
+(installed for all users). The library's name carries a checksum of its source, of the options and of the kind of processor: a
 library of yesterday's source is never loaded. It needs a C compiler and libjpeg-turbo's headers
 (Debian: libjpeg-dev); without it training works, through FFCV's own decoder, and is slower.
 """
@@ -18,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ffcv_imnet.core.errors import RunError, run_main
+from ffcv_imnet.core.errors import RunError, not_written, run_main
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "crop_resize.c"
@@ -30,7 +31,11 @@ FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=default", "-sha
 def library_path() -> Path:
     """Where the library of this source, these options and this kind of processor stands."""
     content = SOURCE.read_bytes() + " ".join((*FLAGS, platform.machine())).encode()
-    return FOLDER / f"crop_resize-{hashlib.sha256(content).hexdigest()[:12]}.so"
+    name = f"crop_resize-{hashlib.sha256(content).hexdigest()[:12]}.so"
+    if (FOLDER / name).is_file() or os.access(FOLDER, os.W_OK):
+        return FOLDER / name
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "ffcv_imnet" / name
 
 
 def load() -> ctypes.CDLL | None:
@@ -49,11 +54,15 @@ def build() -> Path:
     """Compile under a temporary name, try it, give it its name.
 
     Raises:
-        RunError: no compiler, no libjpeg headers, or a library that does not load.
+        RunError: no compiler, no libjpeg headers, no place for it, or a library that does not load.
     """
     path = library_path()
     if load() is not None:
         return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(not_written(path, error)) from None
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if shutil.which(compiler[0]) is None:
         raise RunError(f"no C compiler called {compiler[0]}: install build-essential, or set CC")
@@ -67,8 +76,9 @@ def build() -> Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    for old in set(FOLDER.glob("crop_resize-*.so")) - {path}:
-        old.unlink(missing_ok=True)
+    if path.parent == FOLDER:  # in the cache another version of the package may use them
+        for old in set(FOLDER.glob("crop_resize-*.so")) - {path}:
+            old.unlink(missing_ok=True)
     if load() is None:
         path.unlink()
         raise RunError(

@@ -12,11 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.images.synthetic import CLASSES, write_tree
 from ffcv_imnet.tools import ToolParser
 
+HOME = Path(__file__).parents[2]  # of the two scripts: a checkout's root, or site-packages
 CONFIG = Path("rn_configs/demo.yaml")
 TRAIN_PER_CLASS, VAL_PER_CLASS, SEED = 400, 100, 0
 LINEAR_TOP_1 = 0.17  # the best of ridge regression on pixels, see tests/test_shapes.py
@@ -40,6 +41,11 @@ def run(*command: str | Path) -> None:
         raise RunError(f"{words[0]} ended with status {status}; its own message stands above")
 
 
+def script(name: str) -> Path:
+    """As a user would name it: short in a checkout's root, in full elsewhere."""
+    return Path(name) if Path(name).is_file() else HOME / name
+
+
 def show_log(path: Path) -> None:
     """The JSON lines as they stand, the header cut where the screen would drown in settings."""
     print(f"\n$ cat {path}")
@@ -54,9 +60,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out_dir", type=Path, default=Path("data/demo"), metavar="DIR",
                         help="where all of it goes (default: %(default)s)")  # fmt: skip
     out = parser.parse_args(argv).out_dir
-    if not (Path("write_ffcv.py").is_file() and CONFIG.is_file()):
-        raise UsageError("the demo runs from the repository's root: write_ffcv.py is not here")
-
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     images, betons = out / "images", out / "beton"
     number = len(CLASSES) * (TRAIN_PER_CLASS + VAL_PER_CLASS)
@@ -67,11 +70,12 @@ def main(argv: list[str]) -> int:
     if not write_tree(images, TRAIN_PER_CLASS, VAL_PER_CLASS, SEED):
         print("(drawn by an earlier run)")
     for split in ("train", "val"):
-        run("write_ffcv.py", "--split", split, "--data_dir", images, "--out_dir", betons, "--force")
+        where = ("--data_dir", images, "--out_dir", betons)
+        run(script("write_ffcv.py"), "--split", split, *where, "--force")
 
     folder = out / f"run-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     run(
-        "train_imagenet.py", "--config", CONFIG,
+        script("train_imagenet.py"), "--config", CONFIG,
         f"--data.train_dataset={betons / 'train.beton'}",
         f"--data.val_dataset={betons / 'val.beton'}",
         f"--logging.folder={folder}",
