@@ -25,7 +25,7 @@ from tabulate import tabulate
 from ffcv_imnet.config.parsing import parse, to_yaml
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.config.schema import Settings, to_dict
-from ffcv_imnet.core.errors import LostLoss, run_main
+from ffcv_imnet.core.errors import NonFiniteLoss, run_main
 from ffcv_imnet.core.log import Epoch, Header, Summary
 from ffcv_imnet.data.beton import Manifest, manifest_path
 
@@ -107,13 +107,13 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     from ffcv_imnet.train.failures import explained
     from ffcv_imnet.train.heartbeat import SILENT
     from ffcv_imnet.train.run_dir import open_run
-    from ffcv_imnet.train.trackers import Boards, check_boards
+    from ffcv_imnet.train.trackers import Trackers, check_trackers
     from ffcv_imnet.train.validate import validate
 
     check_arch(settings.model.arch)
     price = cost.price(settings)
     limit = cost.limit(settings, price)
-    check_boards(settings.logging)
+    check_trackers(settings.logging.trackers)
     world = describe_world()
     train_set, val_set = check_data(settings)
     plans = plan_run(settings, train_set.samples)
@@ -140,9 +140,9 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     if world.is_main:
         run.start(header)
         print(f"{run.path}: {header.device}, {header.precision}, world size {world.size}")
-        if settings.training.on_lost_loss == "back" and not (run.path / "last.pt").exists():
+        if settings.training.on_nonfinite_loss == "back" and not (run.path / "last.pt").exists():
             run.save_within(learner, trained, before)  # so that there is one to go back to
-    boards = Boards(run.path, header, enabled=world.is_main)
+    trackers = Trackers(run.path, header, settings.logging.trackers if world.is_main else ())
     heart = run.heartbeat if world.is_main else SILENT
     heart.beat("starting", first, trained.steps, now=True)
 
@@ -162,7 +162,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
                         trained = train_epoch(
                             learner, train_loader, plan, run.recipe, world, stop, trained, heart
                         )
-                    except LostLoss as lost:
+                    except NonFiniteLoss as lost:
                         trained = run.go_back(learner, lost, elapsed(), world)
                         continue
                     if trained.signal is not None or trained.late:
@@ -192,7 +192,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
             trained = checkpoint.Trained()
             if world.is_main:
                 run.save(learner)
-                boards.add(epoch)
+                trackers.add(epoch)
                 print(describe(epoch, settings.training.epochs), flush=True)
             if settings.training.stop_when_reached and run.reached():
                 break
@@ -207,7 +207,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         print(describe_end(run.finish(elapsed(), price, stopped), settings))
     heart.beat("stopped" if stopped else "finished", now=True)
     disconnect(world)
-    boards.close()
+    trackers.close()
     run.release()
     return status
 

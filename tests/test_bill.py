@@ -155,12 +155,9 @@ def test_dry_run_prints_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
 def test_price() -> None:
     assert bill.price(load()) is None
     assert bill.price(load(cost__machine="g4dn.2xlarge")) == 0.752
-    assert bill.price(load(cost__machine="p4d.24xlarge", cost__spot=True)) == 16.298
     assert bill.price(load(cost__machine="g4dn.2xlarge", cost__dollars_per_hour=0.3)) == 0.3
     with pytest.raises(UsageError, match=r"'g4dn.xlarge' is not in .*did you mean g4dn.2xlarge"):
         bill.price(load(cost__machine="g4dn.xlarge"))
-    with pytest.raises(UsageError, match=r"no spot price for g4dn\.2xlarge"):
-        bill.price(load(cost__machine="g4dn.2xlarge", cost__spot=True))
     with pytest.raises(UsageError, match=r"training\.max_cost needs a price"):
         load(training__max_cost=1)
     with pytest.raises(UsageError, match="--measure goes with --dry_run"):

@@ -104,13 +104,13 @@ def test_one_loader_goes_through_resolutions_and_crop_scales(
     settings = small.settings(tmp_path, augmentation__flip="none")
     loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
     for side, scale, batch in ((32, (0.9, 1.0), 16), (48, (0.1, 0.2), 8), (32, (0.9, 1.0), 16)):
-        plan = EpochPlan(0, side, batch, 100 // batch, scale, 0.1, False, 0.1, 0.1)
+        plan = EpochPlan(0, side, batch, 100 // batch, scale, 0.1, 0.1, 0.1)
         images = next(iter(loader.epoch(plan)))[0]
         assert images.shape == (batch, 3, side, side)
         if side == 32 and scale[0] == 0.9:
             kept = images.clone()
     fresh = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
-    again = next(iter(fresh.epoch(EpochPlan(0, 32, 16, 6, (0.9, 1.0), 0.1, False, 0.1, 0.1))))[0]
+    again = next(iter(fresh.epoch(EpochPlan(0, 32, 16, 6, (0.9, 1.0), 0.1, 0.1, 0.1))))[0]
     assert torch.equal(kept, again)
 
 

@@ -15,7 +15,7 @@ from tests.conftest import SmallData
 
 
 def plan(epoch: int, resolution: int) -> EpochPlan:
-    return EpochPlan(epoch, resolution, 10, 20, (0.1, 1.0), 0.1, False, 0.1, 0.1)
+    return EpochPlan(epoch, resolution, 10, 20, (0.1, 1.0), 0.1, 0.1, 0.1)
 
 
 def test_prediction_by_hand() -> None:

@@ -1,6 +1,7 @@
 """Schedules as tables."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,6 @@ def test_no_warm_up_starts_at_the_peak() -> None:
     assert rates(2, 100, lr__lr=1.0, lr__lr_peak_epoch=0)[0] == pytest.approx(1 - 0.005 / 2)
 
 
-def test_the_peak_is_held() -> None:
-    held = rates(4, 2, lr__lr=1.0, lr__lr_peak_epoch=1, lr__decay_epoch=2, lr__final=0.5)
-    assert held == pytest.approx([0.25, 0.75, 1, 1, 0.9375, 0.8125, 0.6875, 0.5625])
-
-
 def test_cosine_is_above_the_line_and_then_below() -> None:
     shapes = [rates(2, 10, lr__lr_peak_epoch=0, lr__decay=name) for name in ("cosine", "linear")]
     above = [cosine > linear for cosine, linear in zip(*shapes, strict=True)]
@@ -109,7 +105,6 @@ def test_a_stage_has_its_own_batch_crops_and_smoothing() -> None:
         plan__stages=f"[{{epochs: 1, resolution: 64}}, {row}]",
         training__epochs=3,
         training__batch_size=25,
-        training__average_last=2,
         lr__lr=1.0,
         lr__lr_peak_epoch=0,
         lr__base_batch_size=50,
@@ -118,6 +113,6 @@ def test_a_stage_has_its_own_batch_crops_and_smoothing() -> None:
     assert (first.steps, second.steps) == (4, 2)
     assert (first.crop_scale, second.crop_scale) == ((0.08, 1.0), (0.5, 1.0))
     assert (first.label_smoothing, second.label_smoothing) == (0.1, 0.0)
-    assert [plan.averaged for plan in (first, second, third)] == [False, True, True]
+    assert third == replace(second, epoch=2, lr_start=third.lr_start, lr_end=third.lr_end)
     assert (first.lr_start, second.lr_start) == pytest.approx((0.5 * 23 / 24, 7 / 12))
     assert schedules.batch_sizes(settings) == (25, 50)

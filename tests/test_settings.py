@@ -168,3 +168,35 @@ def test_the_help_names_every_setting() -> None:
     for section, values in to_dict(Settings()).items():
         for name in values:
             assert f"--{section}.{name} " in text
+
+
+# ---- names of earlier versions ------------------------------------------------------------------
+
+
+def test_a_renamed_setting_is_still_read(tmp_path: Path) -> None:
+    old = tmp_path / "old.yaml"
+    old.write_text("training: {on_lost_loss: back}\n")
+    for words in ([f"--config={old}"], ["--training.on_lost_loss=back"]):
+        assert parse(words).settings.training.on_nonfinite_loss == "back"
+    now = to_dict(load(training__on_nonfinite_loss="back"))
+    assert differences(now, {"training": {"on_lost_loss": "back"}}) == []
+
+
+def test_a_retired_setting_is_ignored_aloud_unless_it_asked_for_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old.yaml"
+    old.write_text(
+        "model: {stem: plain, squeeze_excite: false}\n"
+        "lr: {final: 0.0, decay_epoch: 0}\ncost: {spot: false}\n"
+    )
+    assert load(old) == Settings() and capsys.readouterr().err == ""
+    old.write_text("training: {decay_all: true}\nlogging.wandb: true\n")
+    assert load(old) == Settings()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("training.decay_all=True is ignored: this version has no such setting")
+    assert said[1].endswith("use --logging.trackers=wandb") and len(said) == 2
+    with pytest.raises(UsageError, match=r"model\.stem=deep made a network that this version"):
+        load(model__stem="deep")
+    past = {"training": {"decay_all": False, "average_last": 2}}
+    assert differences(to_dict(Settings()), past) == ["training.average_last 2 -> None"]

@@ -20,7 +20,7 @@ config: {config}
 seeds: [3, 4]
 variants:
   plain: {{}}
-  muon: {{training.optimizer: muon, training: {{average_last: 1}}, augmentation.crop_scale: [0.5, 1]}}
+  muon: {{training.optimizer: muon, training: {{ema_decay: 0.5}}, augmentation.crop_scale: [0.5, 1]}}
 """
 
 
@@ -49,13 +49,8 @@ def test_the_runs_are_what_the_sweep_says(swept: Path) -> None:
         assert plain["training"]["seed"] == muon["training"]["seed"] == seed
         assert plain["training"]["optimizer"] == "sgd"
         assert muon["training"]["optimizer"] == "muon"
-        assert muon["training"]["average_last"] == 1
+        assert muon["training"]["ema_decay"] == 0.5
         assert muon["augmentation"]["crop_scale"] == [0.5, 1.0]
-
-
-def test_only_the_last_epoch_has_an_average(swept: Path) -> None:
-    first, last = read_log(swept / "out/muon/seed3").epochs
-    assert first.ema_top_1 is None and last.ema_top_1 == last.top_1  # the average of one
 
 
 def test_what_is_done_is_skipped(
@@ -78,9 +73,9 @@ def test_what_is_done_is_skipped(
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(swept: Path) -> None:
     """A folder of an earlier sweep must not stand in the table of a changed one."""
-    changed = (swept / "sweep.yaml").read_text().replace("average_last: 1", "average_last: 0")
+    changed = (swept / "sweep.yaml").read_text().replace("ema_decay: 0.5", "ema_decay: 0")
     (swept / "changed.yaml").write_text(changed)
-    words = r"out/muon/seed3 holds a run of other settings \(training.average_last 1 -> 0\)"
+    words = r"out/muon/seed3 holds a run of other settings \(training.ema_decay 0.5 -> 0\)"
     with pytest.raises(UsageError, match=words):
         sweep.main([str(swept / "changed.yaml"), "--out", str(swept / "out"), "--table"])
 

@@ -83,7 +83,7 @@ def price(settings: Settings) -> float | None:
     """Dollars an hour by `cost.*`; None where neither a price nor a machine is named.
 
     Raises:
-        UsageError: no such machine, or no spot price in the table.
+        UsageError: no such machine.
     """
     cost = settings.cost
     if cost.dollars_per_hour is not None or cost.machine is None:
@@ -94,12 +94,7 @@ def price(settings: Settings) -> float | None:
             f"cost.machine {cost.machine!r} is not in {MACHINES}{nearest(cost.machine, known)}: it has "
             f"{', '.join(known)}; add a line, or give cost.dollars_per_hour"
         )
-    machine = known[cost.machine]
-    if cost.spot and machine.spot is None:
-        raise UsageError(
-            f"cost.spot: {MACHINES} has no spot price for {machine.name}; give cost.dollars_per_hour"
-        )
-    return machine.spot if cost.spot else machine.on_demand
+    return known[cost.machine].on_demand
 
 
 # ---- operations ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from ffcv_imnet.config.domains import MOST_EPOCHS
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import EpochPlan
 from ffcv_imnet.config.schema import Settings
@@ -89,7 +90,7 @@ def ours(arch: str, step: str, precision: str, batch_size: int, world: World) ->
         training__checkpoint_minutes=0,
         lr__lr=LR,
         lr__lr_peak_epoch=0,
-        lr__final=1,
+        training__epochs=MOST_EPOCHS,  # of which one is made: a constant learning rate
         **STEPS[step],
     )
     learner = build_learner(settings, CLASSES, world)
@@ -144,7 +145,6 @@ def plan_of(settings: Settings, images: Tensor, steps: int) -> EpochPlan:
         steps=steps,
         crop_scale=(1.0, 1.0),
         label_smoothing=settings.training.label_smoothing,
-        averaged=False,
         lr_start=LR,
         lr_end=LR,
     )

@@ -84,6 +84,25 @@ class Choice(Checker):
         return "one of " + ", ".join(self.words)
 
 
+class Words(Checker):
+    """Some of a few words, or none: `[a, b]` in YAML, `a,b` on the command line."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+
+    def check(self, value: object) -> tuple[str, ...]:
+        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            raise ValueError
+        chosen = tuple(dict.fromkeys(str(part).strip().lower() for part in parts))
+        if any(word not in self.words for word in chosen if word):
+            raise ValueError
+        return tuple(word for word in self.words if word in chosen)
+
+    def help(self) -> str:
+        return "any of " + ", ".join(self.words)
+
+
 class Text(Checker):
     """Any text that is not empty."""
 

@@ -5,7 +5,8 @@ fastargs reads both; what it would let pass (unknown keys, abbreviations, the en
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ import yaml
 from fastargs.dict_utils import expand_keys, fix_dict
 
 from ffcv_imnet.config.domains import RowError, Stage
-from ffcv_imnet.config.schema import Resolution, Settings, declared, json_types, sections, to_dict
+from ffcv_imnet.config.schema import (
+    RENAMED,
+    RETIRED,
+    Resolution,
+    Settings,
+    declared,
+    json_types,
+    sections,
+    to_dict,
+)
 from ffcv_imnet.core.errors import Parser, UsageError, nearest
 
 RECIPES = Path(__file__).parents[1] / "rn_configs"  # a link in a checkout, a copy where installed
@@ -55,8 +65,10 @@ class StrictConfig(fastargs.Config):
         Raises:
             UsageError: an unknown key or a value out of its domain; names `origin` and the key.
         """
+        given: dict[str, Any] = {}
         for path, value in _leaves(fix_dict(expand_keys(values))):
             key = ".".join(path)
+            key = RENAMED.get(key, key)
             if key in sections():
                 if value is None:  # every line below it is a comment
                     continue
@@ -64,24 +76,52 @@ class StrictConfig(fastargs.Config):
                 raise UsageError(
                     f"{origin}: {key} is a section: its settings stand below it, {example} for one"
                 )
-            if path not in self.entries:
-                raise UsageError(f"{origin}: unknown setting {key!r}{_suggest(key)}")
-            if value is None:
+            if key in RETIRED:
+                ignore_retired(key, value, origin)
                 continue
-            checker = self.entries[path].checker
-            try:
-                checker.check(value)
-            except RowError as error:
-                raise UsageError(f"{origin}: {key}, {error}") from None
-            except (ValueError, KeyError, TypeError, OverflowError):
-                raise UsageError(
-                    f"{origin}: {key} must be {checker.help()}, not {value!r}"
-                ) from None
-        self.collect({key: value for key, value in values.items() if value is not None})
+            if key not in declared():
+                raise UsageError(f"{origin}: unknown setting {key!r}{_suggest(key)}")
+            if value is not None:
+                self._check_value(key, value, origin)
+                given[key] = value
+        self.collect(given)
+
+    def _check_value(self, key: str, value: object, origin: str) -> None:
+        """Raises UsageError if `value` lies outside the domain of the setting `key`."""
+        checker = declared()[key].metadata["checker"]
+        try:
+            checker.check(value)
+        except RowError as error:
+            raise UsageError(f"{origin}: {key}, {error}") from None
+        except (ValueError, KeyError, TypeError, OverflowError):
+            raise UsageError(f"{origin}: {key} must be {checker.help()}, not {value!r}") from None
 
     def collect_env_variables(self) -> "StrictConfig":
         """The environment changes nothing."""
         return self
+
+
+def ignore_retired(key: str, value: object, origin: str) -> None:
+    """Say that a setting of an earlier version is ignored, unless it asks for what is done anyway.
+
+    Raises:
+        UsageError: it made another network than there is now.
+    """
+    inert = RETIRED[key]
+    if value is None or str(value).lower() == str(inert).lower():
+        return
+    if isinstance(inert, float) and isinstance(value, int | float) and value == inert:
+        return
+    if key.startswith("model."):
+        raise UsageError(
+            f"{origin}: {key}={value} made a network that this version no longer has; version 0.1.0 does"
+        )
+    instead = key.removeprefix("logging.")
+    hint = f"; use --logging.trackers={instead}" if instead in ("tensorboard", "wandb") else ""
+    print(
+        f"{origin}: {key}={value} is ignored: this version has no such setting{hint}",
+        file=sys.stderr,
+    )
 
 
 def _param(declared: "Field[Any]") -> fastargs.Param:
@@ -197,7 +237,7 @@ def _parser() -> Parser:
         action="store_true",
         help="with --dry_run: measure this machine on the data and predict the run's duration",
     )
-    for key in declared():
+    for key in (*declared(), *RENAMED, *RETIRED):
         parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
     return parser
 
@@ -252,6 +292,17 @@ def _build(config: StrictConfig) -> Settings:
     )
 
 
+def from_dict(values: dict[str, dict[str, Any]], origin: str) -> Settings:
+    """What `to_dict` gave, of this version or an earlier one.
+
+    Raises:
+        UsageError: see `StrictConfig.collect_from`; `origin` is the file in its messages.
+    """
+    config = StrictConfig()
+    config.collect_from(values, origin)
+    return _build(config)
+
+
 def load(*paths: str | Path, **overrides: Any) -> Settings:
     """Settings from config files and keyword overrides, for tools and tests.
 
@@ -265,78 +316,43 @@ def load(*paths: str | Path, **overrides: Any) -> Settings:
 
 def check(settings: Settings) -> None:
     """What single domains cannot say. Raises UsageError naming the settings that clash."""
-    s = settings
-    rules: list[tuple[bool, Callable[[], str]]] = [
-        (
-            s.resolution.start_ramp > s.resolution.end_ramp,
-            lambda: (
-                f"resolution.start_ramp {s.resolution.start_ramp} lies after "
-                f"resolution.end_ramp {s.resolution.end_ramp}"
-            ),
-        ),
-        (
-            s.resolution.min_res > s.resolution.max_res,
-            lambda: (
-                f"resolution.min_res {s.resolution.min_res} is larger than "
-                f"resolution.max_res {s.resolution.max_res}"
-            ),
-        ),
-        (
-            bool(s.plan.stages) and sum(row.epochs for row in s.plan.stages) != s.training.epochs,
-            lambda: (
-                f"plan.stages make {sum(row.epochs for row in s.plan.stages)} epochs, "
-                f"training.epochs is {s.training.epochs}; make them equal"
-            ),
-        ),
-        (
-            bool(s.plan.stages) and s.resolution != Resolution(),
-            lambda: "plan.stages and the section resolution both say the resolution; leave one out",
-        ),
-        (
-            0 < s.lr.decay_epoch < s.lr.lr_peak_epoch or s.lr.decay_epoch >= s.training.epochs,
-            lambda: (
-                f"lr.decay_epoch {s.lr.decay_epoch:g} must lie between lr.lr_peak_epoch "
-                f"{s.lr.lr_peak_epoch:g} and the end of training.epochs {s.training.epochs}"
-            ),
-        ),
-        (
-            s.training.average_last > 0 and s.training.ema_decay > 0,
-            lambda: "training.average_last and training.ema_decay are two averages; set one to 0",
-        ),
-        (
-            s.training.average_last > s.training.epochs,
-            lambda: (
-                f"training.average_last {s.training.average_last} is more than training.epochs "
-                f"{s.training.epochs}"
-            ),
-        ),
-        (
-            s.lr.lr_peak_epoch > s.training.epochs,
-            lambda: (
-                f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "
-                f"training.epochs {s.training.epochs}"
-            ),
-        ),
-        (
-            s.muon.lr * s.muon.weight_decay >= 1,
-            lambda: (
-                f"muon.weight_decay {s.muon.weight_decay:g} times muon.lr {s.muon.lr:g} is one or more: a "
-                f"step would wipe the kernels out; lower one"
-            ),
-        ),
-        (
-            s.training.nesterov and s.training.momentum == 0,
-            lambda: "training.nesterov needs training.momentum above 0",
-        ),
-        (
-            s.training.stop_when_reached and s.training.stop_at == 0,
-            lambda: "training.stop_when_reached needs training.stop_at above 0",
-        ),
-        (
-            s.training.max_cost > 0 and s.cost.dollars_per_hour is None and s.cost.machine is None,
-            lambda: "training.max_cost needs a price: cost.dollars_per_hour or cost.machine",
-        ),
-    ]
-    for broken, message in rules:
-        if broken:
-            raise UsageError(message())
+    for clash in _clashes(settings):
+        raise UsageError(clash)
+
+
+def _clashes(s: Settings) -> Iterator[str]:
+    resolution, training, muon = s.resolution, s.training, s.muon
+    if resolution.start_ramp > resolution.end_ramp:
+        yield (
+            f"resolution.start_ramp {resolution.start_ramp} lies after "
+            f"resolution.end_ramp {resolution.end_ramp}"
+        )
+    if resolution.min_res > resolution.max_res:
+        yield (
+            f"resolution.min_res {resolution.min_res} is larger than "
+            f"resolution.max_res {resolution.max_res}"
+        )
+    planned = sum(row.epochs for row in s.plan.stages)
+    if s.plan.stages and planned != training.epochs:
+        yield (
+            f"plan.stages make {planned} epochs, training.epochs is {training.epochs}; "
+            "make them equal"
+        )
+    if s.plan.stages and resolution != Resolution():
+        yield "plan.stages and the section resolution both say the resolution; leave one out"
+    if s.lr.lr_peak_epoch > training.epochs:
+        yield (
+            f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "
+            f"training.epochs {training.epochs}"
+        )
+    if muon.lr * muon.weight_decay >= 1:
+        yield (
+            f"muon.weight_decay {muon.weight_decay:g} times muon.lr {muon.lr:g} is one or more: "
+            "a step would set the kernels to zero; lower one"
+        )
+    if training.nesterov and training.momentum == 0:
+        yield "training.nesterov needs training.momentum above 0"
+    if training.stop_when_reached and training.stop_at == 0:
+        yield "training.stop_when_reached needs training.stop_at above 0"
+    if training.max_cost > 0 and s.cost.dollars_per_hour is None and s.cost.machine is None:
+        yield "training.max_cost needs a price: cost.dollars_per_hour or cost.machine"

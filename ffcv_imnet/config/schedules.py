@@ -20,7 +20,6 @@ class EpochPlan:
     steps: int
     crop_scale: tuple[float, float]
     label_smoothing: float
-    averaged: bool  # the weights after it go into the average of training.average_last
     lr_start: float  # at the first and at the last step
     lr_end: float
 
@@ -38,14 +37,10 @@ def learning_rate(settings: Settings, epoch: float, batch_size: int) -> float:
     """
     lr = settings.lr
     peak = lr.lr * (batch_size / lr.base_batch_size if lr.base_batch_size else 1.0)
-    decay_from = max(lr.lr_peak_epoch, lr.decay_epoch)
     if epoch < lr.lr_peak_epoch:
         return peak * epoch / lr.lr_peak_epoch
-    if epoch < decay_from:
-        return peak
-    done = (epoch - decay_from) / (settings.training.epochs - decay_from)
-    left = 1.0 - done if lr.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
-    return peak * (lr.final + (1.0 - lr.final) * left)
+    done = (epoch - lr.lr_peak_epoch) / (settings.training.epochs - lr.lr_peak_epoch)
+    return peak * (1.0 - done if lr.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def resolution(settings: Settings, epoch: int) -> int:
@@ -108,7 +103,6 @@ def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
                 steps=steps,
                 crop_scale=settings.augmentation.crop_scale if scale is None else scale,
                 label_smoothing=training.label_smoothing if smoothing is None else smoothing,
-                averaged=epoch >= training.epochs - training.average_last,
                 lr_start=learning_rate(settings, epoch + 0.5 / steps, batch),
                 lr_end=learning_rate(settings, epoch + 1 - 0.5 / steps, batch),
             )

@@ -20,6 +20,7 @@ from ffcv_imnet.config.domains import (
     Stages,
     Switch,
     Text,
+    Words,
 )
 
 
@@ -52,20 +53,6 @@ class Model:
     )
     zero_gamma: bool = _switch(
         False, "start the last BatchNorm of each residual block at zero (arXiv:1706.02677, 5.1)"
-    )
-    stem: str = _setting(
-        "plain", Choice(["plain", "deep"]),
-        "of a ResNet; deep: three 3x3 convolutions for the one of 7x7 (arXiv:1812.01187, 4.2)",
-    )  # fmt: skip
-    shortcut: str = _setting(
-        "conv", Choice(["conv", "avgpool"]),
-        "of a ResNet's strided blocks; avgpool: average before a 1x1 convolution (ResNet-D)",
-    )  # fmt: skip
-    squeeze_excite: bool = _switch(
-        False, "of a ResNet: weigh the channels of each residual branch (arXiv:1709.01507)"
-    )
-    antialias_maxpool: bool = _switch(
-        False, "of a ResNet: blur between max-pooling and its stride (arXiv:1904.11486, 3.2)"
     )
 
 
@@ -135,7 +122,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Lr:
-    """Learning rate: linear warm-up from zero, then decay, evaluated at every step"""
+    """Learning rate: linear warm-up from zero, then decay to zero, evaluated at every step"""
 
     lr: float = _float(0.5, "at the peak, for a batch of lr.base_batch_size", 1e-12)
     lr_peak_epoch: float = _float(2.0, "length of the warm-up, in epochs")
@@ -144,10 +131,6 @@ class Lr:
         Choice(["linear", "cosine"]),
         "its shape; cosine: arXiv:1608.03983 without restarts",
     )
-    decay_epoch: float = _float(
-        0.0, "epoch in which the decay begins, the peak held till then; 0: after the warm-up"
-    )
-    final: float = _float(0.0, "rate at the end, as a part of the peak's", 0.0, 1.0)
     base_batch_size: int = _int(
         0, "lr is scaled by batch_size over this (arXiv:1706.02677, 2.1); 0: taken as it is"
     )
@@ -165,17 +148,12 @@ class Training:
     momentum: float = _float(0.9, "of SGD", 0.0, 0.9999)
     nesterov: bool = _switch(False, "Nesterov's momentum")
     weight_decay: float = _float(5e-5, "L2 factor; not on one-dimensional parameters")
-    decay_all: bool = _switch(False, "weight decay on one-dimensional parameters too")
     label_smoothing: float = _float(0.1, "arXiv:1512.00567, 7", 0.0, 0.9999)
     use_blurpool: bool = _switch(
         True, "fixed 1-2-1 blur before every strided convolution of 16 or more inputs"
     )
     ema_decay: float = _float(
         0.0, "per-step decay of averaged weights and buffers, validated too; 0: none", 0.0, 0.999999
-    )
-    average_last: int = _int(
-        0,
-        "average the weights after each of the last so many epochs (arXiv:2209.14981), in EMA's place",
     )
     precision: str = _setting(
         "auto",
@@ -190,13 +168,12 @@ class Training:
         10.0,
         "between checkpoints within an epoch; one is written after each epoch too; 0: only then",
     )
-    on_lost_loss: str = _setting(
+    on_nonfinite_loss: str = _setting(
         "stop",
         Choice(["stop", "back"]),
-        "when the loss becomes NaN or infinite; back: to the last checkpoint, at a lower rate",
+        "when the loss becomes NaN or infinite; back: to the last checkpoint, at half the learning "
+        "rate, three times at most",
     )
-    lower_by: float = _float(0.5, "what the rate is multiplied by, each time", 1e-6, 0.999999)
-    lower_times: int = _int(3, "at most, in a run; then it stops", 1)
     max_hours: float = _float(
         0.0, "stop at a checkpoint before this much is spent, earlier parts included; 0: none"
     )
@@ -245,11 +222,8 @@ class Logging:
     """The run's folder"""
 
     folder: str = _text("runs/latest", "RUN: log.jsonl, config.yaml, last.pt, best.pt, classes.txt")
-    tensorboard: bool = _switch(
-        False, "the log for TensorBoard too, in RUN (pip install tensorboard)"
-    )
-    wandb: bool = _switch(
-        False, "the log for Weights & Biases too, offline, in RUN/wandb (pip install wandb)"
+    trackers: tuple[str, ...] = _setting(
+        (), Words(["tensorboard", "wandb"]), "that get the log too, in RUN; wandb: offline"
     )
 
 
@@ -261,7 +235,6 @@ class Cost:
     machine: str | None = _setting(
         None, Text(), "name in ffcv_imnet/bench/machines.yaml: g4dn.2xlarge"
     )
-    spot: bool = _switch(False, "take the table's spot price")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,18 +267,36 @@ NOT_OF_THE_RESULT = (
     "data.on_damaged",  # a damaged picture in a long run must not cost the run
     "logging.folder",
     "training.checkpoint_minutes",
-    "training.on_lost_loss",
-    "training.lower_by",
-    "training.lower_times",
+    "training.on_nonfinite_loss",
     "distributed.timeout_seconds",
     "training.max_hours",
     "training.max_cost",
     "cost.dollars_per_hour",
     "cost.machine",
-    "cost.spot",
-    "logging.tensorboard",
-    "logging.wandb",
+    "logging.trackers",
 )
+
+# Earlier names of settings: files and commands that use them still work.
+RENAMED = {"training.on_lost_loss": "training.on_nonfinite_loss"}
+
+# Settings of earlier versions, with the value at which they did what is done today. A recipe or a
+# checkpoint that names one still loads; another value than this is said to be ignored, or refused
+# where it made another network ("model.").
+RETIRED: dict[str, Any] = {
+    "model.stem": "plain",
+    "model.shortcut": "conv",
+    "model.squeeze_excite": False,
+    "model.antialias_maxpool": False,
+    "lr.final": 0.0,
+    "lr.decay_epoch": 0.0,
+    "training.decay_all": False,
+    "training.average_last": 0,
+    "training.lower_by": 0.5,
+    "training.lower_times": 3,
+    "logging.tensorboard": False,
+    "logging.wandb": False,
+    "cost.spot": False,
+}
 
 
 def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -332,7 +323,14 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     A setting that one of them does not know yet has its default there: an older run goes on.
     """
     default = flatten(to_dict(Settings()))
-    a, b = default | flatten(ours), default | flatten(theirs)
+    a, b = (
+        default | {RENAMED.get(key, key): value for key, value in flatten(side).items()}
+        for side in (ours, theirs)
+    )
+    for side in (a, b):  # a retired setting that did nothing is no difference
+        for key, inert in RETIRED.items():
+            if side.get(key) == inert:
+                del side[key]
     keys = [key for key in sorted(a.keys() | b.keys()) if key not in NOT_OF_THE_RESULT]
     return [f"{key} {b.get(key)} -> {a.get(key)}" for key in keys if a.get(key) != b.get(key)]
 

@@ -30,14 +30,14 @@ class RunError(Exception):
     status = 1
 
 
-class LostLoss(RunError):
+class NonFiniteLoss(RunError):
     """The training loss became NaN or infinite, in `step` of `epoch`."""
 
     def __init__(self, epoch: int, step: int) -> None:
         super().__init__(
             f"the training loss became NaN or infinite in epoch {epoch}, step {step}: start again in "
             f"another logging.folder with a lower lr.lr or a longer lr.lr_peak_epoch, or go on with "
-            f"--resume auto --training.on_lost_loss=back, at a lower rate; what was saved before is kept"
+            f"--resume auto --training.on_nonfinite_loss=back, at a lower rate; what was saved before is kept"
         )
         self.epoch, self.step = epoch, step
 

@@ -7,7 +7,7 @@ ONNX files.
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 
-from ffcv_imnet.config.parsing import load
-from ffcv_imnet.config.schema import Model, Settings, flatten
+from ffcv_imnet.config.parsing import from_dict
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, nearest, reason_of
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
-from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite, resnet
+from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite
 from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
 from ffcv_imnet.models.registry import REGISTRY, TIMM, build
 from ffcv_imnet.train import checkpoint
@@ -47,7 +47,6 @@ class Network:
     origin: str  # for people: what was loaded
     settings: Settings | None = None  # of the run, where these are a checkpoint's
     arch: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # of a ResNet, see models/resnet.py
 
     @property
     def uses_blurpool(self) -> bool:
@@ -90,8 +89,7 @@ def load_network(
     elif path.suffix == ".safetensors":
         state, notes = _read_safetensors(path)
         mean, std = (given or notes.get(key) for given, key in ((mean, "mean"), (std, "std")))
-        options = notes.get("options") if arch is None else None
-        network = _from_state(path, state, arch or notes.get("arch"), mean, std, options or {})
+        network = _from_state(path, state, arch or notes.get("arch"), mean, std)
         network = _with_notes(network, notes)
     else:
         content = checkpoint.read(path)
@@ -102,7 +100,7 @@ def load_network(
                 )
             network = _from_checkpoint(path, content, plain)
         else:
-            network = _from_state(path, _tensors(path, content), arch, mean, std, {})
+            network = _from_state(path, _tensors(path, content), arch, mean, std)
     network.model.eval().requires_grad_(False)
     _check_finite(path, network.model)
     return network
@@ -158,7 +156,7 @@ def _from_checkpoint(path: Path, state: dict[str, Any], plain: bool) -> Network:
     checkpoint.check_format(state, path)
     try:
         run, weights, average = state["run"], state["model"], state["ema"]
-        settings = load(**{k.replace(".", "__"): v for k, v in flatten(run["settings"]).items()})
+        settings = from_dict(run["settings"], str(path))
         classes = tuple(run["classes"])
         epochs = sum(record.get("type") == "epoch" for record in run["records"])
         use_average = average is not None and bool(average["n_averaged"]) and not plain
@@ -175,8 +173,7 @@ def _from_checkpoint(path: Path, state: dict[str, Any], plain: bool) -> Network:
     kind = "averaged weights" if use_average else "weights"
     how = Preprocess(settings.validation.resolution, settings.validation.crop_ratio)
     origin = f"{kind} of {settings.model.arch} after {epochs} epochs, {len(classes)} classes"
-    arch, options = settings.model.arch, resnet.options_of(settings.model)
-    return Network(model, len(classes), classes, how, origin, settings, arch, options)
+    return Network(model, len(classes), classes, how, origin, settings, settings.model.arch)
 
 
 def _from_onnx(path: Path, mean: Channels | None, std: Channels | None) -> Network:
@@ -202,12 +199,11 @@ def _from_state(
     arch: str | None,
     mean: Channels | None,
     std: Channels | None,
-    options: dict[str, Any],
 ) -> Network:
     candidates = [arch] if arch else sorted(REGISTRY)
     for name in candidates:
         for blurpool in (False, True):
-            constructor = _constructor(name, blurpool, options)
+            constructor = _constructor(name, blurpool)
             outputs = _outputs_of(constructor, state)
             if outputs is None:
                 continue
@@ -219,22 +215,21 @@ def _from_state(
                 origin = f"state dict of {name}{' with BlurPool' if blurpool else ''}"
                 return Network(
                     model, outputs, None, Preprocess(), f"{origin}, {outputs} classes", arch=name,
-                    options=options,
                 )  # fmt: skip
     if not arch:
         raise UsageError(
             f"{path}: a state dict of none of {', '.join(candidates)}; name its network with --arch "
             f"(one of torchvision's, or {TIMM}NAME)"
         )
-    constructor = _constructor(arch, False, options)
+    constructor = _constructor(arch, False)
     why = _mismatch(constructor(_outputs_of(constructor, state) or 1), state)
     raise RunError(f"{path}: the state dict does not fit {arch}: {why}")
 
 
-def _constructor(name: str, blurpool: bool, options: dict[str, Any]) -> Callable[[int], nn.Module]:
+def _constructor(name: str, blurpool: bool) -> Callable[[int], nn.Module]:
     """Makes the network for a number of classes. Raises UsageError for a name nobody knows."""
     if name in REGISTRY or name.startswith(TIMM):
-        make: Callable[[int], nn.Module] = lambda classes: _registered(name, options, classes)  # noqa: E731
+        make: Callable[[int], nn.Module] = lambda classes: build(name, classes, False)  # noqa: E731
     elif name in tv.list_models(module=tv):
         make = lambda classes: tv.get_model(name, weights=None, num_classes=classes)  # noqa: E731
     else:
@@ -252,12 +247,6 @@ def _constructor(name: str, blurpool: bool, options: dict[str, Any]) -> Callable
         return network
 
     return blurred
-
-
-def _registered(name: str, options: dict[str, Any], classes: int) -> nn.Module:
-    network = build(name, classes, False)
-    resnet.apply_options(network, Model(arch=name, **options))
-    return network
 
 
 def _outputs_of(constructor: Callable[[int], nn.Module], state: State) -> int | None:

@@ -35,11 +35,10 @@ def build_model(settings: Settings, classes: int) -> nn.Sequential:
     """The network of `settings`, from uint8 pixels (N, 3, H, W) to logits (N, classes).
 
     Its parameters are those of `torch.manual_seed(training.seed)`. Raises UsageError for an
-    unknown `model.arch`, an option that it does not have, or outputs that are no logits.
+    unknown `model.arch` or outputs that are no logits.
     """
     torch.manual_seed(settings.training.seed)
     network = build(settings.model.arch, classes, settings.model.zero_gamma)
-    resnet.apply_options(network, settings.model)
     if settings.training.use_blurpool:
         apply_blurpool(network)
     model = nn.Sequential(Normalize(), network)

@@ -13,21 +13,6 @@ def blur_kernel(channels: int) -> Tensor:
     return (torch.outer(line, line) / 16).expand(channels, 1, 3, 3).contiguous()
 
 
-class BlurPool2d(nn.Module):
-    """Every second pixel of the blurred input, zero padding of 1: a max-pooling of stride 1 before
-    it makes one without aliasing (arXiv:1904.11486, 3.2)."""
-
-    kernel: Tensor  # (C, 1, 3, 3)
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("kernel", blur_kernel(channels), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
-        return F.conv2d(x, self.kernel, None, 2, 1, 1, len(self.kernel))
-
-
 class BlurConv2d(nn.Module):
     """`conv` on a blurred input: depthwise (1, 2, 1) x (1, 2, 1) / 16, zero padding of 1.
 

@@ -139,7 +139,6 @@ def notes_of(network: Network, how: Preprocess) -> dict[str, Any]:
     return {
         "classes": class_names(network),
         "arch": network.arch,
-        "options": network.options,
         "blurpool": network.uses_blurpool,
         "resolution": how.resolution,
         "crop_ratio": how.crop_ratio,
@@ -321,7 +320,7 @@ def describe(out: Path, network: Network, how: Preprocess, options: argparse.Nam
     shape = f"({batch}, 3, {how.resolution}, {how.resolution})"
     weights = out.with_suffix(".safetensors")
     whose = (
-        "for evaluate and predict" if network.uses_blurpool or network.options
+        "for evaluate and predict" if network.uses_blurpool
         else f"plain state dict of {network.arch}"
     )  # fmt: skip
     print(

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_imnet.config.schedules import EpochPlan, learning_rate, resolutions
 from ffcv_imnet.config.schema import Settings
-from ffcv_imnet.core.errors import LostLoss
+from ffcv_imnet.core.errors import NonFiniteLoss
 from ffcv_imnet.core.log import Epoch
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.loader import PADDING, TrainLoader
@@ -51,7 +51,7 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     torch.backends.cudnn.benchmark = True  # shapes change once a resolution, not once a step
     torch.set_float32_matmul_precision("high")
     model = build_model(settings, classes).to(device).to(memory_format=torch.channels_last)
-    ema = build_average(model, training)
+    ema = build_average(model, training.ema_decay)
     precision = choose_precision(training.precision, device)
 
     forward: nn.Module = model
@@ -107,7 +107,7 @@ def train_epoch(
     device; the host reads them every `LOOK_EVERY` seconds.
 
     Raises:
-        LostLoss: the loss became NaN or infinite, or the weights that were to be saved; on all
+        NonFiniteLoss: the loss became NaN or infinite, or the weights that were to be saved; on all
             processes at once.
         RunError: the loader failed.
     """
@@ -151,9 +151,7 @@ def train_epoch(
             learner.scaler.update()
             learner.optimizer.zero_grad(set_to_none=True)
             last = step + 1 == plan.steps
-            if learner.ema is not None and (
-                settings.training.ema_decay or (last and plan.averaged)
-            ):
+            if learner.ema is not None:
                 learner.ema.update_parameters(learner.model)
 
             with torch.no_grad():
@@ -177,7 +175,7 @@ def train_epoch(
                         bad = min(bad, step)
                     bad = world.least(bad)
                     if bad < plan.steps:
-                        raise LostLoss(plan.epoch, bad)
+                        raise NonFiniteLoss(plan.epoch, bad)
                     mean = (float(loss_sum) - summed) / (step + 1 - before.steps)
                     lost = f" skipped {count:,}" if (count := int(skipped)) else ""
                     progress.update(0, f"loss {mean:.3f} lr {rate:.4g}{lost}")

@@ -7,24 +7,20 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ffcv_imnet.config.schedules import learning_rate
-from ffcv_imnet.config.schema import Settings, Training
+from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.train.muon import MuonSGD, is_kernel
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, decay_all: bool = False
-) -> list[dict[str, Any]]:
-    """All parameters, in two groups: those of two and more dimensions decay, the others do not,
-    unless `decay_all`.
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """All parameters, in two groups: those of two and more dimensions decay, the others do not.
 
     Biases and BatchNorm's scales and shifts are one-dimensional; told by shape, not by name, none
     is missed (arXiv:1812.01187, 3.1).
     """
-    one_dimensional = weight_decay if decay_all else 0.0
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": one_dimensional},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
 
 
@@ -37,7 +33,7 @@ def build_optimizer(
     narrow for it. The loop sets a group's rate at every step: the schedule's times the group's "lr_factor".
     """
     training, muon = settings.training, settings.muon
-    groups = parameter_groups(model, training.weight_decay, training.decay_all)
+    groups = parameter_groups(model, training.weight_decay)
     for group in groups:
         group |= {"momentum": training.momentum, "lr_factor": 1.0}
     if training.optimizer == "sgd":
@@ -62,15 +58,12 @@ def build_optimizer(
     return MuonSGD([kernels, *groups], training.nesterov, dtype)
 
 
-def build_average(model: nn.Module, training: Training) -> AveragedModel | None:
-    """What keeps the mean of weights and buffers that the settings ask for, or None.
+def build_average(model: nn.Module, ema_decay: float) -> AveragedModel | None:
+    """The exponential moving average (EMA) of weights and buffers, or None at a decay of 0.
 
-    Exponential and moved at every step (`ema_decay`), or of equal weights and moved after each of the
-    last epochs (`average_last`). The first update copies the model: the random start weighs nothing.
+    Moved at every step. The first update copies the model: the random start weighs nothing.
     """
-    if training.average_last:
-        return AveragedModel(model, use_buffers=True)
-    if training.ema_decay:
-        decay = get_ema_multi_avg_fn(training.ema_decay)
-        return AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
-    return None
+    if not ema_decay:
+        return None
+    decay = get_ema_multi_avg_fn(ema_decay)
+    return AveragedModel(model, multi_avg_fn=decay, use_buffers=True)

@@ -19,7 +19,7 @@ from typing import Any
 from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.config.schema import Settings, differences, to_dict
 from ffcv_imnet.core import log
-from ffcv_imnet.core.errors import LostLoss, RunError, UsageError
+from ffcv_imnet.core.errors import NonFiniteLoss, RunError, UsageError
 from ffcv_imnet.core.log import LOG, Epoch, Header, Lowered, Reached, Record, Summary
 from ffcv_imnet.data.beton import Manifest
 from ffcv_imnet.machine.distributed import World
@@ -29,6 +29,8 @@ from ffcv_imnet.train.heartbeat import Heartbeat
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 HEARTBEAT = "heartbeat.json"
+# Of training.on_nonfinite_loss=back: the learning rate's factor each time, and how often at most.
+LOWER_BY, LOWER_TIMES = 0.5, 3
 
 
 @dataclass
@@ -156,7 +158,7 @@ class RunFolder:
         log.append(self.path / LOG, self.epochs[-1])
 
     def go_back(
-        self, learner: checkpoint.Learner, lost: LostLoss, elapsed_seconds: float, world: World
+        self, learner: checkpoint.Learner, lost: NonFiniteLoss, elapsed_seconds: float, world: World
     ) -> Trained:
         """To the last checkpoint whose weights are good, all processes together; `recipe` has a
         lower rate from then on.
@@ -165,25 +167,24 @@ class RunFolder:
         the epoch has come.
 
         Raises:
-            LostLoss: the run is to stop instead, or has no checkpoint of this epoch.
+            NonFiniteLoss: the run is to stop instead, or has no checkpoint of this epoch.
             RunError: it went back often enough.
         """
         training, times = self.settings.training, len(self.lowered)
-        if training.on_lost_loss != "back":
+        if training.on_nonfinite_loss != "back":
             raise lost
-        if times >= training.lower_times:
+        if times >= LOWER_TIMES:
             raise RunError(
                 f"the loss became NaN or infinite in epoch {lost.epoch}, step {lost.step}, also at "
-                f"{self.lr_scale:g} of the recipe's learning rate, after training.lower_times {times}: "
-                f"start again in another logging.folder with a much lower lr.lr, or go on with "
-                f"--resume auto and more training.lower_times"
+                f"{self.lr_scale:g} of the recipe's learning rate, lowered {times} times: start again "
+                f"in another logging.folder with a much lower lr.lr"
             ) from lost
         state, trained = self._within(LAST, lost)
         if trained.steps == lost.step:  # its own weights give no finite loss
             state, trained = self._within(PREVIOUS, lost)
         checkpoint.restore(learner, state, self.path)
         world.least(0)  # all have read before one writes
-        scale, step = self.lr_scale * training.lower_by, trained.steps
+        scale, step = self.lr_scale * LOWER_BY, trained.steps
         self.records.append(
             Lowered(epoch=lost.epoch, step=lost.step, back_to_step=step, lr_scale=scale)
         )
@@ -197,7 +198,7 @@ class RunFolder:
             )
         return trained
 
-    def _within(self, name: str, lost: LostLoss) -> tuple[dict[str, Any], Trained]:
+    def _within(self, name: str, lost: NonFiniteLoss) -> tuple[dict[str, Any], Trained]:
         """A checkpoint of the epoch whose loss was lost, and how far it has come. Raises `lost`."""
         if not (self.path / name).is_file():
             raise lost

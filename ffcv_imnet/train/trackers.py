@@ -5,22 +5,22 @@ Both are fed the numbers of the line that the JSON log gets, under its names, an
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ffcv_imnet.config.schema import Logging
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import Epoch, Header
 
 
-def check_boards(logging: Logging) -> None:
-    """Raises UsageError if a board is asked for whose package is not installed."""
-    for package in ("tensorboard", "wandb"):
-        if getattr(logging, package) and importlib.util.find_spec(package) is None:
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raises UsageError if one of `logging.trackers` has no package of its name installed."""
+    for package in trackers:
+        if importlib.util.find_spec(package) is None:
             raise UsageError(
-                f"logging.{package} needs the package {package}: pip install {package}, "
-                "or leave the setting out"
+                f"logging.trackers: {package} is not installed: pip install {package}, "
+                "or leave it out"
             )
 
 
@@ -30,25 +30,24 @@ def numbers(epoch: Epoch) -> dict[str, float]:
     return {name: value for name, value in every.items() if value is not None and name != "epoch"}
 
 
-class Boards:
-    """The boards that `header.settings` asks for.
+class Trackers:
+    """What `logging.trackers` names, fed an epoch at a time.
 
     Args:
         folder: RUN. TensorBoard reads it (`tensorboard --logdir RUN`); W&B writes RUN/wandb, offline
             (`wandb sync RUN/wandb/offline-run-*` uploads it).
         header: of this start; a resumed run goes on where the log does.
-        enabled: False opens nothing (ranks other than 0).
+        names: of `logging.trackers`; none on ranks other than 0.
     """
 
-    def __init__(self, folder: Path, header: Header, enabled: bool = True) -> None:
-        wanted = header.settings["logging"] if enabled else {}
+    def __init__(self, folder: Path, header: Header, names: Sequence[str]) -> None:
         self.tensorboard: Any = None
         self.wandb: Any = None
-        if wanted.get("tensorboard"):
+        if "tensorboard" in names:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder), purge_step=header.first_epoch)
-        if wanted.get("wandb"):
+        if "wandb" in names:
             import wandb
 
             # The same name on every resumption, so that the parts are synchronised into one run.

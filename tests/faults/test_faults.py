@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ffcv_imnet.core import log as records
-from ffcv_imnet.core.errors import LostLoss, RunError
+from ffcv_imnet.core.errors import NonFiniteLoss, RunError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.data.loader import _Epoch
-from ffcv_imnet.train import checkpoint
+from ffcv_imnet.train import checkpoint, run_dir
 from ffcv_imnet.train import epoch as training
 from ffcv_imnet.train import failures as faults
 from ffcv_imnet.train.checkpoint import Trained
@@ -52,25 +52,25 @@ def test_nothing_is_lost(kind: str, rows: list[dict[str, Any]]) -> None:
 
 # ---- a lost loss --------------------------------------------------------------------------------
 
-LOST = {"lr__lr": 1e30, "training__momentum": 0, "training__on_lost_loss": "back"}
+LOST = {"lr__lr": 1e30, "training__momentum": 0, "training__on_nonfinite_loss": "back"}
 
 
 def test_a_lost_loss_goes_back_at_a_lower_rate(
     small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To a millionth each time; interrupted after that and resumed, the rate stays lowered."""
-    settings = small.settings(
-        tmp_path / "run", **LOST, training__lower_by=1e-6, training__lower_times=5
-    )
+    settings = small.settings(tmp_path / "run", **LOST)
+    monkeypatch.setattr(run_dir, "LOWER_BY", 1e-6)
+    monkeypatch.setattr(run_dir, "LOWER_TIMES", 5)
     save = RunFolder.save
 
     def save_then_signal(self: RunFolder, learner: Any) -> None:
         save(self, learner)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(RunFolder, "save", save_then_signal)
-    assert run(settings) == 128 + signal.SIGTERM
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "save", save_then_signal)
+        assert run(settings) == 128 + signal.SIGTERM
     before = [lowered.lr_scale for lowered in read_log(tmp_path / "run").lowered]
     assert run(settings, "auto") == 0
     log = read_log(tmp_path / "run")
@@ -84,19 +84,21 @@ def test_a_lost_loss_goes_back_at_a_lower_rate(
 
 
 def test_it_goes_back_only_so_often(small: SmallData, tmp_path: Path) -> None:
-    settings = small.settings(tmp_path / "run", **LOST, training__lower_times=2)
-    with pytest.raises(RunError, match=r"also at 0.25 .*after training.lower_times 2"):
-        run(settings)
+    with pytest.raises(RunError, match=r"also at 0.125 .*lowered 3 times"):
+        run(small.settings(tmp_path / "run", **LOST))
     log = read_log(tmp_path / "run")
-    assert [lowered.lr_scale for lowered in log.lowered] == [0.5, 0.25] and log.epochs == []
+    assert [lowered.lr_scale for lowered in log.lowered] == [0.5, 0.25, 0.125]
+    assert log.epochs == []
 
 
 def test_it_goes_back_behind_a_checkpoint_of_broken_weights(
-    small: SmallData, tmp_path: Path
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a checkpoint after every step, the last is of weights of 1e30, whose next loss is not finite."""
-    often = {"training__checkpoint_minutes": 1e-9, "training__lower_by": 1e-6}
-    assert run(small.settings(tmp_path / "run", **LOST, **often, training__lower_times=9)) == 0
+    monkeypatch.setattr(run_dir, "LOWER_BY", 1e-6)
+    monkeypatch.setattr(run_dir, "LOWER_TIMES", 9)
+    often = {"training__checkpoint_minutes": 1e-9}
+    assert run(small.settings(tmp_path / "run", **LOST, **often)) == 0
     log = read_log(tmp_path / "run")
     assert [epoch.epoch for epoch in log.epochs] == [0, 1] and len(log.lowered) < 9
     assert log.lowered[0].back_to_step == 0 and log.lowered[0].step > 0
@@ -105,7 +107,7 @@ def test_it_goes_back_behind_a_checkpoint_of_broken_weights(
 def test_weights_that_are_not_finite_are_not_saved(small: SmallData, tmp_path: Path) -> None:
     """The loss of the epoch's only step is finite, what it makes of the weights is not."""
     once = {"training__batch_size": 100, "training__epochs": 1, "lr__lr": 1e300}
-    with pytest.raises(LostLoss, match="epoch 0, step 0"):
+    with pytest.raises(NonFiniteLoss, match="epoch 0, step 0"):
         run(small.settings(tmp_path / "run", **once))
     assert not (tmp_path / "run" / "last.pt").exists()
 

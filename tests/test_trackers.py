@@ -11,7 +11,7 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import Epoch, read_log
-from ffcv_imnet.train.trackers import check_boards, numbers
+from ffcv_imnet.train.trackers import check_trackers, numbers
 from tests.conftest import SmallData
 
 
@@ -24,7 +24,9 @@ def test_tensorboard_reads_back_what_the_log_says(small: SmallData, tmp_path: Pa
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = small.settings(tmp_path / "run", logging__tensorboard=True, training__ema_decay=0.9)
+    settings = small.settings(
+        tmp_path / "run", logging__trackers="tensorboard", training__ema_decay=0.9
+    )
     epochs = train(settings)
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
@@ -41,14 +43,14 @@ def test_wandb_writes_offline(
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(small.settings(tmp_path / "run", logging__wandb=True))
+    train(small.settings(tmp_path / "run", logging__trackers="wandb"))
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = written.read_bytes()
     assert b"train_loss" in content and b"ema_top_1" not in content
 
 
-def test_a_board_without_its_package_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_without_its_package_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    check_boards(load().logging)
-    with pytest.raises(UsageError, match=r"logging\.wandb needs .* pip install wandb"):
-        check_boards(load(logging__wandb=True).logging)
+    check_trackers(load().logging.trackers)
+    with pytest.raises(UsageError, match=r"logging\.trackers: wandb .* pip install wandb"):
+        check_trackers(load(logging__trackers="wandb").logging.trackers)
