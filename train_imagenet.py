@@ -114,7 +114,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     price = cost.price(settings)
     limit = cost.limit(settings, price)
     check_trackers(settings.logging.trackers)
-    world = describe_world()
+    world = describe_world(settings.training.device)
     train_set, val_set = check_data(settings)
     plans = plan_run(settings, train_set.samples)
     run = open_run(settings, resume, train_set, val_set)

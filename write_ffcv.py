@@ -39,6 +39,7 @@ from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_imag
 from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
 from ffcv_imnet.images.parallel import one_thread
 from ffcv_imnet.images.sources import even_subset, open_source, reading_order
+from ffcv_imnet.machine.host import affinity_cores, usable_cores
 
 VERIFIED = 64  # images encoded again afterwards, to compare with what the disk gives back
 TRAINING_RATE = 1000  # images/s of training, for the disk's read rate when RAM is too small
@@ -138,10 +139,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.max_resolution = 400
     options.max_resolution = options.max_resolution or None
     options.short_side = options.short_side or None
-    cores = len(os.sched_getaffinity(0))
     if options.num_workers is None:
-        options.num_workers = cores
-    if options.num_workers > cores:
+        options.num_workers = usable_cores()
+    if options.num_workers > (cores := affinity_cores()):
         raise UsageError(
             f"--num_workers {options.num_workers} is more than the {cores} cores that"
             " this process may use"

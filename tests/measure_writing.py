@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.images import ImageSource
+from ffcv_imnet.machine.host import usable_cores
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,7 +138,7 @@ def run_stock(tree: str, workers: str, out: str) -> dict[str, float]:
 
 def measure_write(given: argparse.Namespace) -> None:
     """Limit, ours, stock in alternation."""
-    workers = len(os.sched_getaffinity(0))
+    workers = usable_cores()
     images = sum(1 for path in given.tree.glob("*/*"))
     seconds: dict[str, list[float]] = {"limit": [], "ours": [], "stock": []}
     for _ in range(given.rounds):

@@ -20,6 +20,7 @@ from ffcv_imnet.data import loader as data
 from ffcv_imnet.data.beton import manifest_path, read_tables
 from ffcv_imnet.images import synthetic as shapes
 from ffcv_imnet.machine import distributed
+from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.native import build
 from tests.conftest import SmallData
 
@@ -42,7 +43,7 @@ def train_batches(
 def test_batches_do_not_depend_on_workers_or_world(small: SmallData, tmp_path: Path) -> None:
     reference = train_batches(small.settings(tmp_path), small)
     assert len(reference) == 6
-    two_threads = small.settings(tmp_path, data__num_workers=min(2, distributed.usable_cores()))
+    two_threads = small.settings(tmp_path, data__num_workers=min(2, usable_cores()))
     for (images, labels), (again, labels_again) in zip(
         reference, train_batches(two_threads, small), strict=True
     ):
@@ -382,7 +383,7 @@ def test_more_workers_than_cores(small: SmallData, tmp_path: Path) -> None:
     default = dataclasses.replace(small.settings(tmp_path).data, num_workers=None)
     settings = dataclasses.replace(small.settings(tmp_path), data=default)
     assert data.workers_of(settings, shared) == 1
-    assert data.workers_of(settings, ALONE) == distributed.usable_cores()
+    assert data.workers_of(settings, ALONE) == usable_cores()
 
 
 def test_the_start_is_timed_once(small: SmallData, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Epoch, Log, read_log
 from ffcv_imnet.data.loader import epoch_order
+from ffcv_imnet.machine.device import choose_precision
 from ffcv_imnet.machine.distributed import Interrupted
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.checkpoint import Trained
-from ffcv_imnet.train.epoch import choose_precision
 from ffcv_imnet.train.run_dir import RunFolder
 from tests.conftest import SmallData
 from tests.test_data import damage

@@ -177,6 +177,7 @@ class Measured:
     checkpoint: float  # seconds to save one
     device: str
     plans: tuple[EpochPlan, ...]
+    on_gpu: bool = False
 
     def epoch_seconds(self, plan: EpochPlan) -> float:
         """Training, validation and checkpoint of one epoch."""
@@ -206,7 +207,7 @@ def measure_run(settings: Settings, started: float, seconds: float = 30.0) -> Me
     Raises:
         UsageError, RunError: as training would raise them.
     """
-    world = describe_world()
+    world = describe_world(settings.training.device)
     train_set, val_set = check_data(settings)
     plans = plan_run(settings, train_set.samples)
     connect(world)
@@ -235,6 +236,7 @@ def measure_run(settings: Settings, started: float, seconds: float = 30.0) -> Me
         checkpoint=_checkpoint_seconds(learner, Path(settings.logging.folder)),
         device=world.device_name(),
         plans=plans,
+        on_gpu=world.device.type == "cuda",
     )
     disconnect(world)
     return measured if world.is_main else None
@@ -296,17 +298,16 @@ def bottleneck(rate: Rates, on_gpu: bool) -> tuple[str, str]:
 
 def describe(measured: Measured, price: float | None) -> str:
     """The measurements as a table, what limits, and the predicted duration and cost."""
-    on_gpu = torch.cuda.is_available()
     rows = []
     for rate in measured.rates:
         of_it = [plan for plan in measured.plans if plan.resolution == rate.resolution]
         seconds = measured.epoch_seconds(of_it[0])
-        what = bottleneck(rate, on_gpu)[0]
+        what = bottleneck(rate, measured.on_gpu)[0]
         speeds = [f"{value:,.0f}" for value in (rate.loader, rate.step, rate.both)]
         rows.append((rate.resolution, *speeds, what, len(of_it), f"{seconds:,.1f}"))
     columns = "px", "loader img/s", "step img/s", "both img/s", "limit", "epochs", "s an epoch"
     table = tabulate(rows, columns, disable_numparse=True, stralign="right")
-    advice = dict.fromkeys(bottleneck(rate, on_gpu)[1] for rate in measured.rates)
+    advice = dict.fromkeys(bottleneck(rate, measured.on_gpu)[1] for rate in measured.rates)
     total = measured.run_seconds()
     cost = f", ${total / 3600 * price:,.2f} at ${price:g} an hour" if price is not None else ""
     return (

@@ -20,6 +20,7 @@ from ffcv_imnet.config.schedules import EpochPlan
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.data.loader import Batches, TrainLoader
+from ffcv_imnet.machine.device import synchronise
 from ffcv_imnet.machine.distributed import StopSignal, World
 from ffcv_imnet.models import Normalize
 from ffcv_imnet.models.blurpool import MIN_INPUTS, blur_kernel
@@ -57,10 +58,10 @@ class Stepper:
             RunError: the batch does not fit in the device's memory.
         """
         with room_for(images):
-            wait(images.device)
+            synchronise(images.device)
             started = time.perf_counter()
             self.run(images, labels, steps)
-            wait(images.device)
+            synchronise(images.device)
             return time.perf_counter() - started
 
     def update_seconds(self, images: Tensor, steps: int) -> float:
@@ -69,11 +70,11 @@ class Stepper:
             parameter.grad = torch.randn_like(parameter)
         with room_for(images):
             self.optimizer.step()
-            wait(images.device)
+            synchronise(images.device)
             started = time.perf_counter()
             for _ in range(steps):
                 self.optimizer.step()
-            wait(images.device)
+            synchronise(images.device)
             taken = time.perf_counter() - started
         self.optimizer.zero_grad(set_to_none=True)
         return taken / steps
@@ -197,12 +198,6 @@ def batch_of(batch_size: int, side: int, device: torch.device) -> tuple[Tensor, 
     labels = torch.randint(0, CLASSES, (batch_size,), generator=generator)
     images = images.to(memory_format=torch.channels_last)
     return images.to(device), labels.to(device)
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

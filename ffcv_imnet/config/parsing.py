@@ -238,7 +238,7 @@ def _parser() -> Parser:
         help="with --dry_run: measure this machine on the data and predict the run's duration",
     )
     for key in (*declared(), *RENAMED, *RETIRED):
-        parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{key}", dest=RENAMED.get(key, key), help=argparse.SUPPRESS)
     return parser
 
 

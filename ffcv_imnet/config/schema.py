@@ -23,6 +23,8 @@ from ffcv_imnet.config.domains import (
     Words,
 )
 
+DEVICES = "auto", "cuda", "cpu"
+
 
 def _setting(default: Any, checker: Checker, text: str) -> Any:
     return field(default=default, metadata={"checker": checker, "help": text})
@@ -155,6 +157,11 @@ class Training:
     ema_decay: float = _float(
         0.0, "per-step decay of averaged weights and buffers, validated too; 0: none", 0.0, 0.999999
     )
+    device: str = _setting(
+        "auto",
+        Choice(DEVICES),
+        "also --device; auto: a GPU; the CPU where no NVIDIA card is",
+    )
     precision: str = _setting(
         "auto",
         Choice(["auto", "fp32", "bf16", "fp16"]),
@@ -265,6 +272,7 @@ NOT_OF_THE_RESULT = (
     "data.read_ahead",
     "data.verify",
     "data.on_damaged",  # a damaged picture in a long run must not cost the run
+    "training.device",
     "logging.folder",
     "training.checkpoint_minutes",
     "training.on_nonfinite_loss",
@@ -276,8 +284,12 @@ NOT_OF_THE_RESULT = (
     "logging.trackers",
 )
 
-# Earlier names of settings: files and commands that use them still work.
-RENAMED = {"training.on_lost_loss": "training.on_nonfinite_loss"}
+# Other names of settings: earlier ones, so that files and commands that use them still work, and
+# short ones, which stand at the top of a file and are options of their own.
+RENAMED = {
+    "training.on_lost_loss": "training.on_nonfinite_loss",
+    "device": "training.device",
+}
 
 # Settings of earlier versions, with the value at which they did what is done today. A recipe or a
 # checkpoint that names one still loads; another value than this is said to be ignored, or refused

@@ -30,7 +30,8 @@ from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data.beton import Manifest, check_beton, content_checksum, manifest_path
 from ffcv_imnet.data.decoders import DAMAGES, FLIPS, CropDecoder
 from ffcv_imnet.data.read_ahead import ReadAhead
-from ffcv_imnet.machine.distributed import World, usable_cores
+from ffcv_imnet.machine.distributed import World
+from ffcv_imnet.machine.host import affinity_cores, usable_cores
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 Indices = NDArray[np.int64]
@@ -90,11 +91,10 @@ def workers_of(settings: Settings, world: World) -> int:
     Raises:
         UsageError: more than the cores this process may use, which numba refuses.
     """
-    cores = usable_cores()
     workers = settings.data.num_workers
     if workers is None:
-        return max(1, cores // world.local_size)
-    if workers > cores:
+        return max(1, usable_cores() // world.local_size)
+    if workers > (cores := affinity_cores()):
         raise UsageError(
             f"data.num_workers {workers} is more than the {cores} cores this process may use; "
             f"set it to {cores} or less, or leave it out"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
-from ffcv_imnet.machine.distributed import describe_world, usable_cores
+from ffcv_imnet.machine.distributed import describe_world
+from ffcv_imnet.machine.host import usable_cores
 
 INPUT_TYPES: dict[str, Any] = {"tensor(float)": np.dtype("f4"), "tensor(uint8)": np.dtype("u1")}
 

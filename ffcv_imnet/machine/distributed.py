@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ffcv_imnet.core.errors import RunError, UsageError, reason_of
-from ffcv_imnet.core.provenance import cpu_name
+from ffcv_imnet.core.errors import RunError, reason_of
+from ffcv_imnet.machine import device as devices
+from ffcv_imnet.machine.host import usable_cores
 
 
 @dataclass(frozen=True)
@@ -72,39 +73,30 @@ class World:
 
     def device_name(self) -> str:
         """The accelerator's or the processor's name."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{cpu_name()}, {torch.get_num_threads()} threads"
+        return devices.name(self.device)
 
     def peak_memory(self) -> int | None:
         """Most bytes ever allocated on the accelerator; None on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return None
+        return devices.peak_memory(self.device)
 
 
-def describe_world() -> World:
+def describe_world(device: str = "auto") -> World:
     """The world from torchrun's environment variables; nothing is connected yet.
 
+    Args:
+        device: as `training.device`.
+
     Raises:
-        UsageError: more processes than accelerators on this machine.
+        UsageError: see `device.choose`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_size > torch.cuda.device_count():
-            raise UsageError(
-                f"torchrun --nproc_per_node={local_size}, but this machine has "
-                f"{torch.cuda.device_count()} GPUs: start at most one process a GPU"
-            )
-        device = torch.device("cuda", local_rank)
     return World(
         rank=int(os.environ.get("RANK", "0")),
         size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=local_rank,
         local_size=local_size,
-        device=device,
+        device=devices.choose(device, local_rank, local_size),
     )
 
 
@@ -118,8 +110,7 @@ def connect(world: World, timeout_seconds: float = 600.0) -> None:
         RunError: the others did not come in time.
     """
     torch.set_num_threads(max(1, usable_cores() // world.local_size))
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
+    devices.make_current(world.device)
     if world.size > 1:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         try:
@@ -136,11 +127,6 @@ def disconnect(world: World) -> None:
     """Leave the other processes."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
 
 
 class Interrupted(Exception):

@@ -20,9 +20,9 @@ from ffcv_imnet.evaluate.weights import load_network, match_classes
 from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.images.pixels import decode_rgb
 from ffcv_imnet.images.stored import JPEG
+from ffcv_imnet.machine.device import choose_precision
 from ffcv_imnet.machine.distributed import connect, describe_world
 from ffcv_imnet.report.runs import Run
-from ffcv_imnet.train.epoch import choose_precision
 from ffcv_imnet.train.run_dir import BEST
 
 A_CLASS = 3  # pictures on the sheet, at most, of one class and of one confusion
@@ -76,7 +76,8 @@ def judge_run(run: Run, photographs: int) -> Judged:
         raise UsageError(f"{data} is not the file that {run.path} was validated on")
     outputs = match_classes(network, manifest.classes, str(data))
 
-    world = describe_world()
+    # Not "cuda" as the run perhaps demanded: this may be another machine.
+    world = describe_world("cpu" if chosen.training.device == "cpu" else "auto")
     connect(world)  # all cores
     precision = choose_precision(chosen.training.precision, world.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

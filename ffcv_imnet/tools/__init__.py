@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from ffcv_imnet.config.schema import DEVICES
 from ffcv_imnet.core.errors import Parser
 
 
@@ -17,6 +18,15 @@ class ToolParser(Parser):
         prog = f"python -m ffcv_imnet {tool}"
         super().__init__(
             prog=prog, description=description, hint=f" ({prog} --help lists the options)"
+        )
+
+    def add_device(self) -> None:
+        """`--device`, as train_imagenet.py takes it; for `describe_world`."""
+        self.add_argument(
+            "--device",
+            choices=DEVICES,
+            default="auto",
+            help="auto: a GPU; the CPU where no NVIDIA card is",
         )
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Namespace:  # type: ignore[override]

@@ -42,10 +42,12 @@ from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
-from ffcv_imnet.machine.distributed import connect, describe_world, disconnect, usable_cores
+from ffcv_imnet.machine.device import choose_precision
+from ffcv_imnet.machine.distributed import connect, describe_world, disconnect
+from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.tools import ToolParser
 from ffcv_imnet.train.checkpoint import DTYPES
-from ffcv_imnet.train.epoch import build_learner, choose_precision
+from ffcv_imnet.train.epoch import build_learner
 
 ROUNDS = 5
 # Multiply-adds counted as two, dense, bf16 or fp16: the makers' data sheets.
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     """The tool. Returns 0."""
     options = parse(argv)
     if options.what == "train":
-        return benchmark_train(options.config, options.seconds, options.json)
+        return benchmark_train(options)
     if options.what == "step":
         return benchmark_step(options)
     return benchmark_loader(options)
@@ -82,6 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="step: which of them (default: all)")  # fmt: skip
     add("--precision", nargs="+", choices=list(DTYPES),
         help="step: default: what the device computes natively; the public step takes the first")  # fmt: skip
+    parser.add_device()
     add("--loaders", nargs="+", choices=list(PEERS), help="default: all that are installed")
     add("--json", type=Path, help="where the rows go")
     options = parser.parse_args(argv)
@@ -294,7 +297,7 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 def benchmark_step(options: argparse.Namespace) -> int:
     """`step`: each network at each resolution, all steps in alternation; table, JSON."""
-    world = describe_world()
+    world = describe_world(options.device)
     connect(world)
     precisions = options.precision or native_precisions(world.device)
     kinds = [(name, p) for name in options.steps for p in precisions]
@@ -397,20 +400,21 @@ def step_table(rows: list[dict[str, Any]]) -> str:
 # ---- training -----------------------------------------------------------------------------------
 
 
-def benchmark_train(config: list[str], seconds: float, json_path: Path | None) -> int:
+def benchmark_train(options: argparse.Namespace) -> int:
     """`train`: loader, model and both, at each resolution of the plan; table, JSON."""
-    settings = load(*config)
-    world = describe_world()
+    settings = load(*options.config)
+    device = settings.training.device if options.device == "auto" else options.device
+    world = describe_world(device)
     train_set, _ = check_data(settings)
     plans = plan_run(settings, train_set.samples)
     connect(world)
     loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
     learner = build_learner(settings, len(train_set.classes), world)
-    device = world.device_name()
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    name = world.device_name()
+    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
     rows, advice = [], []
     for side, plan in sorted({plan.resolution: plan for plan in reversed(plans)}.items()):
-        rates = measure_training(learner, loader, plan, settings, world, seconds)
+        rates = measure_training(learner, loader, plan, settings, world, options.seconds)
         limit, change = bottleneck(rates, world.device.type == "cuda")
         flops = image_flops(settings, len(train_set.classes), side, True)
         row = {
@@ -427,12 +431,12 @@ def benchmark_train(config: list[str], seconds: float, json_path: Path | None) -
     disconnect(world)
     if world.is_main:
         batch = settings.training.batch_size
-        print(f"{device}, {learner.precision}, batch {batch}\n")
+        print(f"{name}, {learner.precision}, batch {batch}\n")
         print(training_table(rows))
         print("\n" + "\n".join(dict.fromkeys(advice)))
-        if json_path:
-            run = {"device": device, "precision": learner.precision, "batch_size": batch}
-            write_json(json_path, run | {"world_size": world.size, "rows": rows})
+        if options.json:
+            run = {"device": name, "precision": learner.precision, "batch_size": batch}
+            write_json(options.json, run | {"world_size": world.size, "rows": rows})
     return 0
 
 

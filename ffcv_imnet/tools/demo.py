@@ -59,7 +59,9 @@ def main(argv: list[str]) -> int:
     parser = ToolParser("demo", __doc__)
     parser.add_argument("--out_dir", type=Path, default=Path("data/demo"), metavar="DIR",
                         help="where all of it goes (default: %(default)s)")  # fmt: skip
-    out = parser.parse_args(argv).out_dir
+    parser.add_device()
+    options = parser.parse_args(argv)
+    out = options.out_dir
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     images, betons = out / "images", out / "beton"
     number = len(CLASSES) * (TRAIN_PER_CLASS + VAL_PER_CLASS)
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
         script("train_imagenet.py"), "--config", CONFIG,
         f"--data.train_dataset={betons / 'train.beton'}",
         f"--data.val_dataset={betons / 'val.beton'}",
-        f"--logging.folder={folder}",
+        f"--logging.folder={folder}", f"--device={options.device}",
     )  # fmt: skip
     show_log(folder / "log.jsonl")
     run("-m", "ffcv_imnet", "report", folder)

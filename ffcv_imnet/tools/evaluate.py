@@ -38,10 +38,10 @@ from ffcv_imnet.evaluate.weights import (
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.preprocess import Preprocess
+from ffcv_imnet.machine.device import choose_precision
 from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect
 from ffcv_imnet.tools import ToolParser
 from ffcv_imnet.train.checkpoint import DTYPES
-from ffcv_imnet.train.epoch import choose_precision
 from ffcv_imnet.train.validate import Loader
 
 BATCH = 256
@@ -66,6 +66,7 @@ def parser() -> ToolParser:
         help="default: as the run trained; fp32 for other weights")  # fmt: skip
     add("--batch_size", type=in_range(int, 1), metavar="N",
         help=f"over all processes; default: the run's or {BATCH}")  # fmt: skip
+    options.add_device()
     add("--num_workers", type=in_range(int, 1), metavar="N", help="decoding threads of one process")
     add("--out", type=Path, metavar="FILE.json", help="write all numbers as JSON")
     return options
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--out {options.out} is a folder: name a file in it")
     if options.interpolation and options.data.suffix == ".beton":
         raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
-    world = describe_world()
+    world = describe_world(options.device)
     network = load_from(options)
     hows = preprocessings(network, options)
     classes, checksum = data_classes(options.data)

@@ -24,12 +24,12 @@ from ffcv_imnet.config.schema import RETIRED, Settings, flatten, to_dict
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import LOG
 from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.machine.device import choose_precision, synchronise
 from ffcv_imnet.machine.distributed import connect, describe_world
 from ffcv_imnet.models import build_model
 from ffcv_imnet.models.registry import REGISTRY
 from ffcv_imnet.report.runs import best, group_runs, read_run
 from ffcv_imnet.tools import ToolParser
-from ffcv_imnet.train.epoch import choose_precision
 
 SIDES = (128, 160, 192, 224)
 CLASSES = 1000
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     add("--measure", action="store_true", help="time training steps on this machine")
     add("--resolution", type=int, metavar="PX", help="of --measure, 32 to 1024 (default: 160)")
     add("--batch_size", type=int, metavar="N", help="of --measure; default: 32, on a GPU 256")
+    parser.add_device()
     options, rest = parser.parse_known_args(argv)
     overrides = chosen_options(rest)
     side = 160 if options.resolution is None else options.resolution
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
         counted[name] = [f"{parameters:.1f} M"]
         counted[name] += [f"{operations(model, side) / 1e9:.2f}" for side in SIDES]
     scores = recorded(RECORDS)
-    measured = measure(every, side, options.batch_size) if options.measure else {}
+    measured = measure(every, side, options.batch_size, options.device) if options.measure else {}
     columns = ["network", "parameters", *(f"GFLOP, {side} px" for side in SIDES)]
     columns += ["training images/s"] if measured else []
     rows = []
@@ -106,17 +107,18 @@ def operations(model: nn.Module, side: int) -> int:
     return int(counter.get_total_flops())
 
 
-def measure(every: dict[str, Settings], side: int, batch: int | None) -> dict[str, float]:
+def measure(
+    every: dict[str, Settings], side: int, batch: int | None, device: str
+) -> dict[str, float]:
     """Training images a second of each network: forward and backward, as training runs them, without a loader."""
-    world = describe_world()
+    world = describe_world(device)
     connect(world)  # all cores
-    device = world.device
-    count = batch or BATCH[device.type]
-    precision = choose_precision("auto", device)
+    count = batch or BATCH[world.device.type]
+    precision = choose_precision("auto", world.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     print(f"timing on {world.device_name()}, {precision}, batch {count}, {side} px")
     built = {
-        name: build_model(settings, CLASSES).to(device).to(memory_format=torch.channels_last)
+        name: build_model(settings, CLASSES).to(world.device).to(memory_format=torch.channels_last)
         for name, settings in every.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in built}
@@ -140,8 +142,7 @@ def step_seconds(model: nn.Module, count: int, side: int, dtype: torch.dtype) ->
     loss.backward()
     model.zero_grad(set_to_none=True)
     loss.item()  # waits for the device
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise(device)
     return time.perf_counter() - started
 
 

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     """Exit status 0 if every step succeeded."""
     options = parse(argv)
     if options.first_steps is not None:
-        return first_steps(options.dir, options.first_steps)
+        return first_steps(options.dir, options.first_steps, options.device)
     if not Path("write_ffcv.py").is_file():
         raise UsageError("the rehearsal runs from the repository's root: write_ffcv.py is not here")
     folder: Path = options.dir
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         make_archives(folder, options.images, options.val_images, options.classes)
-        results = rehearse(folder)
+        results = rehearse(folder, options.device)
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -62,6 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--val_images", type=int, default=50_000, metavar="N", help="(default: %(default)s)")
     add("--classes", type=int, default=1000, metavar="N", help="(default: %(default)s)")
     add("--keep", action="store_true", help="do not remove the folder")
+    parser.add_device()
     add("--first_steps", type=float, help=argparse.SUPPRESS)  # the tool calling itself
     options = parser.parse_args(argv)
     if not 1 <= options.classes <= min(options.images, options.val_images):
@@ -107,7 +108,7 @@ def make_archives(folder: Path, images: int, val_images: int, classes: int) -> N
             text.write(f"ILSVRC2012_val_{number + 1:08d} {wnids[number % classes]}\n")
 
 
-def rehearse(folder: Path) -> dict[str, dict[str, float]]:
+def rehearse(folder: Path, device: str) -> dict[str, dict[str, float]]:
     """Seconds and peak memory (MB) of every step."""
     train, val, labels = (folder / name for name in NAMES)
     write = ["write_ffcv.py", "--out_dir", str(folder), "--split"]
@@ -116,7 +117,16 @@ def rehearse(folder: Path) -> dict[str, dict[str, float]]:
         "write val": measure([*write, "val", "--tar", str(val), "--val_labels", str(labels)]),
         "verify": measure(["-m", "ffcv_imnet", "verify", str(folder)]),
     }
-    steps = ["-m", "ffcv_imnet", "rehearse", "--dir", str(folder), "--first_steps"]
+    steps = [
+        "-m",
+        "ffcv_imnet",
+        "rehearse",
+        "--dir",
+        str(folder),
+        "--device",
+        device,
+        "--first_steps",
+    ]
     results["train"] = measure([*steps, str(time.time())])
     first = json.loads((folder / "first_steps.json").read_text())
     results["train"] |= first
@@ -178,7 +188,7 @@ def proportional_memory(pid: int) -> float:
     return int(sizes.get("Pss_Anon", sizes["Pss"])) / 1000
 
 
-def first_steps(folder: Path, started: float) -> int:
+def first_steps(folder: Path, started: float, device: str) -> int:
     """What `train_imagenet.py` does until the first batch, then four steps of training."""
     from ffcv_imnet.config.parsing import load
     from ffcv_imnet.config.schedules import plan_run
@@ -196,7 +206,7 @@ def first_steps(folder: Path, started: float) -> int:
         training__batch_size=64,
     )
     imported = time.time() - started
-    world = describe_world()
+    world = describe_world(device)
     train_set, val_set = check_data(settings)
     connect(world)
     checked = time.time() - started

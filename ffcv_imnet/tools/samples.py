@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         np.int64
     )  # spread over the classes
     rows = rows_of(plan_run(settings, manifest.samples), options.epochs)
-    loader = TrainLoader(str(beton), manifest.samples, settings, describe_world())
+    loader = TrainLoader(str(beton), manifest.samples, settings, describe_world("cpu"))
     crops: list[list[list[Pixels]]] = []
     with Progress(sum(map(len, rows)), "cropping", unit="epoch") as progress:
         for row in rows:

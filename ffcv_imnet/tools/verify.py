@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 import signal
 import sys
@@ -40,6 +39,7 @@ from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
 from ffcv_imnet.images.sources import even_subset, open_source, reading_order
 from ffcv_imnet.images.stored import RAW, sample_digest
+from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.tools import ToolParser
 
 MD5 = {  # torchvision/datasets/imagenet.py has the same
@@ -133,7 +133,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--imagenet", action="store_true",
         help=f"demand ImageNet's numbers (else from {NEARLY} classes on that are named like its own)")  # fmt: skip
     add("--no_decode", action="store_true", help="do not decode the images")
-    add("--num_workers", type=int, metavar="N", default=len(os.sched_getaffinity(0)),
+    add("--num_workers", type=int, metavar="N", default=usable_cores(),
         help="decoding processes (default: all cores)")  # fmt: skip
     options = parser.parse_args(argv)
     if options.num_workers < 1:

@@ -18,6 +18,7 @@ from ffcv_imnet.core.errors import NonFiniteLoss
 from ffcv_imnet.core.log import Epoch
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.loader import PADDING, TrainLoader
+from ffcv_imnet.machine.device import choose_precision
 from ffcv_imnet.machine.distributed import StopSignal, World
 from ffcv_imnet.models import build_model
 from ffcv_imnet.train.checkpoint import Learner, Trained
@@ -27,21 +28,6 @@ from ffcv_imnet.train.validate import Metrics
 
 LOOK_EVERY = 5.0  # seconds between the host's looks at the loss: each waits for the device
 AGREE_EVERY = 8  # steps between votes of several processes: all must leave the loop at the same one
-
-
-def choose_precision(setting: str, device: torch.device) -> str:
-    """ "fp32", "bf16" or "fp16": the setting, or for "auto" what the device computes natively.
-
-    CUDA: bf16 from compute capability 8.0 (Ampere), fp16 from 7.0 (a T4 reports bf16 as supported
-    but emulates it), else fp32. CPU: bf16 with AMX or AVX512-BF16, else fp32.
-    """
-    if setting != "auto":
-        return setting
-    if device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(device)
-        return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
 def build_learner(settings: Settings, classes: int, world: World) -> Learner:

@@ -1,0 +1,161 @@
+"""The device: every line that only a GPU executes stands in this file.
+
+`choose` takes `training.device` and never falls back to the processor where an NVIDIA card is there:
+a machine with one is rented by the hour.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.provenance import cpu_name
+from ffcv_imnet.machine.host import find_nvidia, why_unusable
+
+CPU = torch.device("cpu")
+ON_PURPOSE = "or train on the CPU on purpose: --device=cpu"
+
+
+def choose(setting: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device of `local_rank` among this machine's processes.
+
+    Args:
+        setting: "auto" (a GPU, or the CPU where no NVIDIA card is), "cuda" or "cpu".
+
+    Raises:
+        UsageError: a card is there, or asked for, that torch cannot use; or one that it has no code
+            for; or more processes than cards.
+    """
+    if setting == "cpu":
+        return CPU
+    if not usable():
+        found = find_nvidia()
+        if not found and setting == "auto":
+            return CPU
+        if not found:
+            raise UsageError(
+                "device cuda: the kernel shows no NVIDIA card; --device=cpu trains here"
+            )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = why_unusable(found, torch.__version__, torch.version.cuda, visible)
+        cards = f"{len(found.cards)} x {found.cards[0]}"
+        raise UsageError(f"torch cannot use this machine's GPU ({cards}): {why}, {ON_PURPOSE}")
+    if local_size > count():
+        raise UsageError(
+            f"torchrun --nproc_per_node={local_size}, but this machine has {count()} GPUs: start at "
+            f"most one process a GPU"
+        )
+    device = torch.device("cuda", local_rank)
+    archs = torch.cuda.get_arch_list()
+    if not has_code(capability(device), archs):
+        raise UsageError(
+            f"torch {torch.__version__} has no code for {name(device)}, compute capability "
+            f"{dotted(capability(device))}, only for {readable(archs)}: take another card, or a torch "
+            f"that was built for this one, {ON_PURPOSE}"
+        )
+    return device
+
+
+def usable() -> bool:
+    """Whether torch can use a GPU. Its warning of an old driver is left to `choose`, which has the words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def count() -> int:
+    """GPUs that torch may use."""
+    return torch.cuda.device_count() if usable() else 0
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability: (7, 5) for a T4, (8, 0) for an A100, (9, 0) for an H100."""
+    return torch.cuda.get_device_capability(device)
+
+
+def has_code(capability: tuple[int, int], archs: Sequence[str]) -> bool:
+    """Whether a torch built for `archs` (sm_75, compute_120, sm_90a...) runs on a card of `capability`.
+
+    Machine code (sm) runs on its own minor version and later ones of the same major, PTX (compute)
+    on everything later; with a letter neither does (CUDA C++ Programming Guide, 5.1). A build that
+    names nothing is believed.
+    """
+    for arch in archs:
+        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+        if parts is None:
+            continue
+        built = int(parts[2]), int(parts[3])
+        if parts[4] == "a":
+            fits = built == capability
+        elif parts[1] == "compute" and not parts[4]:
+            fits = built <= capability
+        else:
+            fits = built[0] == capability[0] and built[1] <= capability[1]
+        if fits:
+            return True
+    return not archs
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    """(7, 5) as 7.5."""
+    return "{}.{}".format(*capability)
+
+
+def readable(archs: Sequence[str]) -> str:
+    """`torch.cuda.get_arch_list()` as compute capabilities: 7.5, 8.0, 12.0."""
+    numbers = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[af]?", arch) for arch in archs)
+    return ", ".join(dict.fromkeys(f"{found[1]}.{found[2]}" for found in numbers if found))
+
+
+def choose_precision(setting: str, device: torch.device) -> str:
+    """ "fp32", "bf16" or "fp16": the setting, or for "auto" what the device computes natively.
+
+    CUDA: bf16 from compute capability 8.0 (Ampere), fp16 from 7.0 (a T4 reports bf16 as supported
+    but emulates it), else fp32. CPU: bf16 with AMX or AVX512-BF16, else fp32.
+    """
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        major, _ = capability(device)
+        return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
+def name(device: torch.device) -> str:
+    """The accelerator's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def make_current(device: torch.device) -> None:
+    """What this thread does without naming a device is done on this one. Each thread has its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes allocated on the accelerator since the last `reset_peak_memory`; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the peak from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def room(device: torch.device) -> int:
+    """Bytes free on an accelerator, with what this process has already."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
