@@ -115,7 +115,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     limit = cost.limit(settings, price)
     check_trackers(settings.logging.trackers)
     world = describe_world(settings.training.device)
-    train_set, val_set = check_data(settings)
+    train_set, val_set = check_data(settings, world)
     plans = plan_run(settings, train_set.samples)
     run = open_run(settings, resume, train_set, val_set)
     if run.finished:

@@ -60,7 +60,8 @@ def kernel(
     assert library is not None
     data, out = np.frombuffer(stored, np.uint8), np.full((side, side, 3), 99, np.uint8)
     status = library.ffcv_imnet_crop_resize(
-        data.ctypes.data, len(data), mode == JPEG, *size, *box, out.ctypes.data, side, side, flip
+        *(data.ctypes.data, len(data), 0, len(data), mode == JPEG),
+        *(*size, *box, out.ctypes.data, side, side, flip),
     )
     return status, out.astype(int)
 
@@ -202,7 +203,7 @@ def test_damage_is_noticed_and_leaves_no_pixels() -> None:
     status, _ = kernel(jpeg(photograph(64, 64), mode="CMYK"), (64, 64), (0, 0, 64, 64), 16)
     assert "neither grey nor RGB" in DAMAGES[status]
     status, _ = kernel(bytes(10), (64, 64), (0, 0, 64, 64), 16, mode=1)
-    assert DAMAGES[status] == "is damaged"
+    assert "outside the file" in DAMAGES[status]
     # The decoder is as good as new afterwards.
     assert kernel(stored, (200, 300), everything, 64)[0] == 0
 

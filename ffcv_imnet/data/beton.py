@@ -4,14 +4,13 @@ The layout is ffcv's version 2, so that its Reader and Loader take the file as t
 field descriptors, metadata (one row a sample), pages with the images, allocation table.
 """
 
-import dataclasses
 import fcntl
 import functools
 import hashlib
 import io
-import json
 import os
 import shlex
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +22,13 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.data.manifest import MANIFEST_FORMAT as MANIFEST_FORMAT
+from ffcv_imnet.data.manifest import Manifest as Manifest
+from ffcv_imnet.data.manifest import again, command
+from ffcv_imnet.data.manifest import manifest_path as manifest_path
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.stored import PAGE_SIZE, RAW, Stored, sample_digest
 
-MANIFEST_FORMAT = 1
 IMAGE_FIELD, INT_FIELD = 2, 1
 FIELDS = {  # ffcv.types.TYPE_ID_HANDLER: what a descriptor's type_id says
     0: "FloatField",
@@ -39,66 +41,9 @@ FIELDS = {  # ffcv.types.TYPE_ID_HANDLER: what a descriptor's type_id says
     255: "a custom field",
 }
 MOST_FIELDS = 16  # named in a message
-
-
-# ------------------------------------------------------------------------------------ manifest
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a .beton holds, as OUT_DIR/SPLIT.json beside it. Sizes in bytes."""
-
-    format: int
-    split: str
-    samples: int
-    classes: tuple[str, ...]  # names in index order
-    class_counts: tuple[int, ...]
-    bytes: int
-    content_checksum: str  # labels and stored bytes in index order, whatever the page layout
-    tables_checksum: str  # header, field descriptors, metadata, allocation table
-    settings: dict[str, Any]  # how the images were chosen and stored
-    source: dict[str, Any]  # kind, fingerprint, images, ignored files
-    skipped: tuple[dict[str, str], ...]  # path and reason of every unreadable image left out
-    versions: dict[str, str]
-    created: str  # UTC, ISO 8601
-
-    def save(self, path: Path) -> None:
-        """Write as JSON and force it to the disk."""
-        with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    @classmethod
-    def load(cls, path: Path) -> "Manifest":
-        """Read `path`.
-
-        Raises:
-            UsageError: there is no such file.
-            RunError: it is not a manifest of this format.
-        """
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        except FileNotFoundError:
-            raise UsageError(f"the manifest {path} does not exist: {_command(path)}") from None
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"the manifest {path} cannot be read ({error}): {_again(path)}"
-            ) from None
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or fields.get("format") != MANIFEST_FORMAT:
-            raise RunError(f"{path} is not a manifest of format {MANIFEST_FORMAT}: {_again(path)}")
-        if wrong := names ^ set(fields):
-            raise RunError(f"the manifest {path} lacks or misnames {min(wrong)!r}: {_again(path)}")
-        for name in ("classes", "class_counts", "skipped"):
-            fields[name] = tuple(fields[name])
-        return cls(**fields)
-
-
-def manifest_path(beton: Path) -> Path:
-    """The manifest's place: the same name, ending in .json."""
-    return beton.with_suffix(".json")
+# Of a JPEG, a byte: a block of 8 x 8 pixels takes at least a bit, and the samplings of colour leave at
+# least nine blocks in 32 x 32 pixels. What is beyond was not encoded, and would cost memory and time.
+MOST_PIXELS = np.uint64(1024)
 
 
 def partial_path(path: Path) -> Path:
@@ -106,22 +51,9 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _command(path: Path) -> str:
-    return f"write it with `{_write(path)}`"
-
-
 def adopt_command(*paths: Path) -> str:
     """The command that makes manifests for files that another program wrote."""
     return f"python -m ffcv_imnet adopt {' '.join(shlex.quote(str(path)) for path in paths)}"
-
-
-def _again(path: Path) -> str:
-    return f"write it again with `{_write(path)} --force`"
-
-
-def _write(path: Path) -> str:
-    split = path.stem if path.stem in ("train", "val") else "train (or val)"
-    return f"python write_ffcv.py --split {split} --data_dir PHOTOGRAPHS --out_dir {path.parent}"
 
 
 # --------------------------------------------------------------------------------- the layout
@@ -280,15 +212,19 @@ def read_tables(path: Path) -> Tables:
     """
     layout = _layout()
     try:
-        file = path.open("rb")
+        # Without waiting for a writer where the name is a pipe's.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     except FileNotFoundError:
         unfinished = partial_path(path).exists()
         also = f" (only an unfinished {partial_path(path).name})" if unfinished else ""
-        raise UsageError(f"{path} does not exist{also}: {_command(path)}") from None
+        raise UsageError(f"{path} does not exist{also}: {command(path)}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     with file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{path} is not a regular file: {command(path)}")
+        size = status.st_size
         header = _read_header(path, file, size)
         pointer, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
         fields = _read_fields(path, file, int(header["num_fields"]))
@@ -298,7 +234,7 @@ def read_tables(path: Path) -> Tables:
         allocations = np.frombuffer(file.read(), layout.allocation)
     if len(metadata) != samples or len(allocations) != samples or start > pointer:
         raise RunError(
-            f"{path} is damaged, its tables do not hold its {samples:,} samples: {_again(path)}"
+            f"{path} is damaged, its tables do not hold its {samples:,} samples: {again(path)}"
         )
     # ffcv's own writer lists them as its workers finish.
     by_sample = allocations[np.argsort(allocations["sample_id"], kind="stable")]
@@ -307,7 +243,7 @@ def read_tables(path: Path) -> Tables:
         by_sample["ptr"], image["data_ptr"]
     ):
         raise RunError(
-            f"{path} is damaged, its two tables place its samples differently: {_again(path)}"
+            f"{path} is damaged, its two tables place its samples differently: {again(path)}"
         )
     return Tables(
         labels=metadata[fields.label],
@@ -345,6 +281,8 @@ def _read_fields(path: Path, file: BinaryIO, count: int) -> _Fields:
     rows = np.frombuffer(data[: len(data) // kind.itemsize * kind.itemsize], kind)
     types = [int(row["type_id"]) for row in rows]
     names = [bytes(row["name"]).split(b"\0")[0].decode("ascii", "replace") for row in rows]
+    if not all(bytes(row["name"]).isascii() for row in rows):  # ffcv would raise
+        raise RunError(f"{path} is damaged, the names of its fields are not ASCII: {again(path)}")
     if count != 2 or sorted(types) != [INT_FIELD, IMAGE_FIELD] or names[0] == names[1]:
         held = [f"{n!r} ({FIELDS.get(t, 'unknown')})" for n, t in zip(names, types, strict=True)]
         raise UsageError(
@@ -364,7 +302,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> NDArray[Any]:
     layout = _layout()
     data = file.read(layout.header.itemsize)
     if len(data) < layout.header.itemsize:
-        raise RunError(f"{path} is not a .beton, it has only {len(data)} bytes: {_again(path)}")
+        raise RunError(f"{path} is not a .beton, it has only {len(data)} bytes: {again(path)}")
     header = np.frombuffer(data, layout.header)[0]
     page_size = int(header["page_size"])
     if header["version"] != layout.version or page_size == 0 or page_size & (page_size - 1):
@@ -373,13 +311,13 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> NDArray[Any]:
         )
     pointer = int(header["alloc_table_ptr"])
     if pointer == 0:
-        raise RunError(f"{path} is half-written, its writer did not finish: {_again(path)}")
+        raise RunError(f"{path} is half-written, its writer did not finish: {again(path)}")
     samples = int(header["num_samples"])
     if pointer + samples * layout.allocation.itemsize != size:
         expected = pointer + samples * layout.allocation.itemsize
         raise RunError(
             f"{path} is {'cut off' if size < expected else 'too long'}: it has {size:,} bytes and"
-            f" its header says {expected:,}: {_again(path)}"
+            f" its header says {expected:,}: {again(path)}"
         )
     return header
 
@@ -388,7 +326,9 @@ def check_beton(path: Path, manifest: Path | None = None) -> Manifest:
     """Refuse a .beton that is not what its manifest says, without reading its images.
 
     Reads the tables only (48 bytes a sample, 60 MB for ImageNet): file size, header, SHA-256 of
-    the tables, number of samples and classes. Changed pixels are left to `verify_beton`.
+    the tables, every entry of them, number of samples and classes. A manifest is as easily forged
+    as a table: whatever passes here may be mapped and its labels trained on. Changed pixels are
+    left to `verify_beton` and to the decoder.
 
     Args:
         path: the .beton.
@@ -410,18 +350,19 @@ def check_beton(path: Path, manifest: Path | None = None) -> Manifest:
     if size != said.bytes:
         raise RunError(
             f"{path} has {size:,} bytes and its manifest {manifest} says {said.bytes:,}:"
-            f" {_again(path)}"
+            f" {again(path)}"
         )
     if tables.checksum != said.tables_checksum:
         raise RunError(
             f"the header or tables of {path} are not those in its manifest {manifest},"
-            f" one of the two was changed or replaced: {_again(path)}"
+            f" one of the two was changed or replaced: {again(path)}"
         )
+    _verify_tables(path, tables, len(said.classes))
     # The checksum vouches for the tables, not for the manifest's own lists.
-    counts = np.bincount(tables.labels.clip(0), minlength=len(said.classes))
+    counts = np.bincount(tables.labels, minlength=len(said.classes))
     if said.samples != len(tables.labels) or list(said.class_counts) != counts.tolist():
         raise RunError(
-            f"the manifest {manifest} does not count the samples that {path} holds: {_again(path)}"
+            f"the manifest {manifest} does not count the samples that {path} holds: {again(path)}"
         )
     return said
 
@@ -433,7 +374,7 @@ def verify_beton(
     seed: int = 0,
     manifest: Path | None = None,
 ) -> Manifest:
-    """`check_beton`, then every table entry, then the stored bytes and pixels of some samples.
+    """`check_beton`, then the stored bytes and pixels of some samples.
 
     Args:
         path: the .beton.
@@ -448,7 +389,6 @@ def verify_beton(
     """
     said = check_beton(path, manifest)
     tables = read_tables(path)
-    _verify_tables(path, tables, len(said.classes))
     if expected is None:
         count = min(samples, len(tables.labels))
         chosen = np.random.default_rng(seed).choice(len(tables.labels), count, replace=False)
@@ -460,31 +400,42 @@ def verify_beton(
             if expected and sample_digest(int(tables.labels[index]), data) != expected[index]:
                 raise RunError(
                     f"sample {index:,} of {path} is not what was to be stored there"
-                    f" (a failing disk?): {_again(path)}"
+                    f" (a failing disk?): {again(path)}"
                 )
             _verify_pixels(path, tables, index, data)
     return said
 
 
 def _verify_tables(path: Path, tables: Tables, classes: int) -> None:
-    pointers, sizes = tables.pointers.astype(np.int64), tables.sizes.astype(np.int64)
-    raw_sizes = tables.heights.astype(np.int64) * tables.widths * 3
-    last = pointers + sizes - 1
+    """Refuse any entry that the writer could not have written; 0.1 s for a million.
+
+    Raises:
+        RunError: names the first sample at fault.
+    """
+    pointers, sizes = tables.pointers, tables.sizes  # unsigned: sums of forged ones may overflow
+    start, end = np.uint64(tables.start), np.uint64(tables.end)
+    within = (start <= pointers) & (pointers < end)
+    within &= sizes <= end - np.where(within, pointers, end)
+    _refuse(path, ~within, "lies outside the data")
+    pixels = tables.heights.astype(np.uint64) * tables.widths
+    _refuse(path, (sizes == 0) | (pixels == 0), "is empty")
+    last = pointers + sizes - np.uint64(1)
+    page = np.uint64(tables.page_size.bit_length() - 1)
+    _refuse(path, pointers >> page != last >> page, "crosses a page")
     by_place = np.argsort(pointers, kind="stable")
     overlaps = np.zeros(len(pointers), bool)
     overlaps[by_place[1:]] = pointers[by_place[1:]] <= last[by_place[:-1]]
-    faults = {
-        "lies outside the data": (pointers < tables.start) | (last >= tables.end),
-        "crosses a page": pointers // tables.page_size != last // tables.page_size,
-        "overlaps the one before": overlaps,
-        "is empty": (sizes == 0) | (tables.heights == 0) | (tables.widths == 0),
-        "has a label out of range": (tables.labels < 0) | (tables.labels >= classes),
-        "has an unknown storage mode": tables.modes > RAW,
-        "has a size that is not height x width x 3": (tables.modes == RAW) & (sizes != raw_sizes),
-    }
-    for fault, where in faults.items():
-        if where.any():
-            raise RunError(f"sample {int(np.argmax(where)):,} of {path} {fault}: {_again(path)}")
+    _refuse(path, overlaps, "overlaps the one before")
+    labels, raw = tables.labels, tables.modes == RAW
+    _refuse(path, (labels < 0) | (labels >= classes), "has a label out of range")
+    _refuse(path, tables.modes > RAW, "has an unknown storage mode")
+    _refuse(path, raw & (sizes != 3 * pixels), "has a size that is not height x width x 3")
+    _refuse(path, ~raw & (pixels > sizes * MOST_PIXELS), "has too many pixels for its bytes")
+
+
+def _refuse(path: Path, where: NDArray[np.bool_], fault: str) -> None:
+    if where.any():
+        raise RunError(f"sample {int(np.argmax(where)):,} of {path} {fault}: {again(path)}")
 
 
 def _read_sample(file: BinaryIO, tables: Tables, index: int) -> bytes:
@@ -504,7 +455,7 @@ def _verify_pixels(path: Path, tables: Tables, index: int, data: bytes) -> None:
         found = "does not decode"
     if (height, width) != said:
         raise RunError(
-            f"sample {index:,} of {path} {found}, said to be {said[1]} x {said[0]}: {_again(path)}"
+            f"sample {index:,} of {path} {found}, said to be {said[1]} x {said[0]}: {again(path)}"
         )
 
 

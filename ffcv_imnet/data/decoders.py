@@ -30,6 +30,7 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 from numba import carray, get_thread_id, njit, prange, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.native import build
@@ -149,8 +150,13 @@ DAMAGES = (
     "has another size than the file's table says",
     "is neither grey nor RGB",
     "did not fit into memory",
+    "lies outside the file, or its crop outside the picture",
+    "takes too much memory or too many scans to decode",
 )
+DAMAGED, OTHER_SIZE, OUTSIDE, TOO_MUCH = 1, 2, 5, 6
 JPEG = int(IMAGE_MODES["jpg"])
+# Bounds on a progressive JPEG, as in crop_resize.c: scans, and bytes of three components' coefficients.
+MOST_SCANS, MOST_COEFFICIENTS = 100, 512 << 20
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -165,7 +171,65 @@ def chosen_crop(
     return random_crop(height, width, words[0], words[1], sample, scale, ratio)
 
 
-_crop_resize: Any = types.ExternalFunction(build.FUNCTION, types.int64(*[types.int64] * 13))
+@njit(nogil=True, cache=True)
+def place_of(pointer: Any, pointers: Any, sizes: Any, length: int) -> tuple[int, int]:
+    """Start and size of the stored bytes that the tables say, size 0 where those are not in the file.
+
+    The tables were checked before the file was mapped; it may be another file's since.
+    """
+    place = np.searchsorted(pointers, pointer)
+    if place >= len(pointers) or pointers[place] != pointer:
+        return 0, 0
+    size = sizes[place]
+    if pointer > np.uint64(length) or size > np.uint64(length) - pointer:
+        return 0, 0
+    return np.int64(pointer), np.int64(size)
+
+
+@njit(nogil=True, cache=True)
+def fault_of_stored(stored: Any, jpeg: bool, height: int, width: int) -> int:
+    """What keeps FFCV's functions from stored bytes, as a place in `DAMAGES`; they look at nothing."""
+    if height == 0 or width == 0 or len(stored) < (1 if jpeg else 3 * height * width):
+        return OUTSIDE
+    return fault_of_jpeg(stored, height, width) if jpeg else 0
+
+
+@njit(nogil=True, cache=True)
+def fault_of_jpeg(stored: Any, height: int, width: int) -> int:
+    """Another size in the JPEG's own header, or a progressive one beyond the bounds."""
+    at, size = 2, len(stored)
+    while at + 9 < size and stored[at] == 0xFF:
+        marker = stored[at + 1]
+        if marker == 0xFF:  # fill
+            at += 1
+            continue
+        # SOF0 to SOF2: the Huffman-coded ones of 8 bits that turbojpeg reads.
+        if 0xC0 <= marker <= 0xC2:
+            if np.int64(stored[at + 5]) * 256 + stored[at + 6] != height:
+                return OTHER_SIZE
+            if np.int64(stored[at + 7]) * 256 + stored[at + 8] != width:
+                return OTHER_SIZE
+            if marker < 0xC2:
+                return 0
+            return (
+                TOO_MUCH
+                if 6 * height * width > MOST_COEFFICIENTS or scans(stored) > MOST_SCANS
+                else 0
+            )
+        at += 2 + np.int64(stored[at + 2]) * 256 + stored[at + 3]
+    return DAMAGED
+
+
+@njit(nogil=True, cache=True)
+def scans(stored: Any) -> int:
+    """Start-of-scan markers in a JPEG; those of a thumbnail count too."""
+    count = 0
+    for at in range(len(stored) - 1):
+        count += stored[at] == 0xFF and stored[at + 1] == 0xDA
+    return count
+
+
+_crop_resize: Any = types.ExternalFunction(build.FUNCTION, types.int64(*[types.int64] * 15))
 
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
@@ -184,14 +248,15 @@ def _decode_natively(
     for slot in prange(len(indices)):
         sample = indices[slot]
         field = metadata[sample]
-        start = field["data_ptr"]
-        size = sizes[np.searchsorted(pointers, start)]
+        start, size = place_of(field["data_ptr"], pointers, sizes, len(file))
         height: Any = np.int64(field["height"])
         width: Any = np.int64(field["width"])
         top, left, h, w = chosen_crop(height, width, sample, words, numbers)
         damaged[sample] = _crop_resize(
-            file[start : start + size].ctypes.data,
-            np.int64(size),
+            file.ctypes.data,
+            np.int64(len(file)),
+            start,
+            size,
             np.int64(field["mode"] == JPEG),
             height,
             width,
@@ -223,6 +288,16 @@ def native_kernel() -> ctypes.CDLL | None:
     address = ctypes.cast(library.ffcv_imnet_crop_resize, ctypes.c_void_p).value
     llvmlite.binding.add_symbol(build.FUNCTION, address)
     return library
+
+
+def _zeros(size: int) -> NDArray[np.uint8]:
+    try:
+        return np.zeros(size, dtype=np.uint8)
+    except MemoryError:
+        raise RunError(
+            f"to decode its largest image whole takes {size / 1e9:,.1f} GB in all threads: store images "
+            f"smaller (write_ffcv.py --max_resolution), or compile the crop decoder (make setup)"
+        ) from None
 
 
 class CropDecoder(SimpleRGBImageDecoder):
@@ -289,12 +364,11 @@ class CropDecoder(SimpleRGBImageDecoder):
         stride = int((heights * widths).max()) * 3 if len(heights) else 0
         threads = Compiler.num_threads
         if self.scratch.size != threads * stride:
-            self.scratch = np.zeros(threads * stride, dtype=np.uint8)
+            self.scratch = _zeros(threads * stride)
 
         parallel = threads > 1
         scratch_at, control_at = self.scratch.ctypes.data, self.control.ctypes.data
         damaged_at, samples = self.damaged.ctypes.data, len(self.damaged)
-        read = self.memory_read
         loop = Compiler.get_iterator()
 
         def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
@@ -306,11 +380,17 @@ class CropDecoder(SimpleRGBImageDecoder):
                 damaged = carray(marks, samples, np.int8)
                 sample = indices[slot]
                 field = metadata[sample]
-                stored = read(field["data_ptr"], storage)
+                file, pointers, sizes = storage
+                start, size = place_of(field["data_ptr"], pointers, sizes, len(file))
+                stored = file[start : start + size]
                 height, width = np.int64(field["height"]), np.int64(field["width"])
                 pixels = stored
-                damaged[sample] = 0
-                if field["mode"] == JPEG:
+                jpeg = field["mode"] == JPEG
+                damaged[sample] = fault_of_stored(stored, jpeg, height, width)
+                if damaged[sample]:
+                    destination[slot] = 0
+                    continue
+                if jpeg:
                     thread = get_thread_id() if parallel else 0
                     scratch: Any = _pointer(scratch_at + thread * stride)
                     pixels = carray(scratch, height * width * 3, np.uint8)
@@ -330,7 +410,7 @@ class CropDecoder(SimpleRGBImageDecoder):
                         False,
                     )
                     if status != 0:
-                        damaged[sample] = 1
+                        damaged[sample] = DAMAGED
                         destination[slot] = 0
                         continue
                 top, left, h, w = chosen_crop(height, width, sample, words, numbers)

@@ -39,22 +39,26 @@ Indices = NDArray[np.int64]
 PADDING = -1
 
 
-def check_data(settings: Settings) -> tuple[Manifest, Manifest]:
+def check_data(settings: Settings, world: World | None = None) -> tuple[Manifest, Manifest]:
     """The manifests of both files, found to be what they say and to speak of the same classes.
+
+    Of the processes on one machine the first reads the files, the others their manifests alone: none
+    maps a file before all of them have met, and where the first refuses it does not come.
 
     Raises:
         UsageError: a file is missing, or the classes of the two differ.
         RunError: a file is not what its manifest says.
     """
     paths = (Path(settings.data.train_dataset), Path(settings.data.val_dataset))
-    train, val = (check_beton(path) for path in paths)
+    first = world is None or world.local_rank == 0
+    train, val = (check_beton(p) if first else Manifest.load(manifest_path(p)) for p in paths)
     if train.classes != val.classes:
         raise UsageError(
             f"{settings.data.train_dataset} and {settings.data.val_dataset} differ in their classes: "
             f"{_first_difference(train.classes, val.classes)}; write both from the same classes"
         )
     for path, said in zip(paths, (train, val), strict=True):
-        if settings.data.verify and content_checksum(path) != said.content_checksum:
+        if settings.data.verify and first and content_checksum(path) != said.content_checksum:
             raise RunError(
                 f"{path}: its pictures or labels are not those of {manifest_path(path)}: write it again "
                 f"with write_ffcv.py --force"
@@ -237,13 +241,21 @@ class _OrderedLoader:
         self.code = self.graph.codegen_all(stages)
         torch.set_num_threads(threads)  # FFCV sets it for the whole process
         self.read_ahead = data.read_ahead
-        self.starts = self.reader.metadata[f"f{place[RGBImageField]}"]["data_ptr"].astype(np.int64)
-        places = np.searchsorted(self.memory_manager.ptrs, self.starts)
-        self.ends = self.starts + self.memory_manager.sizes[places].astype(np.int64)
+        self.starts, self.ends = self._places(f"f{place[RGBImageField]}")
         self.skip_damaged = data.on_damaged == "skip"
         self.skipped: set[int] = set()
         self.construction_seconds = time.perf_counter() - started
         self.start_seconds: float | None = None  # construction and wait for the first batch of all
+
+    def _places(self, image: str) -> tuple[Indices, Indices]:
+        """Where each sample's bytes start and end, for reading ahead; never outside the mapping."""
+        starts, sizes = self.reader.metadata[image]["data_ptr"], self.memory_manager.sizes
+        places = np.searchsorted(self.memory_manager.ptrs, starts).clip(0, len(sizes) - 1)
+        length = np.uint64(len(self.memory_manager.context.mmap))
+        starts = np.minimum(starts, length)
+        return starts.astype(np.int64), (
+            starts + np.minimum(sizes[places], length - starts)
+        ).astype(np.int64)
 
     def batches(self, order: Indices, device: torch.device) -> Batches:
         """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.

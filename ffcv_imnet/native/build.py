@@ -44,7 +44,7 @@ def load() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(library_path()))
     except OSError:
         return None
-    library.ffcv_imnet_crop_resize.argtypes = [ctypes.c_int64] * 13
+    library.ffcv_imnet_crop_resize.argtypes = [ctypes.c_int64] * 15
     library.ffcv_imnet_crop_resize.restype = ctypes.c_int64
     library.ffcv_imnet_scratch_bytes.restype = ctypes.c_int64
     return library if library.ffcv_imnet_scratch_bytes() > 0 else None

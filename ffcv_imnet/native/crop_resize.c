@@ -12,6 +12,10 @@
  * 16-bit fixed point, so every vector width and every machine gives the same pixels.
  *
  * Scratch memory belongs to the calling thread and grows to the largest crop it has met.
+ *
+ * Nothing that the caller says of a picture is believed: where it lies is compared with the length of
+ * the mapping, the crop with the picture, the picture with the JPEG's own header. Damage ends the
+ * decoding at the first warning, and a progressive JPEG has bounds on its scans and its memory.
  */
 #include <pthread.h>
 #include <setjmp.h>
@@ -22,6 +26,7 @@
 #include <string.h>
 
 #include <jpeglib.h>
+#include <jerror.h>
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
 /* The machine that runs may have less than the one that built: chosen when the library loads. */
@@ -32,13 +37,18 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { BLOCK = 16, LANES = 3 * BLOCK }; /* rows transposed together; their colours side by side */
-enum { OK = 0, DAMAGED = 1, OTHER_SIZE = 2, OTHER_COLOURS = 3, NO_MEMORY = 4 };
+enum { OK = 0, DAMAGED = 1, OTHER_SIZE = 2, OTHER_COLOURS = 3, NO_MEMORY = 4, OUTSIDE = 5, TOO_MUCH = 6 };
+enum { LONGEST = 65535, WIDEST_OUT = 1 << 14 }; /* sides in pixels: of a picture, of what comes out */
+/* Of a progressive JPEG: encoders make about ten scans; each goes over all coefficients once more. */
+enum { MOST_SCANS = 100 };
+static const long MOST_MEMORY = 512L << 20; /* bytes of its coefficients: about 90 million pixels */
 
 /* ---- memory of a thread ------------------------------------------------------------------------ */
 
 typedef struct {
     struct jpeg_error_mgr manager; /* first: libjpeg hands back a pointer to it */
     jmp_buf escape;
+    int status;
 } Errors;
 
 typedef struct {
@@ -48,6 +58,7 @@ typedef struct {
 
 typedef struct {
     struct jpeg_decompress_struct jpeg;
+    struct jpeg_progress_mgr progress;
     Errors errors;
     Buffer pixels, middle, turned, narrow, row_taps, column_taps;
 } Thread;
@@ -55,10 +66,23 @@ typedef struct {
 static pthread_key_t key;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static void fail(j_common_ptr jpeg) { longjmp(((Errors *)jpeg->err)->escape, 1); }
+static void leave(j_common_ptr jpeg, int status) {
+    Errors *errors = (Errors *)jpeg->err;
+    errors->status = status;
+    longjmp(errors->escape, 1);
+}
 
-static void count_warning(j_common_ptr jpeg, int level) {
-    if (level < 0) jpeg->err->num_warnings++;
+static void fail(j_common_ptr jpeg) {
+    int code = jpeg->err->msg_code; /* libjpeg asks for a file where its memory has a limit */
+    leave(jpeg, code == JERR_OUT_OF_MEMORY ? NO_MEMORY : code == JERR_NO_BACKING_STORE ? TOO_MUCH : DAMAGED);
+}
+
+static void fail_at_warning(j_common_ptr jpeg, int level) {
+    if (level < 0) leave(jpeg, DAMAGED);
+}
+
+static void count_scans(j_common_ptr jpeg) {
+    if (jpeg->is_decompressor && ((j_decompress_ptr)jpeg)->input_scan_number > MOST_SCANS) leave(jpeg, TOO_MUCH);
 }
 
 static void say_nothing(j_common_ptr jpeg) { (void)jpeg; }
@@ -82,13 +106,16 @@ static Thread *own_memory(void) {
     if (thread == NULL) return NULL;
     thread->jpeg.err = jpeg_std_error(&thread->errors.manager);
     thread->errors.manager.error_exit = fail;
-    thread->errors.manager.emit_message = count_warning;
+    thread->errors.manager.emit_message = fail_at_warning;
     thread->errors.manager.output_message = say_nothing;
     if (setjmp(thread->errors.escape)) { /* another libjpeg than at compile time, or no memory */
         free(thread);
         return NULL;
     }
     jpeg_create_decompress(&thread->jpeg);
+    thread->jpeg.mem->max_memory_to_use = MOST_MEMORY;
+    thread->progress.progress_monitor = count_scans;
+    thread->jpeg.progress = &thread->progress;
     pthread_setspecific(key, thread);
     return thread;
 }
@@ -325,10 +352,9 @@ static int shrinking(int height, int width, int out_rows, int out_columns) {
 static int decode(Thread *thread, const uint8_t *stored, size_t size, int height, int width, int top,
                   int left, int rows, int columns, int by, Picture *picture) {
     struct jpeg_decompress_struct *jpeg = &thread->jpeg;
-    jpeg->err->num_warnings = 0;
     if (setjmp(thread->errors.escape)) {
         jpeg_abort_decompress(jpeg);
-        return DAMAGED;
+        return thread->errors.status;
     }
     jpeg_mem_src(jpeg, stored, size);
     jpeg_read_header(jpeg, TRUE);
@@ -344,6 +370,8 @@ static int decode(Thread *thread, const uint8_t *stored, size_t size, int height
     jpeg->scale_num = 1;
     jpeg->scale_denom = by;
     jpeg_start_decompress(jpeg);
+    if ((int)jpeg->output_height != (height + by - 1) / by || (int)jpeg->output_width != (width + by - 1) / by)
+        leave((j_common_ptr)jpeg, DAMAGED); /* of a kind that is not shrunk: lossless */
 
     /* One more pixel on each side: chroma is interpolated between neighbours. */
     JDIMENSION above = top / by, below = (top + rows + by - 1) / by;
@@ -377,25 +405,41 @@ static int decode(Thread *thread, const uint8_t *stored, size_t size, int height
         .width = (double)columns / by,
     };
     jpeg_abort_decompress(jpeg); /* what lies below the crop is not even read */
-    return jpeg->err->num_warnings ? DAMAGED : OK;
+    return OK;
 }
 
 /* ---- the interface ----------------------------------------------------------------------------- */
 
-/* Fill `out` (out_rows, out_columns, 3) with the crop of a picture of (height, width) px that is
- * stored as `size` bytes: a JPEG, or raw RGB. Where the result is not 0, `out` is black. */
-int64_t ffcv_imnet_crop_resize(const uint8_t *stored, int64_t size, int64_t is_jpeg, int64_t height,
-                               int64_t width, int64_t top, int64_t left, int64_t rows, int64_t columns,
-                               uint8_t *out, int64_t out_rows, int64_t out_columns, int64_t mirrored) {
-    Picture picture = {stored, 3 * width, height, width, top, left, rows, columns};
-    Thread *thread = own_memory();
-    int status = thread == NULL ? NO_MEMORY : OK;
-    if (status == OK && is_jpeg)
-        status = decode(thread, stored, size, height, width, top, left, rows, columns,
-                        shrinking(rows, columns, out_rows, out_columns), &picture);
-    else if (status == OK && size < 3 * height * width)
-        status = DAMAGED;
-    if (status == OK) status = resize(thread, &picture, out, out_rows, out_columns, mirrored);
+/* Whether the crop lies in a picture of possible size, and `out` has a possible size too. */
+static int sound(int64_t height, int64_t width, int64_t top, int64_t left, int64_t rows, int64_t columns,
+                 int64_t out_rows, int64_t out_columns) {
+    return height >= 1 && width >= 1 && height <= LONGEST && width <= LONGEST && top >= 0 && left >= 0 &&
+           rows >= 1 && columns >= 1 && rows <= height && columns <= width && top <= height - rows &&
+           left <= width - columns && out_rows >= 1 && out_columns >= 1 && out_rows <= WIDEST_OUT &&
+           out_columns <= WIDEST_OUT;
+}
+
+/* Fill `out` (out_rows, out_columns, 3) with the crop of a picture of (height, width) px: the `size`
+ * bytes from `start` of a `file` of `length` bytes, a JPEG or raw RGB. Where the result is not 0, `out`
+ * is black. */
+int64_t ffcv_imnet_crop_resize(const uint8_t *file, int64_t length, int64_t start, int64_t size, int64_t is_jpeg,
+                               int64_t height, int64_t width, int64_t top, int64_t left, int64_t rows,
+                               int64_t columns, uint8_t *out, int64_t out_rows, int64_t out_columns,
+                               int64_t mirrored) {
+    if (out_rows < 1 || out_columns < 1 || out_rows > WIDEST_OUT || out_columns > WIDEST_OUT) return OUTSIDE;
+    int status = OK;
+    if (start < 0 || size < 1 || start > length || size > length - start) status = OUTSIDE;
+    if (!sound(height, width, top, left, rows, columns, out_rows, out_columns)) status = OUTSIDE;
+    Thread *thread = status == OK ? own_memory() : NULL;
+    if (status == OK && thread == NULL) status = NO_MEMORY;
+    if (status == OK && !is_jpeg && size < 3 * height * width) status = OUTSIDE;
+    if (status == OK) {
+        Picture picture = {file + start, 3 * width, height, width, top, left, rows, columns};
+        if (is_jpeg)
+            status = decode(thread, file + start, size, height, width, top, left, rows, columns,
+                            shrinking(rows, columns, out_rows, out_columns), &picture);
+        if (status == OK) status = resize(thread, &picture, out, out_rows, out_columns, mirrored);
+    }
     if (status != OK) memset(out, 0, 3 * (size_t)out_rows * out_columns);
     return status;
 }
@@ -404,6 +448,7 @@ int64_t ffcv_imnet_crop_resize(const uint8_t *stored, int64_t size, int64_t is_j
 int64_t ffcv_imnet_crop_decode(const uint8_t *stored, int64_t size, int64_t height, int64_t width, int64_t top,
                                int64_t left, int64_t rows, int64_t columns, int64_t out_rows,
                                int64_t out_columns) {
+    if (!sound(height, width, top, left, rows, columns, out_rows, out_columns)) return OUTSIDE;
     Picture picture;
     Thread *thread = own_memory();
     if (thread == NULL) return NO_MEMORY;
