@@ -172,7 +172,7 @@ def chosen_crop(
 
 
 @njit(nogil=True, cache=True)
-def place_of(pointer: Any, pointers: Any, sizes: Any, length: int) -> tuple[int, int]:
+def place_of(pointer: Any, pointers: Any, sizes: Any, length: int) -> tuple[Any, Any]:
     """Start and size of the stored bytes that the tables say, size 0 where those are not in the file.
 
     The tables were checked before the file was mapped; it may be another file's since.
