@@ -167,7 +167,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no manifest": (
         lambda path: beton.manifest_path(path).unlink(),
         UsageError,
-        r"has no manifest .*train.json: copy it .*python -m ffcv_imnet adopt .*train.beton",
+        r"has no manifest .*train.json: copy the .json from beside .*python -m ffcv_imnet adopt .*train.beton",
     ),
     "empty": (lambda path: os.truncate(path, 0), RunError, "not a .beton, it has only 0 bytes"),
     "something else": (

@@ -51,9 +51,22 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def adopt_command(*paths: Path) -> str:
+def adopt_command(*paths: Path, classes: Path | None = None) -> str:
     """The command that makes manifests for files that another program wrote."""
-    return f"python -m ffcv_imnet adopt {' '.join(shlex.quote(str(path)) for path in paths)}"
+    words = [*paths, "--classes", classes] if classes else paths
+    return f"python -m ffcv_imnet adopt {' '.join(shlex.quote(str(word)) for word in words)}"
+
+
+def check_manifests(*paths: Path) -> None:
+    """Raises UsageError, with the way to manifests for all of them, where a .beton has none."""
+    lacking = [path for path in paths if path.is_file() and not manifest_path(path).exists()]
+    others = [manifest_path(path) for path in paths if manifest_path(path).exists()]
+    if lacking:
+        raise UsageError(
+            f"{lacking[0]} has no manifest {manifest_path(lacking[0])}: copy the .json from beside"
+            " the original to that name, or make it, for a file of any writer, with"
+            f" `{adopt_command(*lacking, classes=others[0] if others else None)}`"
+        )
 
 
 # --------------------------------------------------------------------------------- the layout
@@ -340,11 +353,8 @@ def check_beton(path: Path, manifest: Path | None = None) -> Manifest:
     """
     manifest = manifest or manifest_path(path)
     tables = read_tables(path)
-    if not manifest.exists():
-        raise UsageError(
-            f"{path} has no manifest {manifest}: copy it from beside the original, or make it for a"
-            f" .beton of any writer with `{adopt_command(path)}`"
-        )
+    if manifest == manifest_path(path):
+        check_manifests(path)
     said = Manifest.load(manifest)
     size = path.stat().st_size
     if size != said.bytes:

@@ -27,7 +27,14 @@ from torch import Tensor
 from ffcv_imnet.config.schedules import EpochPlan, batch_sizes, resolutions
 from ffcv_imnet.config.schema import Data, Settings
 from ffcv_imnet.core.errors import RunError, UsageError
-from ffcv_imnet.data.beton import Manifest, check_beton, content_checksum, manifest_path
+from ffcv_imnet.data.beton import (
+    Manifest,
+    adopt_command,
+    check_beton,
+    check_manifests,
+    content_checksum,
+    manifest_path,
+)
 from ffcv_imnet.data.decoders import DAMAGES, FLIPS, CropDecoder
 from ffcv_imnet.data.read_ahead import ReadAhead
 from ffcv_imnet.machine.distributed import World
@@ -50,12 +57,14 @@ def check_data(settings: Settings, world: World | None = None) -> tuple[Manifest
         RunError: a file is not what its manifest says.
     """
     paths = (Path(settings.data.train_dataset), Path(settings.data.val_dataset))
+    check_manifests(*paths)
     first = world is None or world.local_rank == 0
     train, val = (check_beton(p) if first else Manifest.load(manifest_path(p)) for p in paths)
     if train.classes != val.classes:
         raise UsageError(
             f"{settings.data.train_dataset} and {settings.data.val_dataset} differ in their classes: "
-            f"{_first_difference(train.classes, val.classes)}; write both from the same classes"
+            f"{_first_difference(train.classes, val.classes)}; write both from the same classes, or "
+            f"where another program wrote them give both to `{adopt_command(*paths)} --force`"
         )
     for path, said in zip(paths, (train, val), strict=True):
         if settings.data.verify and first and content_checksum(path) != said.content_checksum:

@@ -8,14 +8,13 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import RunError
-from ffcv_imnet.images import ImageSource
 
 CHUNK = 16  # images a task: enough to hide its cost, few enough to keep the window small
 WINDOW = 16  # tasks in flight at least: results are taken in order, and one may be all huge photos
@@ -23,9 +22,21 @@ WINDOW = 16  # tasks in flight at least: results are taken in order, and one may
 T = TypeVar("T")
 
 
+class Divisible(Protocol):
+    """What can be sent to a worker a few items at a time; an `ImageSource` is one."""
+
+    def __len__(self) -> int: ...
+
+    def subset(self, indices: NDArray[np.int64]) -> Self:
+        """These items alone, in this order."""
+
+
+S = TypeVar("S", bound=Divisible)
+
+
 def in_order(
-    source: ImageSource,
-    work: Callable[[ImageSource, NDArray[np.int64]], list[T]],
+    source: S,
+    work: Callable[[S, NDArray[np.int64]], list[T]],
     num_workers: int,
     order: NDArray[np.int64] | None = None,
 ) -> Generator[list[T], None, None]:

@@ -164,13 +164,18 @@ def targets(path: Path) -> list[Target]:
     """
     split = next((s for s in ("train", "val") if re.search(rf"\b{s}|_{s}", path.name)), "")
     if path.is_file():
-        for kind in ("beton", "tar", "parquet"):
-            if path.name.endswith("." + kind):
+        for kind, ending in (
+            ("beton", ".beton"),
+            ("beton", ".ffcv"),
+            ("tar", ".tar"),
+            ("parquet", ".parquet"),
+        ):
+            if path.name.endswith(ending):
                 return [Target(kind, path, split)]
         if path.name in MD5:
             return [Target("archive", path, "")]
         raise UsageError(f"{path} is neither a .tar, a .beton nor a .parquet")
-    if betons := sorted(path.glob("*.beton")):
+    if betons := sorted([*path.glob("*.beton"), *path.glob("*.ffcv")]):
         return [target for beton_path in betons for target in targets(beton_path)]
     if shards := [Target("parquet", path / s, s) for s in ("train", "val") if has_shards(path, s)]:
         return shards
@@ -403,6 +408,9 @@ def compare_samples(
 ) -> None:
     """Some images encoded anew from their source: the same bytes, or nearly the same pixels where
     another version of a library encodes otherwise."""
+    if said.source.get("kind") == "adopted":
+        report.say("odd", path, "it was adopted: how it was stored is not known, nor compared")
+        return
     labels = options.val_labels if said.split == "val" else None
     source = open_source(
         said.split,
