@@ -1,6 +1,7 @@
 """Optimizers and averages of weights against references and by hand."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,8 +10,17 @@ from torch import Tensor, nn
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.models import build_model
-from ffcv_imnet.train.muon import POLYNOMIALS, MuonSGD, is_kernel, newton_schulz
+from ffcv_imnet.train.muon import POLYNOMIALS, is_kernel, newton_schulz
 from ffcv_imnet.train.optim import build_average, build_optimizer, parameter_groups
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two take longer over networks of this size, and wait for each other where others compute too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def muon(**overrides: object) -> Settings:
@@ -144,44 +154,75 @@ def test_groups_partition_the_network() -> None:
     assert not is_kernel(nn.Conv2d(8, 8, 3, groups=8).weight)
 
 
-def test_overflow_moves_nothing() -> None:
-    """As GradScaler calls a fused optimizer: the flag and the scale lie on the device."""
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("overflows", [{0}, {1}, {0, 3}, set(range(10)), set(range(2, 12))])
+def test_overflow_moves_nothing(optimizer: str, overflows: set[int]) -> None:
+    """fp16 under a real GradScaler: the weights are those of the same steps without the ones that overflowed."""
+    settings = load(training__optimizer=optimizer, training__nesterov=True)
     model = network()
-    optimizer = build_optimizer(model, muon(training__nesterov=True))
-    assert isinstance(optimizer, MuonSGD)
-    take_steps(model, optimizer, range(1))
-    before = copy.deepcopy([*model.parameters()])
-    momenta = [optimizer.state[p]["muon_momentum"].clone() for p in before_kernels(model)]
-    backward(model, 1)
-    for parameter in model.parameters():
-        assert parameter.grad is not None
-        parameter.grad.fill_(torch.inf)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
-    optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    after = [optimizer.state[p]["muon_momentum"] for p in before_kernels(model)]
-    assert all(torch.equal(a, b) for a, b in zip(momenta, after, strict=True))
+    twin = copy.deepcopy(model)
+    with_overflow = fp16_steps(model, settings, overflows, skipping=False)
+    without = fp16_steps(twin, settings, overflows, skipping=True)
+    assert with_overflow.get_scale() == without.get_scale() == 1024 / 2 ** len(overflows)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and bool(ours.isfinite().all()), name
+    start = dict(network().named_parameters())
+    assert not any(torch.equal(p, start[name]) for name, p in model.named_parameters())
 
 
-def before_kernels(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if is_kernel(p)]
+def fp16_steps(
+    model: nn.Module, settings: Settings, overflows: set[int], *, skipping: bool
+) -> torch.amp.GradScaler:
+    """14 steps; those in `overflows` have infinite gradients, or are left out but for what they do to the scale."""
+    optimizer = build_optimizer(model, settings, "fp16")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * group["lr_factor"]
+    torch.full((2000,), torch.nan)  # where an unwritten momentum may come to lie
+    for step in range(14):
+        images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+        if step in overflows and skipping:
+            scaler.scale(torch.ones(()))  # the scale comes to be at its first use
+            scaler.update(scaler.get_scale() / 2)
+            continue
+        with torch.autocast("cpu", torch.float16):
+            loss = model(images).float().square().mean()
+        scaler.scale(loss * torch.inf if step in overflows else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return scaler
 
 
-def test_loss_scale_changes_nothing() -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_loss_scale_changes_nothing(optimizer: str) -> None:
     results = []
-    for scale in (1.0, 1024.0):
+    for scaled in (False, True):
         model = network()
-        optimizer = build_optimizer(model, muon(training__weight_decay=0.0))
-        for group in optimizer.param_groups:
+        rule = build_optimizer(model, load(training__optimizer=optimizer), "fp16")
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        for group in rule.param_groups:
             group["lr"] = 0.1 * group["lr_factor"]
-        for seed in range(2):
-            backward(model, seed, scale)
-            if scale > 1:
-                assert isinstance(optimizer, MuonSGD)
-                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
-            optimizer.step()
+        for seed in range(3):
+            backward(model, seed, float(scaler.get_scale()))
+            scaler.scale(torch.ones(()))
+            scaler.step(rule)
+            scaler.update()
         results.append([p.detach() for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_momenta_start_at_zero_after_a_state_without_them() -> None:
+    """A checkpoint from before the first step, by an older version, holds none."""
+    model = network()
+    for settings in (load(), muon()):
+        optimizer = build_optimizer(model, settings)
+        names = {key for state in optimizer.state.values() for key in state}
+        empty = optimizer.state_dict() | {"state": {}}
+        optimizer.load_state_dict(empty)
+        momenta = [m for state in optimizer.state.values() for m in state.values()]
+        assert len(momenta) == len(list(model.parameters())) and not any(m.any() for m in momenta)
+        assert names == {key for state in optimizer.state.values() for key in state}
 
 
 def test_muon_resumes() -> None:

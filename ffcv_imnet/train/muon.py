@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffcv_imnet.train.sgd import FusedSGD
+
 
 def is_kernel(parameter: Tensor) -> bool:
     """Whether Muon takes it: the kernel of a convolution that mixes channels.
@@ -69,7 +71,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-class MuonSGD(torch.optim.SGD):
+class MuonSGD(FusedSGD):
     """Muon for the kernels of convolutions, SGD for all other parameters, as one optimizer.
 
     Muon steps along the orthogonalised Nesterov momentum of a kernel flattened to
@@ -88,21 +90,23 @@ class MuonSGD(torch.optim.SGD):
         dtype: of Newton-Schulz.
     """
 
-    grad_scale: Tensor | None = None  # GradScaler sets both for the time of a step
-    found_inf: Tensor | None = None
-
     def __init__(
         self, groups: list[dict[str, Any]], nesterov: bool, dtype: torch.dtype = torch.float32
     ) -> None:
-        super().__init__(groups, lr=0.0, nesterov=False, fused=True)
-        for group in self.param_groups:
-            group["nesterov"] = nesterov and group["momentum"] > 0
+        super().__init__(groups, nesterov)
         self.dtype = dtype
+
+    def start(self) -> None:
+        super().start()
+        for group in self.param_groups:
+            for kernel in group["params"] if "ns_steps" in group else ():
+                self.state[kernel].setdefault("muon_momentum", torch.zeros_like(kernel))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step of all parameters; none moves where fp16's gradients overflowed."""
-        scale, overflow = self.grad_scale, self.found_inf
+        # GradScaler sets both for the time of a step, and multiplies by a scale that is there before.
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             if "ns_steps" not in group:
                 continue
@@ -130,10 +134,7 @@ class MuonSGD(torch.optim.SGD):
         """Nesterov's momentum after this gradient; it stays as it was where fp16 overflowed."""
         assert kernel.grad is not None
         grad = kernel.grad if scale is None else kernel.grad / scale
-        state = self.state[kernel]
-        if "muon_momentum" not in state:
-            state["muon_momentum"] = torch.zeros_like(kernel)
-        average: Tensor = state["muon_momentum"]
+        average: Tensor = self.state[kernel]["muon_momentum"]
         new = average.lerp(grad, 1 - momentum)
         average.copy_(new if overflow is None else torch.where(overflow > 0, average, new))
         return grad.lerp(average, momentum)

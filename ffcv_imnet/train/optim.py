@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ffcv_imnet.config.schedules import learning_rate
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.train.muon import MuonSGD, is_kernel
+from ffcv_imnet.train.sgd import FusedSGD
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -37,13 +38,7 @@ def build_optimizer(
     for group in groups:
         group |= {"momentum": training.momentum, "lr_factor": 1.0}
     if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=0.0,
-            momentum=training.momentum,
-            nesterov=training.nesterov,
-            fused=True,  # reads fp16's overflow flag on the device; the others make the host wait
-        )
+        return FusedSGD(groups, training.nesterov)
     peak = learning_rate(settings, settings.lr.lr_peak_epoch, training.batch_size)
     kernels = {
         "params": [p for p in groups[0]["params"] if is_kernel(p)],
