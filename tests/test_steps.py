@@ -1,6 +1,7 @@
 """The steps that the benchmark sets side by side: the same arithmetic, timed, and what they say of a full memory."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,15 @@ from ffcv_imnet.bench import steps
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.machine.distributed import describe_world
 from ffcv_imnet.tools import benchmark
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two wait for each other, often long, where other processes compute too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_ours_and_the_public_step_compute_the_same() -> None:
@@ -31,11 +41,12 @@ def test_ours_and_the_public_step_compute_the_same() -> None:
 
 @pytest.mark.parametrize("step", ["sgd", "muon"])
 def test_an_update_alone(step: str) -> None:
-    """It moves the weights and leaves no gradient behind for the next step."""
+    """It moves the weights and leaves no gradient behind for the next step. Before it fp16 overflows, as it does
+    from GradScaler's first scale on, and the loss stays finite."""
     world = describe_world()
-    stepper = steps.ours("resnet18", step, "bf16", 2, world)
+    stepper = steps.ours("resnet18", step, "fp16", 2, world)
     images, labels = steps.batch_of(2, 32, world.device)
-    stepper.seconds(images, labels, 1)  # sets the rate
+    stepper.seconds(images, labels, 4)  # sets the rate
     before = [p.detach().clone() for p in stepper.model.parameters()]
     assert stepper.update_seconds(images, 1) > 0
     for old, new in zip(before, stepper.model.parameters(), strict=True):
