@@ -1,7 +1,6 @@
 """The JSON epoch log: written, read, cut off, damaged."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -84,13 +83,6 @@ def test_rewrite_replaces_the_log(tmp_path: Path) -> None:
     records.rewrite(path, [HEADER, EPOCH])
     assert len(records.read_log(path).epochs) == 1
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_readme_shows_the_schema() -> None:
-    readme = Path("README.md").read_text()
-    for kind in (records.Header, records.Epoch, records.Summary, records.Reached):
-        for field in fields(kind):
-            assert f"`{field.name}`" in readme, f"README.md does not explain {field.name}"
 
 
 def test_a_file_that_is_no_log(tmp_path: Path) -> None:
