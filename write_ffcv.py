@@ -20,11 +20,10 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
 from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
@@ -404,21 +404,6 @@ def encoded_again(job: Job, kept: NDArray[np.int64]) -> dict[int, bytes]:
 # --------------------------------------------------------------------------------- the recipe
 
 
-@contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, so that the temporary file is removed, and exits with 143."""
-
-    def leave(*_: object) -> NoReturn:
-        print("terminated", file=sys.stderr, flush=True)
-        sys.exit(143)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Write one split. Exit status 0; see ffcv_imnet/core/errors.py for the others."""
     options = parse(argv)
@@ -427,12 +412,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{job.path} is up to date")
         return 0
     one_thread()
-    with sigterm_exits():
+    restore = exit_when_asked()
+    try:
         with beton.partial_file(job.path) as file:
             announce(job)
             manifest = write(file, job)
         # Outside that block: once the first of the two has its name, nothing may be removed.
         beton.commit_beton(job.path)
+    finally:
+        restore()
     print(
         f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
         f" {size(manifest.bytes)}, {manifest.content_checksum}"

@@ -11,6 +11,7 @@ import tests.networks  # noqa: F401  (registers the tiny network)
 import write_ffcv
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.core.signals import ENDING
 from ffcv_imnet.images import synthetic as shapes
 
 
@@ -60,7 +61,7 @@ def own_signal_handlers() -> Iterator[None]:
 
     A shell starts background jobs with Ctrl-C ignored, and Python leaves it so: the tests do not.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import read_log
-from ffcv_imnet.machine.distributed import World
+from ffcv_imnet.machine.distributed import Ranks, World, read_ranks
 from ffcv_imnet.train.run_dir import RunFolder
 from tests.conftest import SmallData
 from tests.test_training import run
@@ -55,6 +56,44 @@ def test_gradients_are_those_of_one_process(size: int, found: dict[int, dict[str
     assert len(found[1]["gradients"]) == len(found[size]["gradients"]) > 0
     for ours, wanted in zip(found[size]["gradients"], found[1]["gradients"], strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+
+
+GIVEN = {
+    "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+def test_the_world_of_the_environment() -> None:
+    assert read_ranks({"HOME": "/root"}) == Ranks(0, 1, 0, 1)
+    assert read_ranks(GIVEN) == Ranks(3, 8, 1, 2)
+    # A cluster's single job.
+    assert read_ranks({"RANK": "0", "WORLD_SIZE": "1"}) == Ranks(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"WORLD_SIZE": None}, "RANK but no WORLD_SIZE"),
+        ({"RANK": None}, "WORLD_SIZE but no RANK"),
+        ({"LOCAL_RANK": None}, "RANK but no LOCAL_RANK"),
+        ({"MASTER_PORT": None}, "RANK but no MASTER_PORT"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK='', which is no number"),
+        ({"RANK": "-1"}, "RANK='-1', which is no number"),
+        ({"RANK": "one"}, "RANK='one', which is no number"),
+        ({"RANK": "\u0663"}, "which is no number"),  # an Arabic digit, which int() takes
+        ({"WORLD_SIZE": "0"}, "a world of 0 processes"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "a world of 0 processes"),
+        ({"RANK": "8"}, "RANK=8 in a world of 8"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 of 2 on this machine"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9 in a world of 8"),
+    ],
+)
+def test_a_world_by_halves_is_refused(change: dict[str, str | None], said: str) -> None:
+    given = {name: value for name, value in (GIVEN | change).items() if value is not None}
+    with pytest.raises(UsageError, match=said) as refused:
+        read_ranks(given)
+    assert "torchrun" in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_processes_that_disagree_do_not_start(
@@ -102,3 +141,37 @@ def test_a_killed_process_comes_back_by_itself(small: SmallData, tmp_path: Path)
     assert [epoch.epoch for epoch in log.epochs] == [0, 1, 2, 3] and log.summary is not None
     assert [header.world_size for header in log.headers][-1] == 2
     assert json.loads(heartbeat.read_text())["doing"] == "finished"
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that `pid` started, and theirs."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid for child in found for pid in (int(child), *descendants(int(child)))]
+
+
+def test_sigterm_to_all_processes_of_a_job(small: SmallData, tmp_path: Path) -> None:
+    """As `scancel` does it: the workers are asked, and once more by torchrun. Then the run goes on."""
+    settings = small.settings(tmp_path / "run", training__epochs=3)
+    (tmp_path / "c.yaml").write_text(to_yaml(settings))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = ["-m", "tests.networks", "--config", str(tmp_path / "c.yaml")]
+    heartbeat = tmp_path / "run/heartbeat.json"
+    with subprocess.Popen(
+        [sys.executable, *torchrun, *script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        while process.poll() is None and not heartbeat.exists():
+            time.sleep(0.01)
+        workers = descendants(process.pid)
+        for pid in [*workers, process.pid]:  # the first batch is still seconds away
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)  # two at once may be one for a process that has no time to look
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[0].decode()
+    assert "stopped by SIGTERM in epoch 0, step " in said, said
+    assert json.loads(heartbeat.read_text())["doing"] == "stopped"
+    assert run(settings, "auto") == 0
+    log = read_log(tmp_path / "run")
+    assert [header.world_size for header in log.headers] == [2, 1]
+    assert log.headers[1].first_step > 0 and len(log.epochs) == 3

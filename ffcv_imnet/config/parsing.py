@@ -257,7 +257,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
             raise UsageError(
                 f"unexpected word {word!r}; settings are given as --section.name=value"
             )
-        known = [*declared(), "config", "resume", "dry_run", "measure", "help"]
+        known = [*declared(), "device", "config", "resume", "dry_run", "measure", "help"]
         hint = _suggest(option) if "." in option else nearest(option, known)
         raise UsageError(f"unknown option --{option}{hint}")
     if arguments.resume == "":

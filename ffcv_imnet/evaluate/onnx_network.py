@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
-from ffcv_imnet.machine.distributed import describe_world
+from ffcv_imnet.machine.distributed import read_ranks
 from ffcv_imnet.machine.host import usable_cores
 
 INPUT_TYPES: dict[str, Any] = {"tensor(float)": np.dtype("f4"), "tensor(uint8)": np.dtype("u1")}
@@ -50,7 +50,7 @@ class OnnxNetwork(nn.Module):
         ort = runtime()
         options = ort.SessionOptions()
         # Not torch's number: importing ffcv leaves torch with one thread.
-        options.intra_op_num_threads = max(1, usable_cores() // describe_world().local_size)
+        options.intra_op_num_threads = max(1, usable_cores() // read_ranks().local_size)
         try:
             self.session = ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

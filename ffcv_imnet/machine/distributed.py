@@ -2,10 +2,11 @@
 
 import math
 import os
+import re
 import signal
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -14,19 +15,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ffcv_imnet.core.errors import RunError, reason_of
+from ffcv_imnet.core.errors import RunError, UsageError, reason_of
+from ffcv_imnet.core.signals import hear
 from ffcv_imnet.machine import device as devices
 from ffcv_imnet.machine.host import usable_cores
 
+SAME_REQUEST = 10.0  # seconds; a checkpoint takes a few
+TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+
 
 @dataclass(frozen=True)
-class World:
-    """This process's place among `size` processes, `local_size` of them on this machine."""
+class Ranks:
+    """A process's place among `size` processes, `local_size` of them on this machine."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+
+
+@dataclass(frozen=True)
+class World(Ranks):
+    """This process's place, and its device."""
+
     device: torch.device
 
     @property
@@ -80,6 +91,45 @@ class World:
         return devices.peak_memory(self.device)
 
 
+def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """This process's place from torchrun's variables; alone where there are none.
+
+    A world of one may leave out the local ones: clusters set RANK and WORLD_SIZE for single jobs too.
+
+    Raises:
+        UsageError: they are there by halves, are no numbers, or contradict each other.
+    """
+    there = [name for name in TORCHRUN if name in environment]
+    if not there:
+        return Ranks(0, 1, 0, 1)
+
+    def wrong(what: str) -> UsageError:
+        return UsageError(
+            f"the environment has {what}: torchrun sets {', '.join(TORCHRUN)} together; start with "
+            f"torchrun, or alone with `env -u {' -u '.join(there)} python ...`"
+        )
+
+    values = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    for name in there:
+        if not re.fullmatch(r"[0-9]{1,9}", environment[name]):
+            raise wrong(f"{name}={environment[name][:40]!r}, which is no number")
+        values[name] = int(environment[name])
+    if values.get("WORLD_SIZE") == 0 or values["LOCAL_WORLD_SIZE"] == 0:
+        raise wrong("a world of 0 processes")
+    several = values.get("WORLD_SIZE") != 1
+    needed = [*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"] if several else ["RANK"]
+    if missing := [name for name in needed if not environment.get(name)]:
+        raise wrong(f"{there[0]} but no {missing[0]}")
+    ranks = Ranks(*(values[name] for name in TORCHRUN))
+    if ranks.rank >= ranks.size:
+        raise wrong(f"RANK={ranks.rank} in a world of {ranks.size}")
+    if ranks.local_rank >= ranks.local_size:
+        raise wrong(f"LOCAL_RANK={ranks.local_rank} of {ranks.local_size} on this machine")
+    if ranks.local_size > ranks.size:
+        raise wrong(f"LOCAL_WORLD_SIZE={ranks.local_size} in a world of {ranks.size}")
+    return ranks
+
+
 def describe_world(device: str = "auto") -> World:
     """The world from torchrun's environment variables; nothing is connected yet.
 
@@ -87,17 +137,11 @@ def describe_world(device: str = "auto") -> World:
         device: as `training.device`.
 
     Raises:
-        UsageError: see `device.choose`.
+        UsageError: see `read_ranks` and `device.choose`.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return World(
-        rank=int(os.environ.get("RANK", "0")),
-        size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=local_rank,
-        local_size=local_size,
-        device=devices.choose(device, local_rank, local_size),
-    )
+    ranks = read_ranks()
+    chosen = devices.choose(device, ranks.local_rank, ranks.local_size)
+    return World(**vars(ranks), device=chosen)
 
 
 def connect(world: World, timeout_seconds: float = 600.0) -> None:
@@ -138,16 +182,21 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C so that the loop can end after the step in hand, as it does at `deadline`.
+    """Notes a request to end so that the loop can end after the step in hand, as it does at `deadline`.
 
-    A second signal acts at once, for whoever cannot wait.
+    A scheduler signals all processes of a job and torchrun its workers once more: for `SAME_REQUEST`
+    seconds every further signal is the same request. Later ones act at once, and so does a second
+    Ctrl-C, for whoever cannot wait; under torchrun, which forwards that too, only after the same time.
     """
 
     def __init__(self, listen: bool = True) -> None:
         self.received: int | None = None
+        self.first = math.inf  # time.monotonic() of it
         self.deadline = math.inf  # of time.perf_counter()
-        for number in (signal.SIGTERM, signal.SIGINT) if listen else ():
-            signal.signal(number, self._note)
+        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        if listen:
+            hear(self._note)
+            signal.signal(signal.SIGINT, self._note)
 
     @property
     def late(self) -> bool:
@@ -155,6 +204,21 @@ class StopSignal:
         return time.perf_counter() >= self.deadline
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+        if self.received is None:
+            self.received, self.first = number, time.monotonic()
+            return
+        impatient = number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ
+        if not impatient and time.monotonic() - self.first <= SAME_REQUEST:
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    def _leave_terminal(self) -> None:
+        """What is said from here on goes nowhere: writing to a terminal that is gone is an error."""
+        for stream in self.terminals:
+            if not os.isatty(stream):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

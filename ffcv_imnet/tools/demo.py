@@ -7,13 +7,13 @@ which works can reach (`training.stop_at` of rn_configs/demo.yaml). Each time tr
 
 import datetime
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.log import read_log
+from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.images.synthetic import CLASSES, write_tree
 from ffcv_imnet.tools import ToolParser
 
@@ -33,7 +33,7 @@ def run(*command: str | Path) -> None:
         except KeyboardInterrupt:
             process.wait()  # Ctrl-C reached it too: it ends in its own, orderly way
             raise
-        except SystemExit:  # SIGTERM reached only us
+        except SystemExit:  # a signal that reached only us
             process.terminate()
             process.wait()
             raise
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_device()
     options = parser.parse_args(argv)
     out = options.out_dir
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    exit_when_asked()
     images, betons = out / "images", out / "beton"
     number = len(CLASSES) * (TRAIN_PER_CLASS + VAL_PER_CLASS)
     print(

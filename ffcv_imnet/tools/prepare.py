@@ -11,8 +11,6 @@ import argparse
 import fcntl
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.images.labels import read_labels
 from ffcv_imnet.images.sources import check_split
 from ffcv_imnet.images.tar import TarArchive, describe_fault, index_tar
@@ -51,7 +50,7 @@ class Split:
 def main(argv: list[str]) -> int:
     """Exit status 0 when both trees are whole."""
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    exit_when_asked()
     with lock(options.out_dir) as hidden:
         splits = open_splits(options)
         todo = [(s, label) for s in splits for label in unfinished(s)]

@@ -14,8 +14,6 @@ import hashlib
 import io
 import json
 import re
-import signal
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from PIL import Image
 
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_image
@@ -99,7 +98,7 @@ class Report:
 def main(argv: list[str]) -> int:
     """Exit status 0 if all is well, 1 if something is not."""
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    exit_when_asked()
     report = Report()
     classes: dict[str, tuple[str, ...]] = {}
     for target in [found for path in options.paths for found in targets(path)]:

@@ -1,6 +1,7 @@
 """One exact pass over the validation set: every image counts once, at any number of processes."""
 
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -71,10 +72,11 @@ def forward(
         are the mean over the picture and its mirror image; labels (batch,), `PADDING` among them.
 
     Raises:
-        Interrupted: `stop` noted a signal (single process only: several cannot agree in here).
+        Interrupted: `stop` noted a signal, on any of the processes.
         RunError: the loader failed.
     """
     model.eval()
+    done = 0
     with Progress(loader.samples, what, enabled=world.is_main) as progress:
         for images, labels in loader.batches():
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
@@ -84,8 +86,13 @@ def forward(
             yield logits, labels
             progress.update(len(labels) * world.size)
             heart.beat("validating")
-            if stop is not None and stop.received is not None and world.size == 1:
-                raise Interrupted(stop.received)
+            done += len(labels)
+            # Voted on after each batch that every process has: shares differ by an image, and so may
+            # their numbers of batches. torchrun kills 30 s after it asked to end.
+            if stop is not None and done <= loader.samples // world.size:
+                (stopped,) = world.any([stop.received is not None])
+                if stopped:
+                    raise Interrupted(stop.received or signal.SIGTERM)
 
 
 @torch.no_grad()
