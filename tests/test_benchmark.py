@@ -1,6 +1,8 @@
 """The benchmark: its arithmetic, its processes, what it says of mistakes."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,17 @@ def test_loader_benchmark_end_to_end(
     assert all(one["images"] == 96 for one in report["passes"])
     assert report["processor"] and report["date"] and report["samples"] == 100
     assert "torchvision" in capsys.readouterr().out
+
+
+def test_a_loader_without_its_package_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's wheels bring a package `nvidia`, which is not DALI."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.setitem(sys.modules, "spdl.io", None)
+    assert importlib.util.find_spec("nvidia") is not None
+    assert benchmark.installed(True) == ["ffcv_imnet", "ffcv", "torchvision", "turbojpeg"]
+    assert benchmark.installed(False) == ["ffcv_imnet", "ffcv"]
+    with pytest.raises(UsageError, match=r"--loaders dali needs nvidia\.dali"):
+        benchmark.parse(["loader", "--beton", "x", "--loaders", "ffcv", "dali"])
 
 
 def test_a_loader_that_fails_says_why(small: SmallData) -> None:

@@ -1,6 +1,6 @@
 """TensorBoard's and Weights & Biases' files hold what the JSON log holds."""
 
-import importlib.util
+import sys
 import time
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_wandb_writes_offline(
 
 
 def test_a_tracker_without_its_package_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     check_trackers(load().logging.trackers)
     with pytest.raises(UsageError, match=r"logging\.trackers: wandb .* pip install wandb"):
         check_trackers(load(logging__trackers="wandb").logging.trackers)

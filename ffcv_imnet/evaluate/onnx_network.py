@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
+from ffcv_imnet.core.optional import EXPORT, require
 from ffcv_imnet.machine.distributed import read_ranks
 from ffcv_imnet.machine.host import usable_cores
 
@@ -17,12 +18,7 @@ INPUT_TYPES: dict[str, Any] = {"tensor(float)": np.dtype("f4"), "tensor(uint8)":
 
 def runtime() -> Any:
     """The onnxruntime package, which is optional. Raises UsageError if it is not installed."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UsageError(
-            "ONNX files need onnxruntime: pip install onnx onnxruntime safetensors"
-        ) from None
+    onnxruntime = require("onnxruntime", "reading an ONNX file", EXPORT)
     onnxruntime.set_default_logger_severity(3)  # errors: its warnings speak to its developers
     return onnxruntime
 

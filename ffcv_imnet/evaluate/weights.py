@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ffcv_imnet.config.parsing import from_dict
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, nearest, reason_of
+from ffcv_imnet.core.optional import EXPORT, require
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
@@ -110,14 +111,9 @@ def load_network(
 
 
 def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
+    package = require("safetensors", "reading a .safetensors file", EXPORT)
     try:
-        from safetensors import safe_open
-    except ImportError:
-        raise UsageError(
-            ".safetensors files need safetensors: pip install onnx onnxruntime safetensors"
-        ) from None
-    try:
-        with safe_open(path, framework="pt") as file:
+        with package.safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             found = file.metadata() or {}
             notes = {key: json.loads(found["ffcv_imnet." + key]) for key in

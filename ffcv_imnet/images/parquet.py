@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.optional import require
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 
 if TYPE_CHECKING:
@@ -33,13 +34,7 @@ Label = int | str
 
 
 def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError(
-            "reading parquet needs pyarrow, which is not installed: pip install pyarrow"
-        ) from None
-    return pyarrow.parquet
+    return require("pyarrow.parquet", "reading parquet", "pyarrow")
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:

@@ -1,6 +1,5 @@
 """Networks by name: a dict and a decorator, and timm's under `timm:NAME`."""
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ffcv_imnet.core.errors import UsageError, nearest, reason_of
+from ffcv_imnet.core.optional import require
 
 Constructor = Callable[[int, bool], nn.Module]  # (classes, zero_gamma) -> network
 REGISTRY: dict[str, Constructor] = {}
@@ -48,10 +48,7 @@ def check_arch(name: str) -> None:
 
 def _timm(name: str) -> Any:
     """The timm package, which has the network `timm:NAME`. Raises UsageError."""
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError:
-        raise UsageError(f"{name!r} needs timm: pip install timm") from None
+    timm = require("timm", repr(name), "timm")
     if not timm.is_model(name.removeprefix(TIMM)):
         known = [TIMM + other for other in timm.list_models()]
         raise UsageError(f"timm {timm.__version__} has no {name!r}{nearest(name, known)}")

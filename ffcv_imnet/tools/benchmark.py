@@ -15,7 +15,6 @@ and of both, at every resolution of the plan.
 
 import argparse
 import datetime
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
@@ -96,6 +96,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"--json {options.json}: its folder does not exist; make it first")
     if options.what == "loader" and options.beton is None:
         raise UsageError("benchmark loader needs --beton, a file of write_ffcv.py")
+    for name in set(options.loaders or []) & set(NEEDS):
+        if not is_there(NEEDS[name]):
+            raise UsageError(f"--loaders {name} needs {NEEDS[name]}: pip install .[peers]")
     return options
 
 
@@ -137,12 +140,8 @@ def benchmark_loader(options: argparse.Namespace) -> int:
 
 def installed(jpegs: bool) -> list[str]:
     """The loaders that can run here; those that read JPEG files only where the .beton stores such."""
-
-    def there(name: str) -> bool:
-        package = NEEDS.get(name)
-        return package is None or importlib.util.find_spec(package.split(".")[0]) is not None
-
-    return [name for name in PEERS if there(name) and (jpegs or name in ("ffcv_imnet", "ffcv"))]
+    there = [name for name in PEERS if name not in NEEDS or is_there(NEEDS[name])]
+    return [name for name in there if jpegs or name in ("ffcv_imnet", "ffcv")]
 
 
 def unpack(beton: Path, folder: Path) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
+from ffcv_imnet.core.optional import EXPORT, require
 from ffcv_imnet.data.beton import check_beton, partial_path, read_tables
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.evaluate.weights import (
@@ -112,14 +113,8 @@ def check_options(options: argparse.Namespace) -> None:
     """What can be known to be wrong before anything is read. Raises UsageError."""
     if options.out.suffix != ".onnx" or not options.out.parent.is_dir():
         raise UsageError(f"--out {options.out}: name an .onnx file in a folder that exists")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import safetensors  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"{error.name} is missing: pip install onnx onnxruntime safetensors"
-        ) from None
+    for module in EXPORT.split():
+        require(module, "export", EXPORT)
 
 
 def check_labels(path: Path, network: Network) -> str | None:

@@ -4,7 +4,6 @@ Both are fed the numbers of the line that the JSON log gets, under its names, an
 """
 
 import hashlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import Epoch, Header
+from ffcv_imnet.core.optional import is_there
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
     """Raises UsageError if one of `logging.trackers` has no package of its name installed."""
     for package in trackers:
-        if importlib.util.find_spec(package) is None:
+        if not is_there(package):  # looked for and not imported: either takes seconds
             raise UsageError(
                 f"logging.trackers: {package} is not installed: pip install {package}, "
                 "or leave it out"
