@@ -23,13 +23,14 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import cv2
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
+from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
@@ -296,7 +297,7 @@ class Written:
     tables_checksum: str
 
 
-def write_samples(file: BinaryIO, job: Job) -> Written:
+def write_samples(file: IO[bytes], job: Job) -> Written:
     """Encode all of the source and lay it out in `file`, numbered in the order of the source.
 
     Raises:
@@ -361,7 +362,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def write(file: BinaryIO, job: Job) -> beton.Manifest:
+def write(file: IO[bytes], job: Job) -> beton.Manifest:
     """Write `file`, whose name is still the temporary one, and its manifest; verify both."""
     done = write_samples(file, job)
     counts = np.bincount(job.source.labels[done.kept], minlength=len(job.source.classes))
@@ -380,10 +381,10 @@ def write(file: BinaryIO, job: Job) -> beton.Manifest:
         versions=versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    waiting = beton.partial_path(beton.manifest_path(job.path))
+    waiting = partial_path(beton.manifest_path(job.path))
     manifest.save(waiting)
     expected = encoded_again(job, done.kept)
-    beton.verify_beton(beton.partial_path(job.path), expected, manifest=waiting)
+    beton.verify_beton(partial_path(job.path), expected, manifest=waiting)
     return manifest
 
 

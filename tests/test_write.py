@@ -306,7 +306,9 @@ def test_full_disk(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(beton.BetonWriter, "add", full)
-    with pytest.raises(RunError, match="could not be written: No space left"):
+    with pytest.raises(
+        RunError, match="could not be written \(No space left on device\): make room"
+    ):
         write_ffcv.main(arguments(tree, tmp_path))
     assert contents(tmp_path) == []
 

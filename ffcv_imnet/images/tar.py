@@ -21,6 +21,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.images.folder import EXTENSIONS
 from ffcv_imnet.images.labels import labels_of
@@ -469,15 +470,10 @@ def _images(scan: Scan, where: str) -> Scan:
 
 
 def _save(cache: Path, key: NDArray[np.int64], index: TarIndex) -> None:
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
     arrays = {f.name: np.asarray(getattr(index, f.name)) for f in fields(TarIndex)}
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, key=key, **arrays)
-        partial.replace(cache)
-    except OSError:  # a folder that is read-only or full: the next run reads the headers again
-        with suppress(OSError):
-            partial.unlink()
+    # Where the folder is read-only or full, the next run reads the headers again.
+    with suppress(NotWritten), atomic_write(cache, shared=True) as file:
+        np.savez(file, allow_pickle=False, key=key, **arrays)
 
 
 def _load(cache: Path, key: NDArray[np.int64], descriptor: int) -> TarIndex | None:

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
@@ -365,11 +366,9 @@ def load_state(state: Path, fingerprint: str) -> tuple[int, list[Look]]:
 
 def save_state(state: Path, fingerprint: str, done: int, looks: Sequence[Look]) -> None:
     """Whole or not at all; where it cannot be stored, the next check begins anew."""
-    partial = state.with_name(state.name + ".partial")
     said = {"fingerprint": fingerprint, "done": done, "looks": [vars(look) for look in looks]}
-    with suppress(OSError):
-        partial.write_text(json.dumps(said))
-        partial.replace(state)
+    with suppress(NotWritten), atomic_write(state, "w", sync=False) as file:
+        json.dump(said, file)
 
 
 # ----------------------------------------------------------------------------------- the .beton
