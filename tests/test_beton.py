@@ -283,8 +283,9 @@ def test_unfinished_file_is_recognised(tmp_path: Path) -> None:
 def test_stop_between_the_two_renames_is_repaired(copy: Path) -> None:
     right = beton.check_beton(copy)
     manifest = beton.manifest_path(copy)
-    shutil.copy(manifest, partial_path(manifest))
+    waiting = manifest.read_bytes()
     edit_manifest(copy, tables_checksum="sha256:0")  # the manifest of a file that was replaced
+    partial_path(manifest).write_bytes(waiting)
     with pytest.raises(RunError):
         beton.check_beton(copy)
     assert beton.repair_beton(copy)
