@@ -361,7 +361,7 @@ def test_mistakes_are_one_line(mistake: str, tree: Path, tmp_path: Path) -> None
 
 def test_out_dir_that_cannot_be(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="could not be written .*Not a directory"):
+    with pytest.raises(UsageError, match=r"could not be written .*Not a directory"):
         write_ffcv.main(arguments(tree, tmp_path / "file" / "out"))
 
 

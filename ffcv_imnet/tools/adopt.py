@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ffcv_imnet.core.errors import RunError, UsageError, in_range, not_written
+from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.names import fault_of, quoted
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
@@ -172,16 +172,5 @@ def adopt(
         versions={},
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    save(manifest, beton.manifest_path(path))
+    manifest.save(beton.manifest_path(path))
     return manifest
-
-
-def save(manifest: beton.Manifest, path: Path) -> None:
-    """Under its name only when it is whole. Raises RunError."""
-    waiting = beton.partial_path(path)
-    try:
-        manifest.save(waiting)
-        waiting.replace(path)
-    except OSError as error:
-        waiting.unlink(missing_ok=True)
-        raise RunError(not_written(path, error)) from None
