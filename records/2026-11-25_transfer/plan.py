@@ -72,6 +72,7 @@ def next_runs(cell: Cell, top_1: Mapping[Run, float]) -> list[Run]:
 
 # ---- the grid -----------------------------------------------------------------------------------
 
+LENGTHS = (3, 16, 5, 8)  # epochs
 START = {"none": 0.04, "keller": 0.04, "spectral": 0.12, "rms": 0.008}
 
 
@@ -84,9 +85,12 @@ def transfer_core() -> Iterator[Cell]:
     """A, the cheap corner: what moves the optimum, at a quarter of the width."""
     yield Cell("A base", ruled("none"))
     yield Cell("A steps", ruled("none", epochs=1))
+    yield from data_corner(0.25, (6_250,), (3,), seeds=1)
+    yield Cell("A rule", ruled("rms", epochs=1))
+    yield Cell("A rule", ruled("spectral", epochs=1))
+    yield from data_corner(0.25, (6_250,), (16, 5, 8), seeds=1)
     yield Cell("A rule", ruled("rms"))
     yield Cell("A rule", ruled("spectral"))
-    yield from data_corner(0.25, (6_250,), seeds=1)
     yield Cell("A momentum", ruled("none", momentum=0.85))
     yield Cell("A batch", ruled("none", batch=1024))
     yield Cell("A batch", ruled("none", batch=64, epochs=1))
@@ -99,10 +103,12 @@ def transfer_core() -> Iterator[Cell]:
     yield Cell("A momentum", ruled("none", momentum=0.6))
 
 
-def data_corner(width: float, sizes: tuple[int, ...], seeds: int) -> Iterator[Cell]:
+def data_corner(
+    width: float, sizes: tuple[int, ...], lengths: tuple[int, ...], seeds: int
+) -> Iterator[Cell]:
     """B: SGD against Muon over the number of images and of epochs, at batch 64."""
     for images in sizes:
-        for epochs in (3, 16, 5, 8):
+        for epochs in lengths:
             same = replace(BASE, images=images, epochs=epochs, batch=64, width=width)
             yield Cell("B data", replace(same, lr=0.04), seeds=seeds)
             yield Cell("B data", replace(same, optimizer="sgd", lr=1.0), seeds=seeds)
@@ -110,9 +116,9 @@ def data_corner(width: float, sizes: tuple[int, ...], seeds: int) -> Iterator[Ce
 
 def data(width: float) -> Iterator[Cell]:
     """B: two seeds at the ends."""
-    yield from data_corner(width, (6_250,), seeds=2)
-    yield from data_corner(width, (12_500, 25_000), seeds=1)
-    yield from data_corner(width, (50_000,), seeds=2)
+    yield from data_corner(width, (6_250,), LENGTHS, seeds=2)
+    yield from data_corner(width, (12_500, 25_000), LENGTHS, seeds=1)
+    yield from data_corner(width, (50_000,), LENGTHS, seeds=2)
 
 
 def transfer_rest() -> Iterator[Cell]:
@@ -121,8 +127,6 @@ def transfer_rest() -> Iterator[Cell]:
         yield Cell("A width", ruled(rule, width=0.5))
     for rule in ("none", "spectral", "rms", "keller"):
         yield Cell("A bottleneck", ruled(rule, net="rn50"))
-    for rule in ("spectral", "rms"):
-        yield Cell("A steps", ruled(rule, epochs=1))
     for rule in ("spectral", "rms"):
         yield Cell("A steps", ruled(rule, epochs=16))
     for epochs in (4, 16):
