@@ -186,7 +186,7 @@ def draw_curves(cells: dict[Run, Marks], out: Path) -> None:
     base = replace(plan.BASE, lr=0.0)
     panels = {axis: along(cells, base, axis) for axis in AXES}
     for epochs in (1, 4, 16):
-        panels[f"rule for shape, {epochs} epochs"] = [
+        panels[f"rule for shape, epochs={epochs}"] = [
             run for run in cells if replace(run, scale="none") == replace(base, epochs=epochs)
         ]
     panels["kernels at a fixed norm"] = [
@@ -206,7 +206,9 @@ def draw_curves(cells: dict[Run, Marks], out: Path) -> None:
             means = [100 * np.mean(cells[run][lr]) for lr in lrs]
             ax.plot(lrs, means, "o-", markersize=4, label=title(run))
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
+        ticks = sorted({lr for run in runs for lr in cells[run]})
+        ax.set_xticks(ticks, [f"{lr:g}" for lr in ticks], fontsize=7, rotation=60)
+        ax.set_xticks([], minor=True)
         ax.set(title=name, xlabel="muon.lr", ylabel="top-1, %")
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)

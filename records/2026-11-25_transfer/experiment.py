@@ -21,7 +21,6 @@ from ffcv_imnet.config.schedules import learning_rate
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.models import MEAN, STD
 from ffcv_imnet.models.blurpool import apply_blurpool
-from ffcv_imnet.train.muon import is_kernel
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def train(
     wall, cpu = time.time(), time.process_time()
     model = network(run, int(val_set.labels.max()) + 1)
     stepper, share = steppers.build(run, model), schedule(run)
-    kernels = [p for p in model.parameters() if is_kernel(p)]
+    kernels = [p for p in model.parameters() if steppers.is_kernel(p)]
     norms = [kernel.norm().item() for kernel in kernels]
     steps = run.images // run.batch
     mirrored = torch.rand(run.images, generator=torch.Generator().manual_seed(run.seed)) < 0.5

@@ -72,6 +72,7 @@ def next_runs(cell: Cell, top_1: Mapping[Run, float]) -> list[Run]:
 
 # ---- the grid -----------------------------------------------------------------------------------
 
+ADAPTIVE = {"adamw": 0.003, "schedulefree": 0.005, "soap": 0.003, "shampoo": 0.001}
 LENGTHS = (3, 16, 5, 8)  # epochs
 START = {"none": 0.04, "keller": 0.04, "spectral": 0.12, "rms": 0.008}
 
@@ -167,8 +168,8 @@ def rivals() -> Iterator[Cell]:
                 held = replace(same, hold=True, momentum=momentum, lr=0.12)
                 yield Cell("C rivals", held, points=4, most=4, seeds=3)
             for decay in (0.05, 0.5):
-                for name in ("adamw", "schedulefree", "soap", "shampoo"):
-                    rival = replace(same, optimizer=name, lr=0.003, decay=decay)
+                for name, lr in ADAPTIVE.items():
+                    rival = replace(same, optimizer=name, lr=lr, decay=decay)
                     yield Cell("C rivals", rival, points=4, most=4, seeds=3)
 
 

@@ -1,7 +1,7 @@
 """The study's optimizers: every one takes the schedule's share of its peak learning rate at each step.
 
 `Kernels` is Muon with the variants that are asked about (rules for shape, kernels held at a fixed norm,
-decay), on the package's Newton-Schulz iteration. Rivals come from the packages that their
+decay), on the package's Newton-Schulz polynomials. Rivals come from the packages that their
 users take them from.
 """
 
@@ -13,7 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffcv_imnet.train.muon import is_kernel, newton_schulz
+from ffcv_imnet.train.muon import POLYNOMIALS
+
+
+def is_kernel(parameter: Tensor) -> bool:
+    """Muon's: the kernels of convolutions that mix channels."""
+    return parameter.ndim == 4 and parameter.shape[1] > 1
+
+
+def orthogonal(matrices: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz in float32 with the package's polynomials, as its `newton_schulz` had it when the
+    study began, so that the last run is made as the first was. (n, rows, columns) -> the same."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for block in (POLYNOMIALS[steps][:3], POLYNOMIALS[steps][3:]):
+        gram, product = x @ x.mT, None
+        if block and steps == 3:
+            scale = 1.02 * gram.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7).sqrt()
+            x, gram = x / scale, gram / scale.square()
+        for a, b, c in block:
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            polynomial.diagonal(dim1=1, dim2=2).add_(a)
+            product = polynomial if product is None else polynomial @ product
+            gram = polynomial @ gram @ polynomial
+        x = x if product is None else product @ x
+    return x.mT if tall else x
 
 
 def shape_factor(rule: str, rows: int, columns: int) -> float:
@@ -63,7 +88,7 @@ class Kernels(torch.optim.Optimizer):
             grads = torch.stack([kernel.grad for kernel in kernels if kernel.grad is not None])
             average = self.averages[shape].lerp_(grads, 1 - self.momentum)
             matrices = grads.lerp_(average, self.momentum).flatten(2)
-            straight = newton_schulz(matrices, self.ns_steps, torch.float32).view(-1, *shape)
+            straight = orthogonal(matrices, self.ns_steps).view(-1, *shape)
             rows, columns = matrices.shape[1:]
             factor = shape_factor(self.scale, rows, columns)
             for kernel, direction in zip(kernels, straight, strict=True):
@@ -156,9 +181,7 @@ def build(run: Any, model: nn.Module) -> Stepper:
         return Stepper([package.AdamWScheduleFree(groups, lr=run.lr, betas=(0.95, 0.98))], True)
     package = importlib.import_module("pytorch_optimizer")
     if run.optimizer == "soap":
-        return Stepper(
-            [package.SOAP(groups, lr=run.lr, merge_dims=True, max_precondition_dim=1200)]
-        )
+        return Stepper([package.SOAP(groups, lr=run.lr)])
     if run.optimizer == "shampoo":
         shampoo = package.ScalableShampoo(
             groups,
