@@ -334,7 +334,7 @@ MISTAKES = {
     "--splt=train": r"unknown option --splt \(did you mean --split\?\)",
     "--split train --max_res 300": r"unknown option --max_res",
     "--split trian": r"'trian' is neither train nor val \(did you mean train\?\)",
-    "": "required: --split",
+    "": "--split train or --split val is missing",
     "--split": "--split: expected one argument",
     "--split train more": "'more' is not an option",
     "--split train --max_resolution 300 --short_side 256": "exclude each other",
