@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ffcv_imnet.bench import cost as bill
+from ffcv_imnet.bench import cost
 from ffcv_imnet.config.parsing import parse
 
 TASKS = sorted(Path("cloud").glob("*.yaml"))
@@ -36,7 +36,7 @@ def test_the_command_is_one_that_training_takes(path: Path) -> None:
     spec = task(path)
     resources, envs = spec["resources"], spec["envs"]
     assert resources["use_spot"] and resources["job_recovery"]["strategy"]
-    assert envs["MACHINE"] == resources["instance_type"] in bill.machines()
+    assert envs["MACHINE"] == resources["instance_type"] in cost.machines()
     command = spec["run"].replace("\\\n", " ").splitlines()[-1]
     variables = re.findall(r"\$(\w+)", command)
     assert set(variables) <= {*envs, "SKYPILOT_NUM_GPUS_PER_NODE"}
@@ -46,7 +46,7 @@ def test_the_command_is_one_that_training_takes(path: Path) -> None:
     words = shlex.split(command)
     settings = parse(words[words.index("train_imagenet.py") + 1 :])
     assert settings.resume == "auto" and settings.settings.training.max_cost > 0
-    assert bill.price(settings.settings) == bill.machines()[envs["MACHINE"]].on_demand
+    assert cost.price(settings.settings) == cost.machines()[envs["MACHINE"]].on_demand
     assert settings.settings.logging.folder.startswith("/runs/")
     assert settings.settings.data.train_dataset == "/imagenet/train.beton"
 

@@ -1,12 +1,14 @@
-"""The bill beforehand: operations of a run, hours and dollars on the machines of two small tables.
+"""The cost estimate: a run's FLOPs, its minutes and dollars on the machines of two small tables.
 
 One formula carries a throughput from one run to another: the effective TFLOP/s of a GPU on a network,
-counted operations of a whole known run over its time, is taken to hold at other resolutions and lengths.
-docs/FROM_A_CREDIT_CARD.md says how well that does.
+counted FLOPs of a whole known run over its time, is taken to hold at other resolutions and lengths.
+docs/FROM_A_CREDIT_CARD.md says how well that does. A stage of the plan goes as fast as the slower of
+the two: the GPUs, or the machine's cores decoding images of the size at which they are stored.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_r
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.log import Epoch
+from ffcv_imnet.data.beton import Manifest, manifest_path
 from ffcv_imnet.models import build_model
 from ffcv_imnet.train.muon import is_kernel, newton_schulz
 
@@ -28,6 +31,8 @@ THROUGHPUTS = Path(__file__).with_name("throughputs.yaml")
 IMAGENET_VAL_IMAGES = 50_000
 IMAGENET_CLASSES = 1000
 RESERVE = 10.0  # seconds before a limit that are kept for the checkpoint and the end
+STORED = 400  # longest side in px at which write_ffcv.py stores images by default
+SMALLER = 256  # and one at which decoding keeps up with faster GPUs
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,6 @@ class Machine:
     memory_gb: int
     disk_gb: int
     on_demand: float  # dollars an hour
-    spot: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,11 @@ def price(settings: Settings) -> float | None:
     return known[cost.machine].on_demand
 
 
-# ---- operations ---------------------------------------------------------------------------------
+# ---- FLOPs --------------------------------------------------------------------------------------
 
 
 def image_flops(settings: Settings, classes: int, side: int, training: bool) -> float:
-    """Operations on one image; a multiplication and an addition are two, as torch counts."""
+    """FLOPs of one image; a multiplication and an addition are two, as torch counts."""
     of_shape = replace(Settings().training, use_blurpool=settings.training.use_blurpool)
     return _count(Settings(model=settings.model, training=of_shape), classes, side, training)
 
@@ -119,7 +123,7 @@ def _count(settings: Settings, classes: int, side: int, training: bool) -> float
 
 
 def step_flops(settings: Settings, classes: int) -> float:
-    """Operations of Muon's Newton-Schulz iterations in one step; 0 for SGD, whose are too few to count."""
+    """FLOPs of Muon's Newton-Schulz iterations in one step; 0 for SGD, whose are too few to count."""
     if settings.training.optimizer != "muon":
         return 0.0
     return _count_step(Settings(model=settings.model, muon=settings.muon), classes)
@@ -135,7 +139,7 @@ def _count_step(settings: Settings, classes: int) -> float:
     return float(counter.get_total_flops())
 
 
-class Operations(NamedTuple):
+class Flops(NamedTuple):
     """Floating point operations of a whole run."""
 
     training: float  # forward and backward of all epochs
@@ -145,15 +149,15 @@ class Operations(NamedTuple):
 
 def run_flops(
     settings: Settings, plans: tuple[EpochPlan, ...], val_images: int, classes: int
-) -> Operations:
+) -> Flops:
     """Convolutions and matrix products, counted by torch on its meta device: nothing is computed."""
     training = sum(
         plan.images * image_flops(settings, classes, plan.resolution, True) for plan in plans
     )
     optimizer = sum(plan.steps for plan in plans) * step_flops(settings, classes)
     passes = (2 if settings.validation.lr_tta else 1) * (2 if settings.training.ema_decay else 1)
-    judged = image_flops(settings, classes, settings.validation.resolution, False)
-    return Operations(training, optimizer, len(plans) * val_images * passes * judged)
+    evaluated = image_flops(settings, classes, settings.validation.resolution, False)
+    return Flops(training, optimizer, len(plans) * val_images * passes * evaluated)
 
 
 # ---- throughputs --------------------------------------------------------------------------------
@@ -209,7 +213,65 @@ def _effective(row: dict[str, Any]) -> float:
         raise UsageError(f"{THROUGHPUTS}: a row lacks or mistakes {error}: {row}") from None
 
 
-# ---- the bill -----------------------------------------------------------------------------------
+# ---- decoding -----------------------------------------------------------------------------------
+
+
+def stored_side(settings: Settings) -> int:
+    """Longest side, px, at which the images of `data.train_dataset` are stored; the writer's default
+    where there is no such file yet."""
+    path = manifest_path(Path(settings.data.train_dataset))
+    if not path.is_file():
+        return STORED
+    said = Manifest.load(path).settings
+    if said.get("short_side"):
+        return round(said["short_side"] * 4 / 3)  # most photographs are 4 to 3
+    return said.get("max_resolution") or 500  # ImageNet's own size
+
+
+def decode_rate(stored: int, crop_scale: float, resolution: int) -> float:
+    """Images a second that one virtual core decodes: the measured row that is not easier than this.
+
+    Args:
+        stored: longest side of the stored image, px.
+        crop_scale: the smallest area of a crop over its image's.
+        resolution: side of the crop, px.
+
+    Raises:
+        UsageError: the table is not what its header describes.
+    """
+    table = _table(THROUGHPUTS, "decoding")
+    try:
+        sizes: dict[int, Any] = table["images_per_second"]
+        of_size = sizes[min((size for size in sizes if size >= stored), default=max(sizes))]
+        scales = [scale for scale in of_size if scale >= crop_scale]
+        of_crop = of_size[min(scales, default=max(of_size))]
+        sides = [side for side in of_crop if side >= resolution]
+        return float(of_crop[min(sides, default=max(of_crop))] * table["a_vcpu"])
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{THROUGHPUTS}: decoding lacks or mistakes {error}") from None
+
+
+# ---- the estimate -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageSpeed:
+    """Epochs of one resolution on a machine; images a second of the whole machine."""
+
+    resolution: int
+    images: int  # trained on in all of them
+    gpu: float  # what its GPUs can train on
+    loader: float  # what its cores can decode
+
+    @property
+    def seconds(self) -> float:
+        """Of training, at the slower of the two."""
+        return self.images / min(self.gpu, self.loader)
+
+    @property
+    def limit(self) -> str:
+        """What holds it up: loader or GPU."""
+        return "loader" if self.loader < self.gpu else "GPU"
 
 
 @dataclass(frozen=True)
@@ -217,33 +279,68 @@ class Line:
     """A run on a machine."""
 
     machine: Machine
-    hours: float
-    images_a_vcpu: float  # training images a second that each virtual core must decode
     throughput: Throughput
+    stages: tuple[StageSpeed, ...]
+    validation: float  # seconds of all passes
 
-    def cost(self, dollars_per_hour: float | None) -> float | None:
-        """Dollars of the training alone."""
-        return None if dollars_per_hour is None else self.hours * dollars_per_hour
+    @property
+    def hours(self) -> float:
+        """Of training and validation."""
+        return (sum(stage.seconds for stage in self.stages) + self.validation) / 3600
+
+    @property
+    def limit(self) -> str:
+        """GPU, loader, or the resolutions at which it is the loader."""
+        slow = [stage.resolution for stage in self.stages if stage.limit == "loader"]
+        if not slow or len(slow) == len(self.stages):
+            return "loader" if slow else "GPU"
+        return f"loader at {', '.join(map(str, slow))} px"
+
+    @property
+    def cost(self) -> float:
+        """Dollars of the training alone, on demand."""
+        return self.hours * self.machine.on_demand
 
 
-def bill(
+def estimate(
     settings: Settings,
     plans: tuple[EpochPlan, ...],
     val_images: int = IMAGENET_VAL_IMAGES,
     classes: int = IMAGENET_CLASSES,
+    stored: int | None = None,
 ) -> list[Line]:
-    """The run on every machine of the table whose GPU has a throughput."""
-    operations = run_flops(settings, plans, val_images, classes)
-    images = sum(plan.images for plan in plans)
+    """The run on every machine of the table whose GPU has a throughput, with images stored at
+    `stored` px (default: those of `data.train_dataset`)."""
+    validation = run_flops(settings, plans, val_images, classes).validation
+    stored = stored or stored_side(settings)
     lines = []
     for machine in machines().values():
         known = throughput(machine.gpu, machine.gpus, settings.model.arch)
         if known is not None:
             speed = known.tflops * 1e12 * machine.gpus
-            training = (operations.training + machine.gpus * operations.optimizer) / speed
-            hours = (training + operations.validation / speed) / 3600
-            lines.append(Line(machine, hours, images / training / machine.vcpus, known))
+            stages = _stages(settings, plans, machine, speed, classes, stored)
+            lines.append(Line(machine, known, stages, validation / speed))
     return lines
+
+
+def _stages(
+    settings: Settings,
+    plans: tuple[EpochPlan, ...],
+    machine: Machine,
+    speed: float,
+    classes: int,
+    stored: int,
+) -> tuple[StageSpeed, ...]:
+    """Neighbouring epochs of one kind together; `speed` is the machine's, in FLOP/s."""
+    update = machine.gpus * step_flops(settings, classes)  # every GPU makes it whole
+    stages = []
+    for (side, batch, scale), group in groupby(
+        plans, lambda plan: (plan.resolution, plan.batch_size, plan.crop_scale[0])
+    ):
+        each = image_flops(settings, classes, side, True) + update / batch
+        decoded = machine.vcpus * decode_rate(stored, scale, side)
+        stages.append(StageSpeed(side, sum(plan.images for plan in group), speed / each, decoded))
+    return tuple(stages)
 
 
 def describe(
@@ -252,46 +349,78 @@ def describe(
     val_images: int = IMAGENET_VAL_IMAGES,
     classes: int = IMAGENET_CLASSES,
 ) -> str:
-    """The bill as text: operations, a table of machines, the sources of every figure."""
-    operations = run_flops(settings, plans, val_images, classes)
-    lines = bill(settings, plans, val_images, classes)
-    sources = list(dict.fromkeys(line.throughput.source for line in lines))
-
-    training, optimizer, validation = (value / 1e15 for value in operations)
+    """The estimate as text: FLOPs, a table of machines, the sources of every figure."""
+    stored = stored_side(settings)
+    training, optimizer, validation = (
+        value / 1e15 for value in run_flops(settings, plans, val_images, classes)
+    )
     parts = [f"{training:,.2f} PFLOP of training"]
     if optimizer:
         parts.append(f"{optimizer:,.2f} of Muon ({optimizer / training:.1%} of it)")
     parts.append(f"{validation:,.2f} of validation")
+    return (
+        f"cost estimate: {' + '.join(parts)} ({val_images:,} images)\n\n"
+        f"{_describe_lines(settings, plans, val_images, classes, stored)}"
+        f"  img/s, at {'/'.join(str(s) for s in _sides(plans))} px: what the GPUs can train on, and what the cores decode of images "
+        f"stored at {stored} px\n"
+        f"  min: the slower of the two at every resolution, and the validation; limit: which one that is\n"
+        f"  loader: images stored smaller (write_ffcv.py --max_resolution {SMALLER}) or more cores\n"
+        f"  not in it: booting, copying the data, compilation, disks. On the machine itself add --measure"
+    )
 
-    def dollars(value: float | None) -> str:
-        return "-" if value is None else f"${value:,.2f}"
 
-    rows = [
-        (
+def _sides(plans: tuple[EpochPlan, ...]) -> list[int]:
+    """The resolutions of the plan's stages, in order."""
+    return [side for side, _ in groupby(plan.resolution for plan in plans)]
+
+
+def _minutes(line: Line) -> str:
+    minutes = 60 * line.hours
+    return f"{minutes:,.0f}" if minutes >= 10 else f"{minutes:.1f}"
+
+
+def _describe_lines(
+    settings: Settings,
+    plans: tuple[EpochPlan, ...],
+    val_images: int,
+    classes: int,
+    stored: int,
+) -> str:
+    """The table of machines and the notes of its sources."""
+    lines = estimate(settings, plans, val_images, classes, stored)
+    others = estimate(settings, plans, val_images, classes, SMALLER)
+    decoding = f"decoding: {_table(THROUGHPUTS, 'decoding')['source']}"
+    sources = [*dict.fromkeys(line.throughput.source for line in lines), decoding]
+
+    def speeds(line: Line, what: str) -> str:
+        return "/".join(f"{getattr(stage, what) / 1000:.1f}" for stage in line.stages) + " k"
+
+    rows = []
+    for line, other in zip(lines, others, strict=True):
+        kind = f"{line.throughput.kind} [{sources.index(line.throughput.source) + 1}]"
+        row = [
             line.machine.name,
             f"{line.machine.gpus} x {line.machine.gpu}",
-            f"{line.throughput.tflops:.1f}",
-            f"{line.throughput.kind} [{sources.index(line.throughput.source) + 1}]",
-            f"{line.images_a_vcpu:,.0f}",
-            f"{line.hours:.2f}",
-            dollars(line.cost(line.machine.on_demand)),
-            dollars(line.cost(line.machine.spot)),
-        )
-        for line in lines
+            f"{line.throughput.tflops:.1f} {kind}",
+            speeds(line, "gpu"),
+            line.machine.vcpus,
+            speeds(line, "loader"),
+            line.limit,
+            _minutes(line),
+            f"${line.cost:,.2f}",
+        ]
+        rows.append(row + ([_minutes(other)] if stored != SMALLER else []))
+    columns = [
+        *("machine", "GPUs", "TFLOP/s a GPU", "GPU img/s", "vCPUs", "decoded img/s", "limit"),
+        *(f"min at {stored} px", "on demand", f"min at {SMALLER} px"),
     ]
-    columns = (
-        *("machine", "GPUs", "TFLOP/s a GPU", "throughput", "img/s a vCPU"),
-        *("hours", "on demand", "spot"),
-    )
-    table = tabulate(rows, columns, disable_numparse=True, stralign="right")
+    table = tabulate(rows, columns[: len(rows[0])], disable_numparse=True, stralign="right")
     dated = yaml.safe_load(MACHINES.read_text(encoding="utf-8"))
-    notes = "".join(f"  [{number}] {source}\n" for number, source in enumerate(sources, 1))
     seen = "verified" if dated.get("verified") else "not verified at the seller"
+    notes = "".join(f"  [{number}] {source}\n" for number, source in enumerate(sources, 1))
     return (
-        f"the bill: {' + '.join(parts)} ({val_images:,} images)\n\n{table}\n\n{notes}"
+        f"{table}\n\n{notes}"
         f"  prices of {dated.get('date')}, {seen}: {MACHINES}; throughputs: {THROUGHPUTS}\n"
-        f"  img/s a vCPU: what decoding must keep up with; the hours hold only if it does\n"
-        f"  not in it: booting, copying the data, disks. On the machine itself add --measure"
     )
 
 

@@ -94,8 +94,7 @@ class Life:
 
     def end(self, seconds: float = 600) -> int | None:
         """Its exit status; None, and a kill, if it hangs."""
-        self.until(lambda: not self.alive(), seconds)
-        if self.alive():
+        if not self.until(lambda: not self.alive(), seconds):
             self.send(signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.status = -signal.SIGKILL

@@ -1,12 +1,13 @@
-"""The bill: arithmetic against hand-computed values, the tables, prices, limits."""
+"""The cost estimate: arithmetic against hand-computed values, the tables, prices, limits."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import train_imagenet
-from ffcv_imnet.bench import cost as bill
+from ffcv_imnet.bench import cost
 from ffcv_imnet.config.parsing import load, parse
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.config.schema import Settings
@@ -22,16 +23,16 @@ from tests.test_training import results, run
 RN18, RN50 = "rn_configs/rn18_16ep.yaml", "rn_configs/rn50_16ep.yaml"
 
 
-def lines(settings: Settings) -> dict[str, bill.Line]:
-    """The bill of ImageNet by machine."""
+def lines(settings: Settings) -> dict[str, cost.Line]:
+    """The estimate for ImageNet by machine."""
     plans = plan_run(settings, IMAGENET_TRAIN_IMAGES)
-    return {line.machine.name: line for line in bill.bill(settings, plans)}
+    return {line.machine.name: line for line in cost.estimate(settings, plans)}
 
 
-# ---- operations ---------------------------------------------------------------------------------
+# ---- FLOPs --------------------------------------------------------------------------------------
 
 
-def test_operations_of_a_network_by_hand() -> None:
+def test_flops_of_a_network_by_hand() -> None:
     """tests.networks.tiny at 32 px: convolutions to 16, 8 and 4 px, then 48 x 10."""
     settings = load(
         model__arch="tiny", training__use_blurpool=False, training__epochs=2,
@@ -41,14 +42,14 @@ def test_operations_of_a_network_by_hand() -> None:
     first = 2 * 27 * 16 * 16**2
     others = 2 * 9 * 16 * 32 * 8**2 + 2 * 9 * 32 * 48 * 4**2 + 2 * 48 * 10
     plans = plan_run(settings, 25)  # two steps an epoch
-    training, optimizer, validation = bill.run_flops(settings, plans, 7, 10)
+    training, optimizer, validation = cost.run_flops(settings, plans, 7, 10)
     assert optimizer == 0
     # Backward costs two forwards, but for the pixels' gradient, which nobody needs.
     assert training == 2 * 20 * (2 * first + 3 * others)
     assert validation == 2 * 7 * 4 * (first + others)  # mirror image, and the average as well
 
 
-def test_operations_of_muon_by_hand() -> None:
+def test_flops_of_muon_by_hand() -> None:
     """Five iterations over a rows x columns matrix, in two parts of Gram matrices."""
     settings = load(model__arch="resnet18", training__optimizer="muon")
     kernels = [
@@ -60,22 +61,22 @@ def test_operations_of_muon_by_hand() -> None:
         # Twice X X^T and the product with X; 5 polynomials, 2 + 1 further Gram matrices of two
         # products, 2 + 1 products of polynomials.
         expected += 4 * wide + (5 + 6 + 3) * square
-    assert bill.step_flops(settings, 10) == expected
-    assert bill.step_flops(load(model__arch="resnet18"), 10) == 0
+    assert cost.step_flops(settings, 10) == expected
+    assert cost.step_flops(load(model__arch="resnet18"), 10) == 0
 
 
-def test_operations_of_resnet18_as_published() -> None:
+def test_flops_of_resnet18_as_published() -> None:
     """torchvision's page of its weights: 1.81 billion multiply-adds at 224 px."""
     settings = load(training__use_blurpool=False)
-    assert bill.image_flops(settings, 1000, 224, False) / 2e9 == pytest.approx(1.81, abs=0.01)
+    assert cost.image_flops(settings, 1000, 224, False) / 2e9 == pytest.approx(1.81, abs=0.01)
 
 
-# ---- throughputs and the bill -------------------------------------------------------------------
+# ---- throughputs and the estimate ---------------------------------------------------------------
 
 
 def test_the_published_runs_come_out() -> None:
     """From the 88-epoch runs, never from the 16-epoch ones themselves: 35.0 and 14.9 minutes."""
-    text = bill.THROUGHPUTS.read_text()
+    text = cost.THROUGHPUTS.read_text()
     assert "187.3" in text and "77.2" in text
     assert not {"35.0", "35", "14.9"} & set(text.replace(",", " ").split())
     a100 = lines(load(RN18))["a2-highgpu-1g"]
@@ -94,70 +95,125 @@ def test_hours_and_dollars_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         f"classes: 10, settings: {settings}, kind: measured, source: here}}\n"
         f"  - {{gpu: Y, of: X, factor: 0.5, kind: estimate, source: half}}\n"
         f"scaling: {{factor: 0.8, source: guess}}\n"
+        f"decoding: {{a_vcpu: 0.5, source: here, images_per_second: {{400: {{1: {{32: 1000}}}}}}}}\n"
     )
     (tmp_path / "m.yaml").write_text(
         "machines:\n"
-        "  one: {gpu: X, gpus: 1, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0, spot: 1.0}\n"
+        "  one: {gpu: X, gpus: 1, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0}\n"
         "  four: {gpu: X, gpus: 4, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0}\n"
         "  half: {gpu: Y, gpus: 1, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0}\n"
         "  new: {gpu: Z, gpus: 1, vcpus: 2, memory_gb: 1, disk_gb: 1, on_demand: 3.0}\n"
     )
-    monkeypatch.setattr(bill, "MACHINES", tmp_path / "m.yaml")
-    monkeypatch.setattr(bill, "THROUGHPUTS", tmp_path / "t.yaml")
+    monkeypatch.setattr(cost, "MACHINES", tmp_path / "m.yaml")
+    monkeypatch.setattr(cost, "THROUGHPUTS", tmp_path / "t.yaml")
     wanted = load(
         model__arch="tiny", training__epochs=4, training__batch_size=10,
         resolution__min_res=32, resolution__max_res=32,
     )  # fmt: skip
-    found = {line.machine.name: line for line in bill.bill(wanted, plan_run(wanted, 100), 20, 10)}
+    found = {
+        line.machine.name: line for line in cost.estimate(wanted, plan_run(wanted, 100), 20, 10)
+    }
     assert set(found) == {"one", "four", "half"}  # nothing is known of Z
     assert found["one"].hours == pytest.approx(2.0)
-    assert found["one"].cost(3.0) == pytest.approx(6.0) and found["one"].cost(None) is None
+    assert found["one"].cost == pytest.approx(6.0) and found["one"].limit == "GPU"
     assert found["four"].hours == pytest.approx(2.0 / 4 / 0.8)
     assert found["four"].throughput.kind == "estimate"
     assert found["half"].hours == pytest.approx(4.0)
-    assert found["one"].images_a_vcpu > 400 / 7200 / 2  # of training alone, so a little faster
+    (stage,) = found["one"].stages
+    assert stage.images == 400 and stage.loader == 2 * 0.5 * 1000
+    assert stage.gpu > 400 / 7200  # of training alone, so a little faster than the whole run
+
+
+def test_a_stage_goes_at_the_slower_of_gpu_and_loader() -> None:
+    plain = cost.StageSpeed(resolution=128, images=6000, gpu=100.0, loader=300.0)
+    bound = cost.StageSpeed(resolution=160, images=6000, gpu=100.0, loader=50.0)
+    assert (plain.seconds, plain.limit) == (60, "GPU")
+    assert (bound.seconds, bound.limit) == (120, "loader")
+    machine = cost.Machine("box", "X", 1, 2, 1, 1, 10.0)
+    known = cost.Throughput(1.0, "estimate", "here")
+    both = cost.Line(machine, known, (plain, bound), validation=180.0)
+    assert both.hours == 0.1 and both.cost == 1.0 and both.limit == "loader at 160 px"
+    assert cost.Line(machine, known, (bound,), 0.0).limit == "loader"
+
+
+def test_decoding_takes_the_row_that_is_not_easier(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {256: {0.08: {128: 8.0, 192: 7.0}, 0.5: {128: 6.0}}, 400: {0.08: {128: 4.0}}}
+    table = {"a_vcpu": 0.5, "images_per_second": rows}
+    monkeypatch.setattr(cost, "_table", lambda path, key: table)
+    assert cost.decode_rate(256, 0.08, 128) == 4
+    assert cost.decode_rate(200, 0.05, 160) == 3.5  # the smallest stored, the next resolution
+    assert cost.decode_rate(256, 0.35, 128) == 3  # weaker crops are larger: slower
+    assert cost.decode_rate(300, 0.08, 128) == 2
+    assert cost.decode_rate(999, 0.9, 999) == 2  # beyond the table: its hardest row
+    del rows[256][0.08], rows[256][0.5]
+    with pytest.raises(UsageError, match=r"throughputs\.yaml: decoding lacks or mistakes"):
+        cost.decode_rate(256, 0.08, 128)
+
+
+@pytest.mark.parametrize("recipe", ["rn18_10ep", "rn18_8ep"])
+def test_an_h100_with_16_vcpus_waits_for_400_px_and_not_for_256(recipe: str) -> None:
+    """The claim of the recipes' headers."""
+    settings = load(f"rn_configs/{recipe}.yaml")
+    plans = plan_run(settings, IMAGENET_TRAIN_IMAGES)
+    minutes = {}
+    for stored in (400, 256):
+        found = cost.estimate(settings, plans, stored=stored)
+        (line,) = (line for line in found if line.machine.name == "p5.4xlarge")
+        minutes[stored] = 60 * line.hours
+        assert line.limit.startswith("loader" if stored == 400 else "GPU"), line
+    assert minutes[256] < 0.9 * minutes[400]
+
+
+def test_the_stored_size_is_the_files_own(small: SmallData, tmp_path: Path) -> None:
+    assert cost.stored_side(load(data__train_dataset=tmp_path / "no.beton")) == cost.STORED
+    assert cost.stored_side(small.settings(tmp_path)) == 400
+    said = json.loads(small.train.with_suffix(".json").read_text())
+    said["settings"] |= {"max_resolution": None, "short_side": 192}
+    (tmp_path / "train.json").write_text(json.dumps(said))
+    assert cost.stored_side(load(data__train_dataset=tmp_path / "train.beton")) == 256
 
 
 def test_the_tables_parse_and_every_row_names_its_source() -> None:
-    known = bill.machines()
+    known = cost.machines()
     assert {"g4dn.2xlarge", "g5.2xlarge", "p4d.24xlarge", "p5.48xlarge"} <= set(known)
     for machine in known.values():
-        found = bill.throughput(machine.gpu, machine.gpus, "resnet18")
+        found = cost.throughput(machine.gpu, machine.gpus, "resnet18")
         assert found is not None and found.tflops > 1 and found.source
         assert found.kind in ("measured", "published", "estimate")
-        assert machine.spot is None or machine.spot < machine.on_demand
-    other = bill.throughput("A100", 1, "resnet34")
+        assert machine.vcpus >= 8 and machine.on_demand > 0
+    other = cost.throughput("A100", 1, "resnet34")
     assert other is not None and other.kind == "estimate" and "resnet34 taken" in other.source
 
 
 @pytest.mark.parametrize("row", ["{gpu: X}", "{gpu: X, gpus: 1, vcpu: 8}"])
 def test_a_wrong_row_is_one_line(row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bill, "MACHINES", tmp_path / "m.yaml")
+    monkeypatch.setattr(cost, "MACHINES", tmp_path / "m.yaml")
     (tmp_path / "m.yaml").write_text(f"machines:\n  box: {row}\n")
     with pytest.raises(UsageError, match=r"m\.yaml: box: .*(vcpu|missing)") as error:
-        bill.machines()
+        cost.machines()
     assert "\n" not in str(error.value)
     (tmp_path / "m.yaml").write_text("machines: {box")
     with pytest.raises(UsageError, match=r"m\.yaml: not a table"):
-        bill.machines()
+        cost.machines()
 
 
-def test_dry_run_prints_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_imagenet.dry_run(load(RN18), False, 0.0) == 0
     said = capsys.readouterr().out
     assert "p4d.24xlarge" in said and "published [" in said and "ffcv-imagenet" in said
     assert "on demand" in said and "not verified" in said
+    assert "min at 400 px" in said and "min at 256 px" in said and "stored at 400 px" in said
 
 
 # ---- prices and limits --------------------------------------------------------------------------
 
 
 def test_price() -> None:
-    assert bill.price(load()) is None
-    assert bill.price(load(cost__machine="g4dn.2xlarge")) == 0.752
-    assert bill.price(load(cost__machine="g4dn.2xlarge", cost__dollars_per_hour=0.3)) == 0.3
+    assert cost.price(load()) is None
+    assert cost.price(load(cost__machine="g4dn.2xlarge")) == 0.752
+    assert cost.price(load(cost__machine="g4dn.2xlarge", cost__dollars_per_hour=0.3)) == 0.3
     with pytest.raises(UsageError, match=r"'g4dn.xlarge' is not in .*did you mean g4dn.2xlarge"):
-        bill.price(load(cost__machine="g4dn.xlarge"))
+        cost.price(load(cost__machine="g4dn.xlarge"))
     with pytest.raises(UsageError, match=r"training\.max_cost needs a price"):
         load(training__max_cost=1)
     with pytest.raises(UsageError, match="--measure goes with --dry_run"):
@@ -165,16 +221,16 @@ def test_price() -> None:
 
 
 def test_limits_by_hand() -> None:
-    assert bill.limit(load(), 4.0) is None
-    hour = bill.limit(load(training__max_hours=1), None)
-    assert hour == bill.Limit(3600, "training.max_hours 1")
+    assert cost.limit(load(), 4.0) is None
+    hour = cost.limit(load(training__max_hours=1), None)
+    assert hour == cost.Limit(3600, "training.max_hours 1")
     both = load(training__max_hours=1, training__max_cost=2, cost__dollars_per_hour=4)
-    half_an_hour = bill.limit(both, 4.0)
-    assert half_an_hour == bill.Limit(1800, "training.max_cost 2")
+    half_an_hour = cost.limit(both, 4.0)
+    assert half_an_hour == cost.Limit(1800, "training.max_cost 2")
     epoch = replace(EPOCH, val_seconds=20.0)
-    assert bill.training_seconds(half_an_hour, [epoch]) == 1800 - 20 - bill.RESERVE
-    assert bill.training_seconds(half_an_hour, []) == 1800 - bill.RESERVE
-    assert bill.training_seconds(None, [epoch]) == float("inf")
+    assert cost.training_seconds(half_an_hour, [epoch]) == 1800 - 20 - cost.RESERVE
+    assert cost.training_seconds(half_an_hour, []) == 1800 - cost.RESERVE
+    assert cost.training_seconds(None, [epoch]) == float("inf")
     assert cost_of(1800, 4.0) == 2.0 and cost_of(1800, None) is None
 
 
