@@ -1,0 +1,273 @@
+"""The stages of the acceptance in the order of what they teach, each a list of parts of a few minutes.
+
+A part is one command of this project with a limit in seconds and a function that reads what it left.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from acceptance import checks
+from acceptance.record import Check, Outcome
+
+RECIPES = (
+    *("imagenette_5ep", "demo", "rn18_16ep", "rn18_10ep", "rn18_8ep"),
+    *("rn50_16ep", "rn50_6ep", "rn50_5ep"),
+)
+STAGES = ("environment", "smoke", "survive", "step", "loader", "imagenette", "profile")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done: everything on a GPU, little in a rehearsal, next to nothing in CI."""
+
+    name: str
+    device: str  # of training
+    recipes: tuple[str, ...]
+    precisions: tuple[str, ...]
+    archs: tuple[str, ...]
+    resolutions: tuple[int, ...]  # of the step benchmark
+    loader_resolutions: tuple[int, ...]
+    steps: tuple[str, ...]  # of `benchmark step`; none: all
+    batch: int
+    rounds: int
+    seconds: float  # of measuring a resolution
+    samples: int  # in the loader's file
+    smoke: int | None = None  # resolution of the smoke runs; None: the recipe's own
+    epochs: int = 5
+
+
+FULL = Size(
+    "full", "cuda", RECIPES, ("bf16", "fp16"), ("resnet18", "resnet50"), (128, 160, 192),
+    (128, 160, 192, 224), (), 512, 5, 30.0, 60_000,
+)  # fmt: skip
+REHEARSAL = Size(
+    "rehearsal", "cpu", RECIPES, ("bf16", "fp16"), ("resnet18",), (32, 48), (32, 48), ("public", "sgd", "muon"),
+    8, 2, 1.0, 256, 32, 2,
+)  # fmt: skip
+SMALLEST = Size(
+    "smallest rehearsal", "cpu", ("rn18_8ep",), ("fp16",), ("resnet18",), (32,), (32,), ("public", "muon"), 4, 1,
+    0.1, 64, 32, 1,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command and what is read from it."""
+
+    stage: str
+    name: str
+    command: tuple[str, ...]  # after `python`
+    limit: int  # seconds, then it is killed
+    check: Callable[[Outcome], list[Check]]
+    gpu_only: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in files: STAGE.NAME."""
+        return f"{self.stage}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything lies."""
+
+    out: Path
+    bundle: Path
+    size: Size
+
+    @property
+    def work(self) -> Path:
+        """Data and runs: large, made again where it is missing."""
+        return self.out / "work"
+
+    def json(self, key: str) -> Path:
+        """Where a part's command writes its numbers."""
+        return self.out / "json" / f"{key}.json"
+
+    def data(self, name: str) -> tuple[str, str]:
+        """Settings that take the .beton of work/NAME."""
+        folder = self.work / name
+        return (
+            f"--data.train_dataset={folder}/train.beton",
+            f"--data.val_dataset={folder}/val.beton",
+        )
+
+    @property
+    def imagenette(self) -> Path | None:
+        """The bundle's Imagenette, if it has one."""
+        folder = self.bundle / "imagenette"
+        return folder if (folder / "val.beton").is_file() else None
+
+
+def parts(place: Place) -> list[Part]:
+    """All of them, in order."""
+    return [
+        *environment(place), *smoke(place), *survive(place), *step(place), *loader(place),
+        *imagenette(place), *profile(place),
+    ]  # fmt: skip
+
+
+def environment(place: Place) -> list[Part]:
+    """Versions, the doctor, the decoder, the tests that need a card."""
+    return [
+        Part("environment", "doctor", ("-m", "ffcv_imnet", "doctor", "--json"), 120, checks.doctor),
+        Part("environment", "decoder", ("-m", "ffcv_imnet.native.build", "--check"), 60, checks.decoder),
+        Part("environment", "tests", ("-m", "pytest", "-q", "-m", "gpu"), 420, checks.tests, True),
+    ]  # fmt: skip
+
+
+def smoke(place: Place) -> list[Part]:
+    """Every recipe in both 16-bit types, a step or more of each of its stages."""
+    found = []
+    for precision in place.size.precisions:
+        for recipe in place.size.recipes:
+            name = f"{recipe}_{precision}"
+            command = (
+                "-m",
+                "acceptance.smoke",
+                "recipe",
+                recipe,
+                precision,
+                "--work",
+                str(place.work),
+            )
+            found.append(Part("smoke", name, (*command, *_small(place)), 120, checks.smoke))
+    compiled = (
+        "-m",
+        "acceptance.smoke",
+        "recipe",
+        "rn18_10ep",
+        "bf16",
+        "--compile",
+        "--work",
+        str(place.work),
+    )
+    found.append(
+        Part("smoke", "rn18_10ep_compiled", (*compiled, *_small(place)), 400, checks.smoke, True)
+    )
+    return found  # fmt: skip
+
+
+def survive(place: Place) -> list[Part]:
+    """Killed and resumed; out of memory, and the batch that the message names."""
+    work = ("--work", str(place.work), *_small(place))
+    return [
+        Part("survive", "resume", ("-m", "acceptance.smoke", "resume", *work), 300, checks.resume),
+        Part("survive", "memory", ("-m", "acceptance.smoke", "memory", *work), 300, checks.memory, True),
+    ]  # fmt: skip
+
+
+def _small(place: Place) -> tuple[str, ...]:
+    return ("--resolution", str(place.size.smoke)) if place.size.smoke else ()
+
+
+def step(place: Place) -> list[Part]:
+    """Training steps on a batch that stays on the device, eager and compiled, beside ffcv-imagenet's."""
+    size, found = place.size, []
+    for arch in size.archs:
+        for side in size.resolutions:
+            key = f"{arch}_{side}"
+            words = [
+                "-m",
+                "ffcv_imnet",
+                "benchmark",
+                "step",
+                "--arch",
+                arch,
+                "--resolution",
+                str(side),
+            ]
+            words += [
+                "--batch_size",
+                str(size.batch),
+                "--rounds",
+                str(size.rounds),
+                "--seconds",
+                str(size.seconds),
+            ]
+            words += ["--steps", *size.steps] if size.steps else []
+            words += ["--json", str(place.json(f"step.{key}"))]
+            goal = 1.4 if (arch, side) == ("resnet18", min(size.resolutions)) else None
+            found.append(Part("step", key, tuple(words), 500, checks.step(goal)))
+    return found  # fmt: skip
+
+
+def loader(place: Place) -> list[Part]:
+    """The loader against stock FFCV, DALI and libjpeg-turbo, by number of cores."""
+    size, cores, found = place.size, len(os.sched_getaffinity(0)), []
+    counts = sorted({1, cores // 4, cores} - {0}) if size.device == "cuda" else [1]
+    for workers in counts:
+        key = f"cores_{workers}"
+        words = [
+            "-m",
+            "acceptance.loaders",
+            "--work",
+            str(place.work),
+            "--num_workers",
+            str(workers),
+        ]
+        words += [
+            "--resolution",
+            *map(str, size.loader_resolutions),
+            "--batch_size",
+            str(min(512, size.samples // 4)),
+        ]
+        words += ["--rehearse"] if size.device == "cpu" else []
+        words += ["--rounds", str(min(3, size.rounds)), "--json", str(place.json(f"loader.{key}"))]
+        found.append(Part("loader", key, tuple(words), 500, checks.loader(workers)))
+    return found  # fmt: skip
+
+
+def imagenette(place: Place) -> list[Part]:
+    """Five epochs of Imagenette; of generated images where the bundle has none."""
+    folder = place.work / "imagenette"
+    run = place.work / "runs/imagenette"
+    words = ["train_imagenet.py", "--config", "rn_configs/imagenette_5ep.yaml", "--resume", "auto"]
+    words += [*place.data("imagenette"), f"--logging.folder={run}", f"--device={place.size.device}"]
+    if place.size.smoke:
+        side, epochs = place.size.smoke, place.size.epochs
+        words += [f"--resolution.{end}={side}" for end in ("min_res", "max_res")]
+        words += [
+            f"--validation.resolution={side}",
+            f"--training.epochs={epochs}",
+            "--training.batch_size=16",
+        ]
+        words += ["--resolution.start_ramp=0", "--resolution.end_ramp=0", "--lr.lr_peak_epoch=0.5"]
+    real = place.imagenette is not None and place.size.device == "cuda"
+    return [Part("imagenette", "five_epochs", tuple(words), 500, checks.imagenette(run, folder, real))]  # fmt: skip
+
+
+def profile(place: Place) -> list[Part]:
+    """torch.profiler over the training loop with the real loader; what compiling changes."""
+    size, found = place.size, []
+    for arch in size.archs:
+        for mode in ("eager", "compiled") if size.device == "cuda" else ("eager",):
+            key = f"{arch}_{mode}"
+            words = [
+                "-m",
+                "acceptance.profile",
+                "--arch",
+                arch,
+                "--work",
+                str(place.work),
+                "--device",
+                size.device,
+            ]
+            words += [
+                "--resolution",
+                str(size.resolutions[0]),
+                "--batch_size",
+                str(min(1024, size.samples // 8)),
+            ]
+            words += [
+                "--steps",
+                "60" if size.device == "cuda" else "4",
+                "--json",
+                str(place.json(f"profile.{key}")),
+            ]
+            words += ["--trace", str(place.out / "json" / f"profile.{key}.trace.json.gz")]
+            words += ["--compile"] if mode == "compiled" else []
+            found.append(Part("profile", key, tuple(words), 240, checks.profile(arch, size.device)))
+    return found  # fmt: skip

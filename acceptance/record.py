@@ -1,0 +1,60 @@
+"""What a part of the acceptance found: checks with a verdict, kept as one JSON file a part."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Verdict = Literal["PASS", "FAIL", "SKIP", "INFO"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the report."""
+
+    what: str
+    measured: str
+    goal: str = ""
+    verdict: Verdict = "INFO"
+
+
+def judge(what: str, measured: str, goal: str, passed: bool) -> Check:
+    """A line that passes or fails."""
+    return Check(what, measured, goal, "PASS" if passed else "FAIL")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a part's process left: exit status, seconds, the JSON it wrote, the end of its output."""
+
+    status: int
+    seconds: float
+    data: Any = None
+    said: str = ""
+    timed_out: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A part that is done, as it is kept."""
+
+    stage: str
+    part: str
+    command: str
+    status: int
+    seconds: float
+    finished: str  # UTC
+    checks: list[Check] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Under its name only when whole: a killed part has no result."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Result":
+        """What `save` wrote."""
+        fields = json.loads(path.read_text())
+        return cls(**{**fields, "checks": [Check(**check) for check in fields["checks"]]})
