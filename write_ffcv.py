@@ -21,15 +21,16 @@ import shutil
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import cv2
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
+from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
@@ -37,8 +38,15 @@ from ffcv_imnet.data import beton
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
 from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
+from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.parallel import one_thread
-from ffcv_imnet.images.sources import even_subset, open_source, reading_order
+from ffcv_imnet.images.sources import (
+    FOLDERS,
+    even_subset,
+    open_source,
+    open_undivided,
+    reading_order,
+)
 from ffcv_imnet.machine.host import affinity_cores, usable_cores
 
 VERIFIED = 64  # images encoded again afterwards, to compare with what the disk gives back
@@ -51,6 +59,8 @@ EXAMPLES = """examples:
   python write_ffcv.py --split train --parquet imagenet-1k/data
   python write_ffcv.py --split train --short_side 256 --compress_probability 0.5
   python write_ffcv.py --split train --subset 10000 --out_dir data/beton_small
+  python write_ffcv.py --data_dir photos --holdout 0.1 --out_dir data/photos        # both, from one set
+  python write_ffcv.py --split train --data_dir images --labels train.csv
 """
 
 
@@ -64,11 +74,23 @@ def side(text: str) -> int:
 
 def split_name(text: str) -> str:
     """An argparse type: train or val."""
-    if text not in ("train", "val"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither train nor val{nearest(text, ('train', 'val'))}"
+    if text not in FOLDERS:
+        meant = next((split for split, names in FOLDERS.items() if text.lower() in names), None)
+        hint = (
+            f": give {meant}, which takes the folder {text} where there is no {meant}"
+            if meant
+            else nearest(text, list(FOLDERS))
         )
+        raise argparse.ArgumentTypeError(f"{text!r} is neither train nor val{hint}")
     return text
+
+
+def part(text: str) -> float:
+    """An argparse type: a fraction between 0 and 1."""
+    value = in_range(float, 0, 1)(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1, such as 0.1")
+    return float(value)
 
 
 def build_parser() -> Parser:
@@ -83,18 +105,20 @@ def build_parser() -> Parser:
         hint=" (--help lists the options)",
     )
     add = parser.add_argument
-    add("--split", type=split_name, required=True, metavar="{train,val}", help="which one to write")
-    add("--data_dir", type=Path, metavar="DIR",
-        help="holds train/ and val/, one folder a class in each, or Kaggle's layout"
-        " (default: data/imagenet)")  # fmt: skip
+    add("--split", type=split_name, metavar="{train,val}", help="which one to write")
+    add("--holdout", type=part, metavar="0..1",
+        help="write both from a set without a validation split: this part of each class for val, copies"
+        " of an image on one side, chosen by --seed")  # fmt: skip
+    add("--data_dir", type=Path, action="append", metavar="DIR",
+        help="holds train/ and val/ (or validation/, valid/, dev/, test/), one folder a class in each, or"
+        " Kaggle's layout; several are merged by class (default: data/imagenet)")  # fmt: skip
     add("--tar", type=Path, metavar="FILE",
         help="read ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar in place instead")  # fmt: skip
     add("--parquet", type=Path, metavar="DIR",
         help="read the Hugging Face hub's SPLIT-*.parquet instead (needs pyarrow)")  # fmt: skip
-    add("--val_labels", type=Path, metavar="FILE",
-        help="classes of validation images that lie side by side: LOC_val_solution.csv, the"
-        " devkit's .tar.gz, or a text with an image and a class a line (Kaggle's layout has its"
-        " own)")  # fmt: skip
+    add("--labels", "--val_labels", type=Path, metavar="FILE",
+        help="classes of images that lie in no class folders: a CSV, TSV or JSON-lines of file and class,"
+        " a text with both on a line, LOC_val_solution.csv or the devkit's .tar.gz")  # fmt: skip
     add("--out_dir", type=Path, default=Path("data/beton"), metavar="DIR",
         help="where the .beton and its manifest go (default: %(default)s)")  # fmt: skip
     add("--max_resolution", type=side, metavar="PIXELS",
@@ -129,10 +153,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options, extra = parser.parse_known_args(args)
     if extra:
         raise UsageError(f"{extra[0]!r} is not an option (--help lists the options)")
+    if options.split is None and options.holdout is None:
+        raise UsageError("--split train or --split val is missing, or --holdout 0.1 to write both")
+    if options.split == "val" and options.holdout is not None:
+        raise UsageError("--holdout writes both files from the training images: leave --split out")
     for other in ("tar", "parquet"):
         if options.data_dir and getattr(options, other):
             raise UsageError(f"--data_dir and --{other} exclude each other: give one of them")
-    options.data_dir = options.data_dir or Path("data/imagenet")
+    options.data_dir = options.data_dir or [Path("data/imagenet")]
     if options.max_resolution and options.short_side:
         raise UsageError("--max_resolution and --short_side exclude each other: give one of them")
     if options.max_resolution is None and not options.short_side:
@@ -166,8 +194,8 @@ class Job:
     skip_bad: bool
 
 
-def plan(options: argparse.Namespace) -> Job:
-    """Find the images and choose among them.
+def plan(options: argparse.Namespace) -> list[Job]:
+    """Find the images and choose among them. With --holdout two jobs, both still of all images.
 
     Raises:
         UsageError: the source is not as it should be, or --subset cannot be drawn from it.
@@ -179,13 +207,16 @@ def plan(options: argparse.Namespace) -> Job:
         compress_probability=options.compress_probability,
         seed=options.seed,
     )
-    source = open_source(
-        options.split,
-        options.data_dir,
-        tar=options.tar,
-        parquet=options.parquet,
-        val_labels=options.val_labels,
-    )
+    if options.holdout is not None and not options.tar and not options.parquet:
+        source = open_undivided(options.data_dir, options.labels)
+    else:
+        source = open_source(
+            options.split or "train",
+            options.data_dir,
+            tar=options.tar,
+            parquet=options.parquet,
+            labels=options.labels,
+        )
     origin = {
         "kind": source.kind,
         "fingerprint": source.fingerprint(),
@@ -195,16 +226,37 @@ def plan(options: argparse.Namespace) -> Job:
     if options.subset is not None:
         chosen = even_subset(source.labels, len(source.classes), options.subset, options.seed)
         source = source.subset(chosen)
-    return Job(
-        split=options.split,
-        path=options.out_dir / f"{options.split}.beton",
-        source=source,
-        settings=settings,
-        recorded={**asdict(settings), "subset": options.subset},
-        origin=origin,
-        num_workers=options.num_workers,
-        skip_bad=options.skip_bad,
-    )
+    recorded = {**asdict(settings), "subset": options.subset}
+    if options.holdout is not None:
+        recorded["holdout"] = options.holdout
+    return [
+        Job(
+            split=split,
+            path=options.out_dir / f"{split}.beton",
+            source=source,
+            settings=settings,
+            recorded=recorded,
+            origin=origin,
+            num_workers=options.num_workers,
+            skip_bad=options.skip_bad,
+        )
+        for split in (["train", "val"] if options.holdout is not None else [options.split])
+    ]
+
+
+def divide(jobs: list[Job]) -> list[Job]:
+    """The jobs of --holdout, each with its own side of the images.
+
+    Raises:
+        UsageError: a class has not enough images.
+    """
+    first = jobs[0]
+    fraction, order = first.recorded["holdout"], reading_order(first.source)
+    held = hold_out(first.source, fraction, first.settings.seed, first.num_workers, order)
+    return [
+        replace(job, source=job.source.subset(np.flatnonzero(held == (job.split == "val"))))
+        for job in jobs
+    ]
 
 
 def announce(job: Job) -> None:
@@ -247,9 +299,9 @@ def announce(job: Job) -> None:
 def differences(job: Job, said: beton.Manifest) -> list[str]:
     """How the file that is there differs from the one that is asked for, in words."""
     found = [
-        f"{name} is {said.settings.get(name)}, not {wanted}"
-        for name, wanted in job.recorded.items()
-        if said.settings.get(name) != wanted
+        f"{name} is {said.settings.get(name)}, not {job.recorded.get(name)}"
+        for name in {**job.recorded, **said.settings}
+        if said.settings.get(name) != job.recorded.get(name)
     ]
     if said.source.get("fingerprint") != job.origin["fingerprint"]:
         found.append(
@@ -296,7 +348,7 @@ class Written:
     tables_checksum: str
 
 
-def write_samples(file: BinaryIO, job: Job) -> Written:
+def write_samples(file: IO[bytes], job: Job) -> Written:
     """Encode all of the source and lay it out in `file`, numbered in the order of the source.
 
     Raises:
@@ -345,9 +397,12 @@ def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
             f"{len(bad):,} of {len(source):,} images are unreadable (listed above) and nothing was"
             " written: mend or remove them, or go on without them by --skip_bad"
         )
-    left = np.bincount(source.labels[kept], minlength=len(source.classes))
-    if not left.all():
-        raise RunError(f"no image of class {source.classes[int(np.argmin(left))]} is readable")
+    had, left = (
+        np.bincount(labels, minlength=len(source.classes))
+        for labels in (source.labels, source.labels[kept])
+    )
+    if lost := [name for name, a, b in zip(source.classes, had, left, strict=True) if a and not b]:
+        raise RunError(f"no image of class {lost[0]} is readable")
 
 
 def versions() -> dict[str, str]:
@@ -361,7 +416,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def write(file: BinaryIO, job: Job) -> beton.Manifest:
+def write(file: IO[bytes], job: Job) -> beton.Manifest:
     """Write `file`, whose name is still the temporary one, and its manifest; verify both."""
     done = write_samples(file, job)
     counts = np.bincount(job.source.labels[done.kept], minlength=len(job.source.classes))
@@ -380,10 +435,10 @@ def write(file: BinaryIO, job: Job) -> beton.Manifest:
         versions=versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    waiting = beton.partial_path(beton.manifest_path(job.path))
+    waiting = partial_path(beton.manifest_path(job.path))
     manifest.save(waiting)
     expected = encoded_again(job, done.kept)
-    beton.verify_beton(beton.partial_path(job.path), expected, manifest=waiting)
+    beton.verify_beton(partial_path(job.path), expected, manifest=waiting)
     return manifest
 
 
@@ -405,26 +460,28 @@ def encoded_again(job: Job, kept: NDArray[np.int64]) -> dict[int, bytes]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write one split. Exit status 0; see ffcv_imnet/core/errors.py for the others."""
+    """Write one split, or both. Exit status 0; see ffcv_imnet/core/errors.py for the others."""
     options = parse(argv)
-    job = plan(options)
-    if not options.force and up_to_date(job):
-        print(f"{job.path} is up to date")
-        return 0
+    jobs = plan(options)
+    waiting = [job for job in jobs if options.force or not up_to_date(job)]
+    for job in jobs:
+        if job not in waiting:
+            print(f"{job.path} is up to date")
     one_thread()
     restore = exit_when_asked()
     try:
-        with beton.partial_file(job.path) as file:
-            announce(job)
-            manifest = write(file, job)
-        # Outside that block: once the first of the two has its name, nothing may be removed.
-        beton.commit_beton(job.path)
+        for job in divide(waiting) if options.holdout is not None and waiting else waiting:
+            with beton.partial_file(job.path) as file:
+                announce(job)
+                manifest = write(file, job)
+            # Outside that block: once the first of the two has its name, nothing may be removed.
+            beton.commit_beton(job.path)
+            print(
+                f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
+                f" {size(manifest.bytes)}, {manifest.content_checksum}"
+            )
     finally:
         restore()
-    print(
-        f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
-        f" {size(manifest.bytes)}, {manifest.content_checksum}"
-    )
     return 0
 
 

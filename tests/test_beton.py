@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data import beton
 from ffcv_imnet.images.pixels import encode_jpeg
@@ -282,19 +283,20 @@ def test_unfinished_file_is_recognised(tmp_path: Path) -> None:
 def test_stop_between_the_two_renames_is_repaired(copy: Path) -> None:
     right = beton.check_beton(copy)
     manifest = beton.manifest_path(copy)
-    shutil.copy(manifest, beton.partial_path(manifest))
+    waiting = manifest.read_bytes()
     edit_manifest(copy, tables_checksum="sha256:0")  # the manifest of a file that was replaced
+    partial_path(manifest).write_bytes(waiting)
     with pytest.raises(RunError):
         beton.check_beton(copy)
     assert beton.repair_beton(copy)
     assert beton.check_beton(copy) == right
-    assert not beton.partial_path(manifest).exists() and not beton.repair_beton(copy)
+    assert not partial_path(manifest).exists() and not beton.repair_beton(copy)
 
 
 def test_left_over_manifest_of_another_file_is_not_taken(copy: Path) -> None:
     right = beton.check_beton(copy)
     dataclasses.replace(right, tables_checksum="sha256:0").save(
-        beton.partial_path(beton.manifest_path(copy))
+        partial_path(beton.manifest_path(copy))
     )
     assert not beton.repair_beton(copy)
     assert beton.check_beton(copy) == right

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ffcv_imnet.core.errors import RunError, UsageError
-from ffcv_imnet.images.labels import labels_of, read_labels, read_mat
+from ffcv_imnet.images.labels import all_labelled, labels_of, read_labels, read_mat
 
 # scipy.io.savemat's own: three synsets in the devkit's order, which is not that of the wnids.
 MAT = base64.b64decode(
@@ -65,9 +65,7 @@ KAGGLE = """ImageId,PredictionString
 ILSVRC2012_val_00000001,n02102040 0 0 223 223 n02102040 1 2 3 4
 ILSVRC2012_val_00000002,n01440764 0 0 223 223
 """
-TEXT = (
-    "\ufeffILSVRC2012_val_00000001.JPEG\tn02102040\r\n\nval/ILSVRC2012_val_00000002.JPEG n01440764"
-)
+TEXT = "\ufeffval/ILSVRC2012_val_00000001.JPEG  n02102040\r\n\nval/ILSVRC2012_val_00000002.JPEG n01440764"
 
 
 @pytest.mark.parametrize("text", [KAGGLE, TEXT])
@@ -75,27 +73,73 @@ def test_texts(text: str, tmp_path: Path) -> None:
     path = tmp_path / "labels"
     path.write_text(text, encoding="utf-8")
     wnids = read_labels(path)
-    assert wnids == {
-        "ILSVRC2012_val_00000001": "n02102040",
-        "ILSVRC2012_val_00000002": "n01440764",
-    }
+    assert list(wnids.values()) == ["n02102040", "n01440764"]
     files = ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG"]
     classes, labels = labels_of(files, wnids, "x")
     assert classes == ("n01440764", "n02102040") and labels.tolist() == [1, 0]
-    with pytest.raises(
-        RunError, match=r"1 of the 3 images of x have no label, for instance z\.jpg"
-    ):
-        labels_of([*files, "z.jpg"], wnids, "x")
+    _, labels = labels_of([*files, "z.jpg"], wnids, "x", "/data/val")
+    assert labels.tolist() == [1, 0, -1]
+    reason = r"1 of the 3 images of x have no label, for instance z\.jpg"
+    with pytest.raises(RunError, match=reason):
+        all_labelled([*files, "z.jpg"], labels, "x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "filename,label\na b.jpg,golden jackal\nd/c.PNG,eel\n",
+        '"File Name";"id";"Class"\n"a b.jpg";3;"golden jackal"\n\n"d/c.png";4;"eel"\n',
+        "./a b.jpg\tgolden jackal\nd\\c.png\teel\n",
+        "golden jackal,a b.jpg\neel,d/c.png\n",
+        '{"file_name": "a b.jpg", "label": "golden jackal"}\n{"label": "eel", "file_name": "d/c"}\n',
+        '"a b.jpg" "golden jackal"\nd/c.png   eel\n',
+        "photo,kind\nx/a b.jpg,golden jackal\nx/d/c.png,eel\n",
+    ],
+    ids=["csv", "semicolons", "tsv", "class first", "json", "spaces", "folders above"],
+)
+def test_tables(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "labels"
+    path.write_text(text, encoding="utf-8")
+    classes, labels = labels_of(["a b.JPG", "d/c.png"], read_labels(path), "x", "/data/x")
+    assert classes == ("eel", "golden jackal") and labels.tolist() == [1, 0]
+
+
+def test_a_row_is_of_one_image_and_the_longest_row_counts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = {"1.jpg": "ant", "b/1.jpg": "bee", "2.jpg": "cat", "2.png": "dog", "9.jpg": "eel"}
+    files = ["a/1.jpg", "b/1.jpg", "2.jpg", "2.png", "2.webp"]
+    classes, labels = labels_of(files, rows, "x")
+    assert [classes[n] if n >= 0 else None for n in labels] == ["ant", "bee", "cat", "dog", None]
+    said = capsys.readouterr().err
+    assert "1 of 5 labels have no image in x, for instance '9.jpg'" in said
+    # Folders that are not on the disk at all do not matter, as long as the names tell.
+    assert labels_of(["2.jpg", "1.jpg"], {"x/1.jpg": "ant", "y/2.JPG": "bee"}, "x")[1].tolist() == [
+        1,
+        0,
+    ]
+    assert labels_of(["1.jpg"], {"x/1.jpg": "ant", "y/1.jpg": "bee"}, "x")[0] == ()
+    with pytest.raises(RunError, match=r"label of '1' fits two images of x, a/1.jpg and b/1.jpg"):
+        labels_of(["a/1.jpg", "b/1.jpg"], {"1": "ant"}, "x")
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a.jpg 7", "line 1: the class is the number 7"),
+        ("ILSVRC2012_val_00000001.JPEG 7", "line 1: the class is the number 7"),
         ("a.jpg", "not an image and a class"),
-        ("a.jpg x\na.png y", "line 2: a has two classes"),
+        ("a.jpg golden jackal", "names with spaces need commas, tabs or quotes"),
+        ("a.jpg x\na.jpg y", "line 2: 'a.jpg' has two classes"),
         ("a.jpg ../x", "cannot be the name of a class"),
+        ("a.jpg,x,y\nb.jpg,x,y", "3 columns and no first line that says .* call them filename"),
+        ("a.jpg,x\nb.jpg,jackal, golden", "line 2: .* has 3 columns, not 2: .* ',' needs quotes"),
+        ('a.jpg,"x', "line 1: not CSV"),
+        ("a.jpg,", "line 1: '' is empty"),
+        ('{"file": "a.jpg"}', "line 1: no class .* among 'file': call it label"),
+        ('{"file": "a.jpg", "label": true}', "no class"),
+        ('{"file": ', "line 1: not JSON"),
         ("ImageId,PredictionString\n", "holds no labels"),
+        ("", "holds no labels"),
         ("\udcff\udcfe", "is no label file"),
     ],
 )

@@ -56,11 +56,11 @@ def test_val_archive_is_the_tree(tree: Path, tmp_path: Path) -> None:
     assert_same(
         TarArchive(path, read_labels(tmp_path / "labels.txt")), ImageFolderTree(tree / "val")
     )
-    with pytest.raises(UsageError, match=r"9 images side by side.*--val_labels"):
+    with pytest.raises(UsageError, match=r"9 images side by side.*--labels"):
         TarArchive(path)
     with pytest.raises(RunError, match=r"8 of the 9 images .* have no label"):
         TarArchive(path, {"n00000000_0000": "a"})
-    with pytest.raises(UsageError, match="--val_labels is not needed"):
+    with pytest.raises(UsageError, match="--labels is not needed"):
         TarArchive(pack_train(tree, tmp_path / "train.tar"), {"a": "b"})
 
 

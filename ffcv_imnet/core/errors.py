@@ -11,11 +11,24 @@ import errno
 import io
 import itertools
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
+
+REMEDIES = {  # by what the system says
+    errno.ENOSPC: ": make room on its disk",
+    errno.EDQUOT: ": make room, the quota is used up",
+    errno.EROFS: ": name a place that can be written",
+    errno.EACCES: ": is it yours to use?",
+    errno.EPERM: ": is it yours to use?",
+    errno.EFBIG: ": raise the limit of a file's size (ulimit -f)",
+    errno.EMFILE: ": raise the limit of open files (ulimit -n)",
+    errno.EAGAIN: ": no more processes or threads can be started here (ulimit -u), take fewer workers",
+    errno.ENOMEM: ": out of memory, take fewer workers",
+}
 
 
 class UsageError(Exception):
@@ -48,19 +61,32 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def not_written(path: object, error: BaseException) -> str:
-    """`PATH could not be written (REASON): WHAT TO DO`, for whoever adds what is then lost or kept.
+def system_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind `error`, also where another library has hidden it behind its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
-    The reason is the system's, also where another library has hidden it behind a message of its own.
-    """
-    system: BaseException | None = error
-    while system is not None and not isinstance(system, OSError):
-        system = system.__context__
+
+def not_written(path: object, error: BaseException) -> str:
+    """`PATH could not be written (REASON): WHAT TO DO`, for whoever adds what is then lost or kept."""
+    system = system_error(error)
     if system is None:
         return f"{path} could not be written ({reason_of(error)}): is its disk full?"
-    full = system.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "make room" if full else "is its folder still there, and yours to write in?"
-    return f"{path} could not be written ({system.strerror or system}): {remedy}"
+    reason = system.strerror or system
+    if system.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path} could not be written ({reason}): make room"
+    if system.errno == errno.EFBIG:
+        return f"{path} could not be written ({reason}): raise the limit (ulimit -f)"
+    remedy = "is its folder still there, and yours to write in?"
+    return f"{path} could not be written ({reason}): {remedy}"
+
+
+def said_of(error: OSError) -> str:
+    """One sentence for what the system refused and nobody has put in words nearer to it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    what = f"{error.filename!s}: {reason}" if error.filename is not None else reason
+    return what + REMEDIES.get(error.errno or 0, "")
 
 
 def reason_of(error: BaseException) -> str:
@@ -134,11 +160,24 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # `... | head`
-        print("error: the standard output was closed before the end", file=sys.stderr, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder without permission: names its path itself
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except OSError as error:  # a full disk, a folder without permission
+        if isinstance(error, BrokenPipeError) and _output_closed():
+            sys.exit(128 + signal.SIGPIPE)  # without a word, as others end in `... | head`
+        print(f"error: {said_of(error)}", file=sys.stderr, flush=True)
         sys.exit(1)
     sys.exit(status or 0)
+
+
+def _output_closed() -> bool:
+    """Whether nobody reads the standard output; what is still buffered for it then goes nowhere."""
+    try:
+        sys.stdout.flush()
+        # It may have had nothing to write.
+        watched = select.poll()
+        watched.register(1, 0)
+        closed = any(event & select.POLLERR for _, event in watched.poll(0))
+    except OSError:
+        closed = True
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return closed

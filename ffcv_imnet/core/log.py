@@ -6,11 +6,11 @@ apply is absent, never null.
 """
 
 import json
-import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ffcv_imnet.core.atomic import atomic_write, force, open_named
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
 
 LOG = "log.jsonl"  # its name in a run's folder
@@ -169,10 +169,9 @@ def append(path: Path, record: Record) -> None:
     """
     line = to_line(record)
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with open_named(path, "a") as file:
             file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            force(file)
     except OSError as error:
         raise RunError(
             f"{not_written(path, error)}; --resume auto completes it from the checkpoint"
@@ -180,10 +179,13 @@ def append(path: Path, record: Record) -> None:
 
 
 def rewrite(path: Path, records: list[Record]) -> None:
-    """Replace the log in one step: after a resume it says exactly what the checkpoint knows."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(to_line(record) for record in records), encoding="utf-8")
-    partial.replace(path)
+    """Replace the log in one step: after a resume it says exactly what the checkpoint knows.
+
+    Raises:
+        NotWritten: the disk is full, or the folder is read-only.
+    """
+    with atomic_write(path, "w") as file:
+        file.write("".join(to_line(record) for record in records))
 
 
 def read_log(path: Path) -> Log:

@@ -15,12 +15,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.atomic import (
+    drop_cached,
+    force,
+    make_folder,
+    partial_path,
+    rename,
+    written,
+)
+from ffcv_imnet.core.errors import RunError, UsageError, not_written
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.manifest import MANIFEST_FORMAT as MANIFEST_FORMAT
 from ffcv_imnet.data.manifest import Manifest as Manifest
@@ -44,11 +52,6 @@ MOST_FIELDS = 16  # named in a message
 # Of a JPEG, a byte: a block of 8 x 8 pixels takes at least a bit, and the samplings of colour leave at
 # least nine blocks in 32 x 32 pixels. What is beyond was not encoded, and would cost memory and time.
 MOST_PIXELS = np.uint64(1024)
-
-
-def partial_path(path: Path) -> Path:
-    """The temporary name under which `path` is written."""
-    return path.with_name(path.name + ".partial")
 
 
 def adopt_command(*paths: Path, classes: Path | None = None) -> str:
@@ -129,7 +132,7 @@ class BetonWriter:
         page_size: in bytes, a power of two.
     """
 
-    def __init__(self, file: BinaryIO, capacity: int, page_size: int = PAGE_SIZE) -> None:
+    def __init__(self, file: IO[bytes], capacity: int, page_size: int = PAGE_SIZE) -> None:
         layout = _layout()
         self.file, self.page_size, self.samples = file, page_size, 0
         self.metadata = np.zeros(capacity, layout.metadata)
@@ -173,13 +176,11 @@ class BetonWriter:
         self.file.seek(self.header.nbytes + len(descriptors))
         self.file.write(self.metadata.tobytes())
         # The pointer last, when all that it vouches for is on the disk.
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        force(self.file)
         self.header["alloc_table_ptr"] = self.end
         self.file.seek(0)
         self.file.write(self.header.tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        force(self.file)
         return _checksum(self.header, descriptors, self.metadata, self.allocations)
 
 
@@ -282,7 +283,7 @@ class _Fields:
     label: str
 
 
-def _read_fields(path: Path, file: BinaryIO, count: int) -> _Fields:
+def _read_fields(path: Path, file: IO[bytes], count: int) -> _Fields:
     """The field descriptors, at which `file` stands.
 
     Raises:
@@ -311,7 +312,7 @@ def _read_fields(path: Path, file: BinaryIO, count: int) -> _Fields:
     )
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> NDArray[Any]:
+def _read_header(path: Path, file: IO[bytes], size: int) -> NDArray[Any]:
     layout = _layout()
     data = file.read(layout.header.itemsize)
     if len(data) < layout.header.itemsize:
@@ -406,6 +407,8 @@ def verify_beton(
         chosen = np.array(sorted(expected), dtype=np.int64)
     with path.open("rb") as file:
         for index in np.sort(chosen).tolist():
+            if expected:
+                drop_cached(file, int(tables.pointers[index]), int(tables.sizes[index]))
             data = _read_sample(file, tables, index)
             if expected and sample_digest(int(tables.labels[index]), data) != expected[index]:
                 raise RunError(
@@ -448,7 +451,7 @@ def _refuse(path: Path, where: NDArray[np.bool_], fault: str) -> None:
         raise RunError(f"sample {int(np.argmax(where)):,} of {path} {fault}: {again(path)}")
 
 
-def _read_sample(file: BinaryIO, tables: Tables, index: int) -> bytes:
+def _read_sample(file: IO[bytes], tables: Tables, index: int) -> bytes:
     file.seek(int(tables.pointers[index]))
     return file.read(int(tables.sizes[index]))
 
@@ -487,19 +490,19 @@ def content_checksum(path: Path) -> str:
 
 
 @contextmanager
-def partial_file(path: Path) -> Iterator[BinaryIO]:
+def partial_file(path: Path) -> Iterator[IO[bytes]]:
     """`path` open for writing under its temporary name, which is removed if anything goes wrong.
 
     Raises:
         UsageError: it cannot be created, or another process is writing it.
-        RunError: writing fails, for instance because the disk is full.
+        NotWritten: writing fails, for instance because the disk is full.
     """
     partial = partial_path(path)
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         file = partial.open("ab", buffering=0)
     except OSError as error:
-        raise UsageError(f"{partial} cannot be written: {error.strerror}") from None
+        raise UsageError(not_written(path, error)) from None
     with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -508,14 +511,10 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
         except OSError:
             pass  # a file system without locks
         try:
-            with partial.open("r+b", buffering=1 << 20) as out:
-                out.truncate()  # what a killed run left
+            with written(path) as out:  # without what a killed run left
                 yield out
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
+        except BaseException:
             partial_path(manifest_path(path)).unlink(missing_ok=True)
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise RunError(f"{path} could not be written: {error.strerror or error}") from None
             raise
 
 
@@ -526,12 +525,7 @@ def commit_beton(path: Path) -> None:
     under its partial name: `repair_beton` sees that they match and finishes the work.
     """
     for final in (path, manifest_path(path)):
-        partial_path(final).replace(final)
-        folder = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        rename(partial_path(final), final)
 
 
 def repair_beton(path: Path) -> bool:
@@ -543,5 +537,5 @@ def repair_beton(path: Path) -> bool:
         check_beton(path, waiting)
     except (RunError, UsageError):
         return False  # a left-over of a writer that got no further; the next one overwrites it
-    waiting.replace(manifest_path(path))
+    rename(waiting, manifest_path(path))
     return True

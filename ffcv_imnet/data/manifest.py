@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.names import fault_of, fault_of_all, quoted
 
@@ -40,12 +41,10 @@ class Manifest:
     created: str  # UTC, ISO 8601
 
     def save(self, path: Path) -> None:
-        """Write as JSON and force it to the disk."""
-        with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        """Write as JSON. Raises NotWritten."""
+        with atomic_write(path, "w") as file:
             json.dump(dataclasses.asdict(self), file, indent=1, ensure_ascii=False)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":

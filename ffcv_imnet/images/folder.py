@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -22,13 +23,17 @@ class ImageFolderTree:
     Classes are the sub-folders sorted by name. A million paths are held as one array of bytes,
     about 30 MB, because a million `str` objects would take three times as much.
 
+    Args:
+        root: holds the folders.
+        may_be_empty: some of them, said once: a class that is only trained.
+
     Raises:
         UsageError: `root` is missing, has no class folders, or one of them holds no image.
     """
 
     kind = "folder"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, may_be_empty: bool = False) -> None:
         _check_root(root)
         self.where = str(root)
         self.classes: tuple[str, ...] = tuple(
@@ -39,7 +44,7 @@ class ImageFolderTree:
         self.ignored = 0  # files inside class folders that are not images by their extension
         listings = [self._list_class(name) for name in self.classes]
         counts = [len(listing) for listing in listings]
-        _check_empty(root, self.classes, counts)
+        _check_empty(root, self.classes, counts, may_be_empty)
         self.files: NDArray[np.bytes_] = np.concatenate(listings)  # relative to the root
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(counts)), counts)
 
@@ -91,6 +96,9 @@ class ImageFolderTree:
             except OSError:
                 known = f"{name}\0unreadable\n"
             digest.update(os.fsencode(known))
+        # The others stand in the paths.
+        for label in np.setdiff1d(np.arange(len(self.classes)), self.labels).tolist():
+            digest.update(os.fsencode(f"{self.classes[label]}\0no image\n"))
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -122,13 +130,22 @@ def _no_classes(root: Path) -> str:
     return f"{root} holds no class folders {have}: expected {root}/<class name>/*.jpg"
 
 
-def _check_empty(root: Path, classes: Sequence[str], counts: Sequence[int]) -> None:
+def _check_empty(
+    root: Path, classes: Sequence[str], counts: Sequence[int], may_be_empty: bool
+) -> None:
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if not empty:
         return
     if len(empty) == len(classes):
         raise UsageError(f"no images in any of the {len(classes):,} class folders of {root}")
     names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+    if may_be_empty:
+        print(
+            f"{len(empty):,} of the {len(classes):,} classes of {root} have no image: {names}; they are"
+            " absent from the evaluation",
+            file=sys.stderr,
+        )
+        return
     raise UsageError(
         f"{len(empty):,} of the {len(classes):,} class folders of {root} hold no image: {names};"
         " fill or remove them, since every folder counts as a class"

@@ -1,14 +1,13 @@
-"""The classes of flat validation images, from whichever file says them.
+"""The classes of images that lie side by side, from whichever file says them.
 
-Three are read: Kaggle's `LOC_val_solution.csv`; ImageNet's devkit, `ILSVRC2012_devkit_t12.tar.gz`;
-a text with an image and a class a line. All give class names (wnids such as n01440764): the
-devkit's numbers have an order of their own, and taking them for labels is the classic way to an
-accuracy of 0.1 %.
+Read are tables (`label_table.py`; Kaggle's `LOC_val_solution.csv` is one) and ImageNet's devkit,
+`ILSVRC2012_devkit_t12.tar.gz`. Both give class names (wnids such as n01440764): the devkit's numbers
+have an order of their own, and taking them for labels is the classic way to an accuracy of 0.1 %.
 """
 
 import io
-import re
 import struct
+import sys
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,18 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.names import quoted
+from ffcv_imnet.images.label_table import Rows, read_table
 
 LARGEST = 1 << 26  # bytes of one of the devkit's files; the real ones have 0.3 MB
 VAL_NAME = "ILSVRC2012_val_{:08d}"  # the n-th line of the devkit's ground truth is this image's
 
 
-def stem(name: str) -> str:
-    """`a/ILSVRC2012_val_00000001.JPEG` -> `ILSVRC2012_val_00000001`."""
-    return PurePosixPath(name).stem
-
-
 def read_labels(path: Path) -> dict[str, str]:
-    """Class name of every image, by its file name without extension.
+    """Class name of every image, by its file name as the file has it.
 
     Raises:
         UsageError: there is no such file, or it is none of the three.
@@ -38,69 +34,59 @@ def read_labels(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        return _read_devkit(path) if packed else _read_text(path)
+        return _read_devkit(path) if packed else read_table(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def labels_of(
-    files: Sequence[str], wnids: Mapping[str, str], where: str
+    files: Sequence[str], wnids: Mapping[str, str], where: str, root: str = ""
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The sorted classes of `files`, and each file's index into them.
+    """The sorted classes of `files`, and each file's index into them, -1 for one without a label.
+
+    Args:
+        files: paths relative to `root`, which the table may name too.
+        wnids: class name by file name, see `read_labels`.
+        where: what messages call the images.
+        root: the folder they are in.
 
     Raises:
-        RunError: some of them have no label.
+        RunError: a row of the table fits two of them.
     """
-    missing = [name for name in files if stem(name) not in wnids]
-    if missing:
+    rows = Rows(wnids).of_all([f"{root}/{file}" for file in files])
+    taken: dict[str, str] = {}
+    names: list[str | None] = []
+    for file, row in zip(files, rows, strict=True):
+        names.append(None if row is None else wnids[row])
+        if row is not None and (other := taken.setdefault(row, file)) != file:
+            raise RunError(
+                f"the label of {quoted(row)} fits two images of {where}, {other} and {file}: write"
+                " their folders into the label file too"
+            )
+    report_unused(set(wnids) - set(taken), wnids, where)
+    classes = tuple(sorted({name for name in names if name is not None}))
+    number = {name: index for index, name in enumerate(classes)}
+    return classes, np.array([-1 if n is None else number[n] for n in names], np.int64)
+
+
+def report_unused(unused: set[str], wnids: Mapping[str, str], where: str) -> None:
+    """Say how many labels have no image: a list of all may well go with some of the images."""
+    if unused:
+        some = ", ".join(map(quoted, sorted(unused)[:3]))
+        print(
+            f"{len(unused):,} of {len(wnids):,} labels have no image in {where}, for instance {some}",
+            file=sys.stderr,
+        )
+
+
+def all_labelled(files: Sequence[str], labels: NDArray[np.int64], where: str) -> None:
+    """Raises RunError where `labels_of` found none for some."""
+    missing = np.flatnonzero(labels < 0)
+    if len(missing):
         raise RunError(
             f"{len(missing):,} of the {len(files):,} images of {where} have no label, for instance"
-            f" {missing[0]}: is it the right label file?"
+            f" {', '.join(files[index] for index in missing[:3])}: is it the right label file?"
         )
-    names = [wnids[stem(name)] for name in files]
-    classes = tuple(sorted(set(names)))
-    number = {name: index for index, name in enumerate(classes)}
-    return classes, np.array([number[name] for name in names], np.int64)
-
-
-# -------------------------------------------------------------------------------------- as text
-
-
-def _read_text(path: Path) -> dict[str, str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UsageError(
-            f"{path} is no label file: LOC_val_solution.csv, the devkit's .tar.gz or a text with an"
-            " image and its class a line"
-        ) from None
-    found: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        words = re.split(r"[\s,;]+", line.strip())
-        if words == [""] or (number == 1 and words[0] == "ImageId"):
-            continue
-        if len(words) < 2:
-            raise UsageError(f"{path}, line {number}: {line.strip()!r} is not an image and a class")
-        image, wnid = stem(words[0]), words[1]
-        _check_name(path, number, wnid)
-        if found.setdefault(image, wnid) != wnid:
-            raise UsageError(
-                f"{path}, line {number}: {image} has two classes; is it a label file, an image and "
-                f"its class a line?"
-            )
-    if not found:
-        raise UsageError(f"{path} holds no labels")
-    return found
-
-
-def _check_name(path: Path, number: int, wnid: str) -> None:
-    if wnid.isdigit():
-        raise UsageError(
-            f"{path}, line {number}: the class is the number {wnid}, and lists of ImageNet number"
-            " their classes differently: write the wnid (n01440764) in its place"
-        )
-    if wnid in (".", "..") or "/" in wnid or "\0" in wnid:
-        raise UsageError(f"{path}, line {number}: {wnid!r} cannot be the name of a class")
 
 
 # -------------------------------------------------------------------------------- as the devkit

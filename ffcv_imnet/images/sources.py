@@ -1,5 +1,7 @@
 """Which source the images come from, and which of them are taken."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,50 +9,91 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.images import ImageSource
+from ffcv_imnet.images.flat import FlatFolder
 from ffcv_imnet.images.folder import ImageFolderTree
-from ffcv_imnet.images.kaggle import SOLUTION, FlatFolder, images_of, solution_of
+from ffcv_imnet.images.kaggle import SOLUTION, images_of, solution_of
 from ffcv_imnet.images.labels import read_labels
+from ffcv_imnet.images.merged import Merged
 from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.tar import TarArchive
 
 OFFICIAL = "ILSVRC2012_img_{}.tar"
 
 
+# What people call the two folders; the first that is there is taken.
+FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev", "test")}
+
+
 def open_source(
     split: str,
-    data_dir: Path,
+    data_dirs: Sequence[Path],
     tar: Path | None = None,
     parquet: Path | None = None,
-    val_labels: Path | None = None,
+    labels: Path | None = None,
 ) -> ImageSource:
-    """The images of `split`: of `tar` or `parquet` if one is given, else of `data_dir`, which holds
-    an ImageFolder tree or Kaggle's layout.
+    """The images of `split`: of `tar` or `parquet` if one is given, else of all `data_dirs` together,
+    each of which holds an ImageFolder tree, images that `labels` names, or Kaggle's layout.
 
     Raises:
         UsageError, RunError: it is not as it should be.
     """
     if tar is not None and parquet is not None:
         raise UsageError("--tar and --parquet exclude each other: give one of them")
-    if split == "train" and val_labels is not None:
-        raise UsageError("--val_labels goes with --split val")
     if tar is not None:
         check_split(tar, split)
-        return TarArchive(tar, read_labels(val_labels) if val_labels else None)
+        return TarArchive(tar, read_labels(labels) if labels else None)
     if parquet is not None:
-        if val_labels is not None:
-            raise UsageError("--val_labels is not needed with --parquet: the shards hold labels")
+        if labels is not None:
+            raise UsageError("--labels is not needed with --parquet: the shards hold labels")
         return ParquetShards(shards_of(parquet, split))
+    parts = [_open_folder(split, folder, labels) for folder in data_dirs]
+    return parts[0] if len(parts) == 1 else Merged(parts)
+
+
+def open_undivided(data_dirs: Sequence[Path], labels: Path | None = None) -> ImageSource:
+    """The images to hold some out of: a train folder's, or where there is none those of the class
+    folders, or of the labels, right in `data_dirs`.
+
+    Raises:
+        UsageError, RunError: as `open_source`.
+    """
+    if any(images_of(folder) or split_folder(folder, "train").is_dir() for folder in data_dirs):
+        return open_source("train", data_dirs, labels=labels)
+    parts: list[ImageSource] = []
+    for folder in data_dirs:
+        if labels is not None:
+            parts.append(FlatFolder(folder, read_labels(labels), others=True))
+        else:
+            parts.append(ImageFolderTree(folder))
+    return parts[0] if len(parts) == 1 else Merged(parts)
+
+
+def _open_folder(split: str, data_dir: Path, labels: Path | None) -> ImageSource:
     images = images_of(data_dir)
-    folder = (images or data_dir) / split
-    if split == "val" and (val_labels or (images and _is_flat(folder))):
-        labels = val_labels or solution_of(images or data_dir)
-        if labels is None:
+    folder = split_folder(images or data_dir, split)
+    if labels is not None:
+        if folder.is_dir():
+            return FlatFolder(folder, read_labels(labels))
+        return FlatFolder(data_dir, read_labels(labels), others=True)
+    if split == "val" and images and is_flat(folder):
+        solution = solution_of(images)
+        if solution is None:
             raise UsageError(
                 f"{folder} holds images side by side and no {SOLUTION} lies near: name their"
-                " labels with --val_labels"
+                " labels with --labels"
             )
-        return FlatFolder(folder, read_labels(labels))
-    return ImageFolderTree(folder)
+        return FlatFolder(folder, read_labels(solution))
+    return ImageFolderTree(folder, may_be_empty=split == "val")
+
+
+def split_folder(data_dir: Path, split: str) -> Path:
+    """The folder of `split` in `data_dir`, by the first of its names that is there."""
+    for name in FOLDERS.get(split, ()):
+        if (data_dir / name).is_dir():
+            if name != split:
+                print(f"{data_dir / name} is taken for {split}", file=sys.stderr)
+            return data_dir / name
+    return data_dir / split
 
 
 def check_split(tar: Path, split: str) -> None:
@@ -68,7 +111,8 @@ def reading_order(source: ImageSource) -> NDArray[np.int64]:
     return np.arange(len(source))
 
 
-def _is_flat(folder: Path) -> bool:
+def is_flat(folder: Path) -> bool:
+    """Whether it is a folder without folders."""
     return folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir())
 
 
@@ -82,20 +126,21 @@ def even_subset(
     """
     if count > len(labels):
         raise UsageError(f"--subset {count:,} is more than the {len(labels):,} images there are")
-    if count < classes:
+    have = np.bincount(labels, minlength=classes)
+    if count < (have > 0).sum():
         raise UsageError(f"--subset {count:,} leaves some of the {classes:,} classes empty")
     rng = np.random.default_rng(seed)
-    have = np.bincount(labels, minlength=classes)
-    each, more = divmod(count, classes)
+    each, more = divmod(count, int((have > 0).sum()))
     # One image more for `more` classes, chosen by lot among those that have it.
     lot = rng.permutation(classes)
-    quota = np.full(classes, each)
+    quota = np.where(have > 0, each, 0)
     quota[lot[np.argsort(have[lot] <= each, kind="stable")][:more]] += 1
     if (have < quota).any():
-        most = int(classes * have.min() + (have > have.min()).sum())
+        least = have[have > 0].min()
+        most = int((have > 0).sum() * least + (have > least).sum())
         raise UsageError(
             f"--subset {count:,} cannot be even: the smallest class has only"
-            f" {have.min():,} images, so at most {most:,} can be drawn"
+            f" {least:,} images, so at most {most:,} can be drawn"
         )
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(have)[:-1])
     drawn = [rng.permutation(group)[:n] for group, n in zip(by_class, quota, strict=True)]

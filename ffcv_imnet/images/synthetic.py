@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ffcv_imnet.core.atomic import partial_path, rename
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.progress import Progress
 
@@ -204,7 +205,7 @@ def write_tree(root: Path, train_per_class: int, val_per_class: int, seed: int =
         raise UsageError(
             f"{root} is there already and is not a tree of shapes: remove it or name another folder"
         )
-    partial = root.with_name(f"{root.name}.partial")
+    partial = partial_path(root)
     shutil.rmtree(partial, ignore_errors=True)
     counts = dict(zip(SPLITS, (train_per_class, val_per_class), strict=True))
     with Progress(len(CLASSES) * sum(counts.values()), "drawing shapes") as progress:
@@ -217,5 +218,5 @@ def write_tree(root: Path, train_per_class: int, val_per_class: int, seed: int =
                     picture.save(folder / f"{name}_{i:05d}.jpg", quality=JPEG_QUALITY)
                     progress.update(1)
     (partial / COMPLETE).write_text(json.dumps(made_from) + "\n")
-    partial.replace(root)
+    rename(partial, root)
     return True

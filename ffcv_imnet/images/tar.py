@@ -21,9 +21,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.images.folder import EXTENSIONS
-from ffcv_imnet.images.labels import labels_of
+from ffcv_imnet.images.labels import all_labelled, labels_of
 
 BLOCK = 512  # bytes: headers lie on this boundary
 BATCH = 4096  # headers checked at a time: 2 MB
@@ -469,15 +470,10 @@ def _images(scan: Scan, where: str) -> Scan:
 
 
 def _save(cache: Path, key: NDArray[np.int64], index: TarIndex) -> None:
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
     arrays = {f.name: np.asarray(getattr(index, f.name)) for f in fields(TarIndex)}
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, key=key, **arrays)
-        partial.replace(cache)
-    except OSError:  # a folder that is read-only or full: the next run reads the headers again
-        with suppress(OSError):
-            partial.unlink()
+    # Where the folder is read-only or full, the next run reads the headers again.
+    with suppress(NotWritten), atomic_write(cache, shared=True) as file:
+        np.savez(file, allow_pickle=False, key=key, **arrays)
 
 
 def _load(cache: Path, key: NDArray[np.int64], descriptor: int) -> TarIndex | None:
@@ -555,7 +551,7 @@ class TarArchive:
         if index.fault and not damaged:
             raise RunError(describe_fault(path, index))
         if self.classes and wnids is not None:
-            raise UsageError(f"{path} holds one tar a class, so --val_labels is not needed")
+            raise UsageError(f"{path} holds one tar a class, so --labels is not needed")
         if not self.classes and (wnids is not None or not index.fault):
             self._label(wnids, whole=bool(index.fault))
         state = path.stat()
@@ -573,10 +569,11 @@ class TarArchive:
         if wnids is None:
             raise UsageError(
                 f"{self.where} holds {len(self.files):,} images side by side: name their labels"
-                " with --val_labels (LOC_val_solution.csv, the devkit's .tar.gz or a text)"
+                " with --labels (LOC_val_solution.csv, the devkit's .tar.gz or a table)"
             )
         files = [os.fsdecode(name) for name in self.files.tolist()]
         self.classes, labels = labels_of(files, wnids, self.where)
+        all_labelled(files, labels, self.where)
         order = np.argsort(labels, kind="stable")
         if whole:
             wanted = Counter(wnids.values())

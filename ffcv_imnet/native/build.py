@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ffcv_imnet.core.atomic import rename
 from ffcv_imnet.core.errors import RunError, not_written, run_main
 
 FOLDER = Path(__file__).parent
@@ -73,7 +74,7 @@ def build() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RunError(f"{shlex.join(command)} failed: {done.stderr.strip()}")
-        partial.replace(path)
+        rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     if path.parent == FOLDER:  # in the cache another version of the package may use them

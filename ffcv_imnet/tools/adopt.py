@@ -12,14 +12,13 @@ import argparse
 import datetime
 import os
 import re
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from ffcv_imnet.core.errors import RunError, UsageError, in_range, not_written
+from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.names import fault_of, quoted
+from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names, read_labels
@@ -33,7 +32,7 @@ EXAMPLES = 3
 def main(argv: list[str]) -> int:
     """Exit status 0 if every file has its manifest afterwards."""
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    exit_when_asked()
     found = {path: beton.read_tables(path) for path in options.paths}
     classes = class_names(found, options.classes)
     for path, tables in found.items():
@@ -172,16 +171,5 @@ def adopt(
         versions={},
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    save(manifest, beton.manifest_path(path))
+    manifest.save(beton.manifest_path(path))
     return manifest
-
-
-def save(manifest: beton.Manifest, path: Path) -> None:
-    """Under its name only when it is whole. Raises RunError."""
-    waiting = beton.partial_path(path)
-    try:
-        manifest.save(waiting)
-        waiting.replace(path)
-    except OSError as error:
-        waiting.unlink(missing_ok=True)
-        raise RunError(not_written(path, error)) from None

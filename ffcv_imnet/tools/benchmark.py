@@ -37,6 +37,7 @@ from ffcv_imnet.bench.steps import ARCHS, STEPS, Stepper, batch_of, ours, public
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core import provenance
+from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.progress import Progress
@@ -288,7 +289,8 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
         "git_commit": provenance.git_commit(),
         "versions": provenance.versions(),
     }
-    path.write_text(json.dumps(made | result, indent=1) + "\n")
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(made | result, indent=1) + "\n")
 
 
 # ---- steps --------------------------------------------------------------------------------------

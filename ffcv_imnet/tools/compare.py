@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from tabulate import tabulate
 
+from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
 from ffcv_imnet.report.statistics import epochs_to, p_value, score, seconds_to, spread
@@ -141,9 +142,8 @@ def plot(a: Side, b: Side, target: float | None, path: Path) -> None:
     by_epoch.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     by_epoch.set_title("Validation top-1, single view", loc="left", fontsize=11)
     by_epoch.legend(loc="lower right", frameon=False)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def main(argv: list[str]) -> int:

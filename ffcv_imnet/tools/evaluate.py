@@ -21,8 +21,9 @@ from tabulate import tabulate
 
 from ffcv_imnet.config import parsing
 from ffcv_imnet.core import provenance
-from ffcv_imnet.core.errors import RunError, UsageError, in_range
-from ffcv_imnet.data.beton import check_beton, partial_path
+from ffcv_imnet.core.atomic import atomic_write
+from ffcv_imnet.core.errors import UsageError, in_range
+from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.folder_loader import FolderLoader
 from ffcv_imnet.data.loader import ValLoader, workers_of
 from ffcv_imnet.evaluate.metrics import judge, score
@@ -225,11 +226,5 @@ def describe(report: dict[str, Any]) -> str:
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Whole or not at all. Raises RunError."""
-    partial = partial_path(path)
-    try:
-        partial.write_text(
-            json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        partial.replace(path)
-    except OSError as error:
-        raise RunError(f"--out {path}: cannot be written ({error.strerror})") from error
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -11,7 +11,6 @@ import argparse
 import io
 import itertools
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ffcv_imnet.core.atomic import atomic_write, partial_path, rename, written
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
 from ffcv_imnet.core.optional import EXPORT, require
-from ffcv_imnet.data.beton import check_beton, partial_path, read_tables
+from ffcv_imnet.data.beton import check_beton, read_tables
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.evaluate.weights import (
     Network,
@@ -85,14 +85,14 @@ def main(argv: list[str]) -> int:
     print(f"{options.weights}: {network.origin}")
     pictures = np.stack(list(photographs(options, network, how)))  # before the slow part: all read
     notes = notes_of(network, how)
-    model_file, weights_file = partial_path(out), partial_path(out.with_suffix(".safetensors"))
+    weights = out.with_suffix(".safetensors")
     try:
-        write_onnx(network, how, options, notes, model_file)
-        difference = compare(network.model, model_file, pictures)
-        write_safetensors(network, notes, weights_file)
+        write_onnx(network, how, options, notes, out)
+        difference = compare(network.model, partial_path(out), pictures)
+        write_safetensors(network, notes, weights)
     except BaseException:
-        model_file.unlink(missing_ok=True)
-        weights_file.unlink(missing_ok=True)
+        for path in (out, weights):
+            partial_path(path).unlink(missing_ok=True)
         raise
     what = f"photographs of {options.data}" if options.data else "generated pictures"
     print(
@@ -100,11 +100,10 @@ def main(argv: list[str]) -> int:
         f"{difference:.1e} (tolerance {TOLERANCE:g}) of the largest logit, all top-1 the same"
     )
     if labels is not None:
-        partial_labels = partial_path(out.with_name("labels.txt"))
-        partial_labels.write_text(labels, encoding="utf-8")
-        partial_labels.replace(out.with_name("labels.txt"))
-    weights_file.replace(out.with_suffix(".safetensors"))
-    model_file.replace(out)
+        with atomic_write(out.with_name("labels.txt"), "w") as file:
+            file.write(labels)
+    for path in (weights, out):
+        rename(partial_path(path), path)
     describe(out, network, how, options)
     return 0
 
@@ -153,7 +152,7 @@ def write_onnx(
     notes: dict[str, Any],
     path: Path,
 ) -> None:
-    """The graph with BatchNorm folded, checked by onnx. Raises RunError if it cannot be written.
+    """The graph with BatchNorm folded, checked by onnx, under `path`'s temporary name.
 
     By torch's TorchScript exporter: the newer one starts at opset 18 and converts downwards, and
     needs two more packages.
@@ -176,13 +175,12 @@ def write_onnx(
         for key, value in notes.items():
             graph.metadata_props.add(key=f"ffcv_imnet.{key}", value=json.dumps(value))
         onnx.checker.check_model(graph, full_check=True)
-        save(graph.SerializeToString(), path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror})") from error
     except Exception as error:  # of torch's exporter and onnx's checker, both of many kinds
         raise RunError(
             f"{options.weights}: cannot be exported at opset {options.opset} ({reason_of(error)})"
         ) from error
+    with written(path) as file:
+        file.write(graph.SerializeToString())
 
 
 def constants_to_initializers(graph: Any) -> None:
@@ -196,21 +194,14 @@ def constants_to_initializers(graph: Any) -> None:
 
 
 def write_safetensors(network: Network, notes: dict[str, Any], path: Path) -> None:
-    """The state dict without our first layer, under the network's own names."""
+    """The state dict without our first layer, under the network's own names; `path` as above."""
     from safetensors.torch import save as serialise
 
     assert isinstance(network.model, torch.nn.Sequential)
     state = {key: value.contiguous() for key, value in network.model[1].state_dict().items()}
     text = {f"ffcv_imnet.{key}": json.dumps(value) for key, value in notes.items()}
-    save(serialise(state, {"format": "pt", **text}), path)
-
-
-def save(data: bytes, path: Path) -> None:
-    """Write and reach the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with written(path) as file:
+        file.write(serialise(state, {"format": "pt", **text}))
 
 
 # ---- comparing ----------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
-from ffcv_imnet.data.beton import partial_path
 from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.images import Pixels
 from ffcv_imnet.images.imagenet import readable
@@ -122,10 +122,10 @@ def draw(shown: list[Named], path: Path) -> None:
             right.text(0.01, row, f"{probability:.1%}  {short(label)}", va="center", **style)
         right.set_xlim(0, 1)
         right.set_axis_off()
-    with warnings.catch_warnings():  # letters that no font of this machine has: a box stands there
+    with warnings.catch_warnings(), atomic_write(path) as file:
+        # Letters that no font of this machine has: a box stands there.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(partial_path(path), format="png", dpi=120)
-    partial_path(path).replace(path)
+        figure.savefig(file, format="png", dpi=120)
 
 
 def short(name: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ffcv_imnet.core.atomic import drop_cached, rename
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
@@ -62,9 +63,9 @@ def main(argv: list[str]) -> int:
     if damaged:
         raise RunError(describe_fault(damaged[0].tar, index_tar(damaged[0].tar)))
     if options.delete_tars:
+        os.sync()
         for split in splits:
             compare(split)
-        os.sync()
         for split in splits:
             delete(split.tar)
     return 0
@@ -221,7 +222,7 @@ def unpack(todo: list[tuple[Split, int]], hidden: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             if target.exists():  # damaged, as after a power cut
                 target.rename(hidden / f"{split.name}-{name}-damaged")
-            partial.rename(target)
+            rename(partial, target)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -245,7 +246,7 @@ def print_counts(split: Split) -> None:
 
 
 def compare(split: Split) -> None:
-    """Every unpacked file with the archive, byte by byte.
+    """Every unpacked file with the archive, byte by byte, as the disk holds it where the system tells.
 
     Raises:
         RunError: one differs; nothing was deleted.
@@ -254,7 +255,9 @@ def compare(split: Split) -> None:
         for index in range(len(split.images)):
             path = split.folder / split.images.name(index)
             try:
-                same = path.read_bytes() == split.images.read(index)[0]
+                with path.open("rb") as file:
+                    drop_cached(file)
+                    same = file.read() == split.images.read(index)[0]
             except OSError:
                 same = False
             if not same:

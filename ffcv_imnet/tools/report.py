@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tabulate import tabulate
 
+from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log
 from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, read_run, target
@@ -104,9 +105,8 @@ def plot(logs: dict[str, Log], path: Path) -> None:
         figure.suptitle(
             f"{Path(name).name}\n{origin(log)}", fontsize=10, color=INK, x=0.01, ha="left"
         )
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _colours(count: int) -> list[str]:
@@ -198,13 +198,15 @@ def write_report(groups: list[Group], out: Path, png: Path | None, photographs: 
         for run in group.runs
     ]
     page = html.write_page(groups, judged, tables)
-    _replace(out, page.encode())
+    with atomic_write(out, "w") as file:
+        file.write(page)
     print(f"page: {out} ({len(page) / 1e6:.1f} MB)")
     if png is not None:
         drawn = [*html.groups_curves(groups), *html.groups_time(groups)]
         drawn += html.judged_charts(groups, judged)
         for number, chart in enumerate(drawn):
-            _replace(png / f"{number}_{chart.name}.png", charts.to_png(chart))
+            with atomic_write(png / f"{number}_{chart.name}.png") as file:
+                file.write(charts.to_png(chart))
         print(f"charts: {len(drawn)} PNGs in {png}")
 
 
@@ -219,12 +221,6 @@ def _judge(group: Group, photographs: int) -> "Judged | str":
     except (UsageError, RunError) as error:
         print(f"{group.name}: not judged: {error}")
         return str(error)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 # ---- the command --------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import EpochPlan, plan_run
+from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import check_beton, read_tables
@@ -148,6 +149,5 @@ def draw(
                 axes.set_axis_off()
                 figure.text(x + step * 0.45, bottom + 0.1 * high, f"epoch {plan.epoch}", ha="center",
                             va="center", color=MUTED, fontsize=7)  # fmt: skip
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)

@@ -26,6 +26,7 @@ from tabulate import tabulate
 
 from ffcv_imnet.config.parsing import parse, read_config
 from ffcv_imnet.config.schema import differences, to_dict
+from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
 from ffcv_imnet.report.statistics import Spread, score, spread
@@ -174,5 +175,6 @@ def main(argv: list[str]) -> int:
     text = table(runs)
     print(f"\n{text}")
     if not options.table:
-        (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        with atomic_write(options.out / "table.txt", "w") as file:
+            file.write(text + "\n")
     return 0

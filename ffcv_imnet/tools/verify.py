@@ -26,17 +26,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_image
+from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.kaggle import images_of
 from ffcv_imnet.images.parallel import in_order
 from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
-from ffcv_imnet.images.sources import even_subset, open_source, reading_order
+from ffcv_imnet.images.sources import (
+    FOLDERS,
+    even_subset,
+    is_flat,
+    open_source,
+    open_undivided,
+    reading_order,
+    split_folder,
+)
 from ffcv_imnet.images.stored import RAW, sample_digest
 from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.tools import ToolParser
@@ -124,8 +134,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a tar; a folder with train/ and val/, or one of the two; a .beton, a .parquet, or a folder"
         " of either")  # fmt: skip
     add("--md5", action="store_true", help="checksum of the official archives (reads all of them)")
-    add("--val_labels", type=Path, metavar="FILE", help="for a flat validation tar or folder")
-    add("--data_dir", type=Path, metavar="DIR",
+    add("--labels", "--val_labels", type=Path, metavar="FILE",
+        help="of images that lie in no class folders (of a flat tar: of validation)")  # fmt: skip
+    add("--data_dir", type=Path, action="append", metavar="DIR",
         help="compare samples of a .beton with this tree or Kaggle layout that it was written from")  # fmt: skip
     add("--tar", type=Path, metavar="FILE", help="the same with the tar that it was written from")
     add("--parquet", type=Path, metavar="DIR", help="the same with the shards it was written from")
@@ -179,7 +190,8 @@ def targets(path: Path) -> list[Target]:
     if shards := [Target("parquet", path / s, s) for s in ("train", "val") if has_shards(path, s)]:
         return shards
     folder = images_of(path) or path
-    found = [Target("tree", folder / s, s) for s in ("train", "val") if (folder / s).is_dir()]
+    folders = {split: split_folder(folder, split) for split in FOLDERS}
+    found = [Target("tree", place, split) for split, place in folders.items() if place.is_dir()]
     return found or [Target("tree", path, split)]
 
 
@@ -199,10 +211,12 @@ def check(target: Target, options: argparse.Namespace, report: Report) -> tuple[
         return ()
     if target.kind == "beton":
         return check_beton(target, options, report)
-    labels = options.val_labels if target.split == "val" else None
+    # Beside flat validation images the training images mostly lie in folders.
+    flat = target.split == "val" or (target.path.is_dir() and is_flat(target.path))
+    labels = options.labels if flat else None
     source: ImageSource
     if target.kind == "tar":
-        source = open_source(target.split or "val", Path(), tar=target.path, val_labels=labels)
+        source = open_source(target.split or "val", [], tar=target.path, labels=labels)
     elif target.kind == "parquet":  # one shard may be checked alone
         one = target.path.is_file()
         source = ParquetShards(
@@ -210,9 +224,10 @@ def check(target: Target, options: argparse.Namespace, report: Report) -> tuple[
         )
     else:
         parent, name = target.path.absolute().parent, target.path.name
-        source = open_source(name, parent, val_labels=labels)
+        source = open_source(name, [parent], labels=labels)
     counts = np.bincount(source.labels, minlength=len(source.classes))
     check_counts(target, source.classes, counts, options.imagenet, report)
+    report_empty(target, source.classes, counts, report)
     if source.ignored:
         report.say("odd", target.path, f"{source.ignored:,} files are no images by their extension")
     if not options.no_decode:
@@ -248,6 +263,17 @@ def check_counts(
     if not target.split and total not in IMAGES.values():
         wrong.append("ImageNet has 1,281,167 train and 50,000 val images")
     report.say("BAD" if wrong else "ok", path, "; ".join([said, *wrong]))
+
+
+def report_empty(
+    target: Target, classes: Sequence[str], counts: NDArray[np.int64], report: Report
+) -> None:
+    """Classes without an image: of the validation set they are absent from the evaluation."""
+    empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    if empty:
+        level = "odd" if target.split == "val" else "BAD"
+        said = f"{len(empty):,} classes have no image, for instance {', '.join(empty[:3])}"
+        report.say(level, target.path, said)
 
 
 def compare_classes(classes: dict[str, tuple[str, ...]], report: Report) -> None:
@@ -365,11 +391,9 @@ def load_state(state: Path, fingerprint: str) -> tuple[int, list[Look]]:
 
 def save_state(state: Path, fingerprint: str, done: int, looks: Sequence[Look]) -> None:
     """Whole or not at all; where it cannot be stored, the next check begins anew."""
-    partial = state.with_name(state.name + ".partial")
     said = {"fingerprint": fingerprint, "done": done, "looks": [vars(look) for look in looks]}
-    with suppress(OSError):
-        partial.write_text(json.dumps(said))
-        partial.replace(state)
+    with suppress(NotWritten), atomic_write(state, "w", sync=False) as file:
+        json.dump(said, file)
 
 
 # ----------------------------------------------------------------------------------- the .beton
@@ -388,9 +412,7 @@ def check_beton(target: Target, options: argparse.Namespace, report: Report) -> 
     else:
         report.counts[str(path)] = {"images": said.samples, "classes": len(said.classes)}
         report.say("ok", path, f"{said.samples:,} images, a part of its source")
-    if (counts == 0).any():
-        empty = said.classes[int(np.argmin(counts))]
-        report.say("BAD", path, f"class {empty} has no image")
+    report_empty(target, said.classes, counts, report)
     if said.skipped:
         report.say("odd", path, f"{len(said.skipped):,} unreadable images were left out")
     if beton.content_checksum(path) == said.content_checksum:
@@ -410,22 +432,31 @@ def compare_samples(
     if said.source.get("kind") == "adopted":
         report.say("odd", path, "it was adopted: how it was stored is not known, nor compared")
         return
-    labels = options.val_labels if said.split == "val" else None
-    source = open_source(
-        said.split,
-        options.data_dir or Path(),
-        tar=options.tar,
-        parquet=options.parquet,
-        val_labels=labels,
-    )
-    settings = {k: v for k, v in said.settings.items() if k != "subset"}
+    held = said.settings.get("holdout")
+    flat = said.split == "val" or said.source.get("kind") == "flat folder"
+    labels = options.labels if flat else None
+    if held is not None and options.data_dir:
+        source = open_undivided(options.data_dir, labels)
+    else:
+        source = open_source(
+            "train" if held is not None else said.split,
+            options.data_dir or [],
+            tar=options.tar,
+            parquet=options.parquet,
+            labels=labels,
+        )
+    settings = {k: v for k, v in said.settings.items() if k not in ("subset", "holdout")}
     pixels = PixelSettings(**settings)
     if (count := said.settings.get("subset")) is not None:
         source = source.subset(even_subset(source.labels, len(source.classes), count, pixels.seed))
+    if held is not None:
+        order = reading_order(source)
+        side = hold_out(source, float(held), pixels.seed, options.num_workers, order)
+        source = source.subset(np.flatnonzero(side == (said.split == "val")))
     skipped = {entry["path"] for entry in said.skipped}
     numbers = np.array([i for i in range(len(source)) if source.name(i) not in skipped])
     tables = beton.read_tables(path)
-    where = options.tar or options.parquet or options.data_dir
+    where = options.tar or options.parquet or source.where
     if len(numbers) != len(tables.labels) or tuple(source.classes) != said.classes:
         report.say("BAD", path, f"{where} holds other images or classes")
         return

@@ -1,7 +1,5 @@
 """Checkpoints: saved whole or not at all, loaded without running anything they hold."""
 
-import os
-import shutil
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -14,7 +12,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ffcv_imnet.core.errors import RunError, UsageError, not_written, reason_of
+from ffcv_imnet.core.atomic import NotWritten, drop_cached, link, partial_path, rename, written
+from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 
 FORMAT = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,48 +93,35 @@ def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> Non
     Raises:
         RunError: the disk is full, or gives back other bytes than it was given.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     try:
-        with partial.open("wb") as file:
+        with written(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise RunError(
-            f"{not_written(path, error)}; --resume auto goes on from the checkpoint before"
-        ) from error
-    if (damage := damage_of(partial)) is not None:
-        raise RunError(
-            f"{partial} was written and reads back damaged ({damage}): is the disk sound?"
-        )
-    if previous is not None and path.exists():
-        copy(path, previous)
-    partial.replace(path)
+        if (damage := damage_of(partial, fresh=True)) is not None:
+            partial.unlink(missing_ok=True)
+            raise RunError(
+                f"{path} was written and reads back damaged ({damage}): is the disk sound?"
+            )
+        if previous is not None and path.exists():
+            link(path, previous)
+        rename(partial, path)
+    except NotWritten as error:
+        raise RunError(f"{error}; --resume auto goes on from the checkpoint before") from error
 
 
-def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint's bytes; None if each part has its checksum (the zip's CRC-32)."""
+def damage_of(path: Path, fresh: bool = False) -> str | None:
+    """What is wrong with a checkpoint's bytes; None if each part has its checksum (the zip's CRC-32).
+
+    `fresh`: just written and forced to the disk, so ask for the disk's bytes and not the cache's.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            if fresh:
+                drop_cached(file)
             part = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         return reason_of(error)
     return None if part is None else f"the checksum of {part} differs"
-
-
-def copy(source: Path, target: Path) -> None:
-    """Make `target` the checkpoint that `source` is, in one step.
-
-    A link where the file system has them: `save` replaces names and never changes a file.
-    """
-    partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    partial.replace(target)
 
 
 def load(path: Path) -> dict[str, Any]:

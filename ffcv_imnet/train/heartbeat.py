@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ffcv_imnet.core.atomic import NotWritten, atomic_write
+
 EVERY = 5.0  # seconds between two writings, at least
 
 
@@ -38,10 +40,10 @@ class Heartbeat:
         utc = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         said = {"doing": doing, "epoch": self.epoch, "step": self.step, "time": utc}
         said["pid"] = os.getpid()
-        partial = self.path.with_name(self.path.name + ".partial")
-        with suppress(OSError):
-            partial.write_text(json.dumps(said) + "\n", encoding="utf-8")
-            partial.replace(self.path)
+        # Not forced to the disk: after a power cut no run lives, and an fsync every few seconds would
+        # wait behind the checkpoint's.
+        with suppress(NotWritten), atomic_write(self.path, "w", sync=False) as file:
+            file.write(json.dumps(said) + "\n")
 
 
 SILENT = Heartbeat()  # of measurements, and of processes other than the first

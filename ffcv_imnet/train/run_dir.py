@@ -19,7 +19,8 @@ from typing import Any
 from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.config.schema import Settings, differences, to_dict
 from ffcv_imnet.core import log
-from ffcv_imnet.core.errors import NonFiniteLoss, RunError, UsageError
+from ffcv_imnet.core.atomic import NotWritten, atomic_write, link, make_folder, rename
+from ffcv_imnet.core.errors import NonFiniteLoss, RunError, UsageError, not_written
 from ffcv_imnet.core.log import LOG, Epoch, Header, Lowered, Reached, Record, Summary
 from ffcv_imnet.data.beton import Manifest
 from ffcv_imnet.machine.distributed import World
@@ -108,17 +109,19 @@ class RunFolder:
         """
         self.records.append(header)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self._lock()
             if self.damaged:  # kept for whoever wants to look, and out of previous.pt's way
-                (self.path / LAST).replace(self.path / "damaged.pt")
-            (self.path / "config.yaml").write_text(to_yaml(self.settings), encoding="utf-8")
-            names = "".join(f"{name}\n" for name in self.classes)
-            (self.path / "classes.txt").write_text(names, encoding="utf-8")
+                rename(self.path / LAST, self.path / "damaged.pt")
+            with atomic_write(self.path / "config.yaml", "w") as file:
+                file.write(to_yaml(self.settings))
+            with atomic_write(self.path / "classes.txt", "w") as file:
+                file.writelines(f"{name}\n" for name in self.classes)
             log.rewrite(self.path / LOG, self.records)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise UsageError(f"logging.folder {self.path} cannot be written: {reason}") from None
+            raise UsageError(f"logging.folder: {not_written(self.path, error)}") from None
+        except NotWritten as error:
+            raise UsageError(f"logging.folder: {error}") from None
 
     def _lock(self) -> None:
         """Held until `release`, or the end of the process. Leaves no file behind."""
@@ -154,7 +157,7 @@ class RunFolder:
         self.save_within(learner, Trained(), self.epochs[-1].elapsed_seconds)
         *earlier, newest = [log.best_of(epoch)[0] for epoch in self.epochs]
         if newest > max(earlier, default=-1.0):
-            checkpoint.copy(self.path / LAST, self.path / BEST)
+            link(self.path / LAST, self.path / BEST)
         log.append(self.path / LOG, self.epochs[-1])
 
     def go_back(
@@ -302,7 +305,8 @@ def _checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
             )
         return None
     if resume == "auto":
-        return folder / LAST if (folder / LAST).exists() else None
+        # Without last.pt: a run that went on from previous.pt was stopped before its first checkpoint.
+        return next((folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()), None)
     source = Path(resume)
     if not source.is_file():
         raise UsageError(

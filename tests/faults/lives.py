@@ -94,7 +94,8 @@ class Life:
 
     def end(self, seconds: float = 600) -> int | None:
         """Its exit status; None, and a kill, if it hangs."""
-        if not self.until(lambda: not self.alive(), seconds):
+        self.until(lambda: not self.alive(), seconds)
+        if self.alive():
             self.send(signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.status = -signal.SIGKILL

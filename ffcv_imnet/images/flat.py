@@ -1,0 +1,67 @@
+"""Images whose classes a table says, wherever they lie in a folder."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree
+from ffcv_imnet.images.labels import all_labelled, labels_of
+
+
+class FlatFolder(ImageFolderTree):
+    """The images in `root` and below it, in the order of the tree that their labels would make.
+
+    Args:
+        root: the folder.
+        wnids: class name by file name (`labels.read_labels`).
+        others: images without a label are those of another split, and left out; else each must
+            have one.
+
+    Raises:
+        UsageError: `root` is missing or holds no image that is wanted.
+        RunError: an image has no label, or a label fits two.
+    """
+
+    kind = "flat folder"
+
+    def __init__(self, root: Path, wnids: Mapping[str, str], others: bool = False) -> None:
+        if not root.is_dir():
+            raise UsageError(f"the folder {root} does not exist")
+        self.where = str(root)
+        files, self.ignored = _walk(root)
+        if not files:
+            raise UsageError(f"{root} holds no images")
+        names = [os.fsdecode(file) for file in files]
+        self.classes, labels = labels_of(names, wnids, self.where, os.path.abspath(root))  # noqa: PTH100
+        if not self.classes:
+            raise UsageError(
+                f"no label has an image in {root}: labels are of {next(iter(wnids), 'nothing')!r} and"
+                f" the like, images are {names[0]!r} and the like"
+            )
+        if not others:
+            all_labelled(names, labels, self.where)
+        elif left := int((labels < 0).sum()):
+            print(f"{left:,} of the {len(files):,} images in {root} have no label", file=sys.stderr)
+        order = np.argsort(labels, kind="stable")[int((labels < 0).sum()) :]
+        self.files, self.labels = np.array(files, np.bytes_)[order], labels[order]
+
+    def fingerprint(self) -> str:
+        """As the tree's, and over the labels, which are not in the paths here."""
+        digest = hashlib.sha256(f"{super().fingerprint()}\n{' '.join(self.classes)}\n".encode())
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return f"sha256:{digest.hexdigest()}"
+
+
+def _walk(root: Path) -> tuple[list[bytes], int]:
+    """Images below `root`, relative to it and sorted, and how many other files there are."""
+    images, others, start = [], 0, len(os.fsencode(root)) + 1
+    for folder, _, files in os.walk(os.fsencode(root)):
+        found = [file for file in files if file.lower().endswith(EXTENSIONS)]
+        images += [os.path.join(folder, file)[start:] for file in found]  # noqa: PTH118 - bytes
+        others += len(files) - len(found)
+    return sorted(images), others

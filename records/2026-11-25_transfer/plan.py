@@ -1,0 +1,193 @@
+"""What is run, in order: cells, each a learning rate to be bracketed with all else fixed.
+
+The next runs of a cell follow from the log alone, so the study goes on from any log.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from experiment import Run
+
+BASE = Run()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One bracket. It starts at a half, once and twice `BASE.lr`'s place in `run.lr`."""
+
+    part: str
+    run: Run
+    points: int = 3  # at least so many learning rates
+    most: int = 8  # and at most so many
+    seeds: int = 1
+    again: int = 1  # how many of the learning rates, nearest the best, get the other seeds
+
+    @property
+    def name(self) -> str:
+        """What differs from the base, for people."""
+        base, own = vars(BASE), vars(self.run)
+        differ = [f"{k}={own[k]}" for k in base if own[k] != base[k] and k not in ("lr", "seed")]
+        return " ".join(differ) or "base"
+
+
+def key(lr: float) -> float:
+    """Learning rates are kept to three digits, so that they are found again."""
+    return float(f"{lr:.3g}")
+
+
+def scored(cell: Cell, top_1: Mapping[Run, float]) -> dict[float, float]:
+    """Top-1 by learning rate, seed 0, of what the log has of this cell."""
+    own = replace(cell.run, lr=0.0)
+    return {
+        run.lr: value for run, value in sorted(top_1.items(), key=lambda item: item[0].lr)
+        if replace(run, lr=0.0) == own
+    }  # fmt: skip
+
+
+def bracketed(points: Mapping[float, float]) -> bool:
+    """Whether the best has neighbours on both sides."""
+    lrs = sorted(points)
+    return len(lrs) > 2 and max(lrs, key=lambda lr: points[lr]) not in (lrs[0], lrs[-1])
+
+
+def next_runs(cell: Cell, top_1: Mapping[Run, float]) -> list[Run]:
+    """What the cell wants now; empty once it is done."""
+    start = [key(cell.run.lr * factor) for factor in (1, 2, 0.5)]
+    points = scored(cell, top_1)
+    if missing := [lr for lr in start if lr not in points]:
+        return [replace(cell.run, lr=lr) for lr in missing]
+    lrs = sorted(points)
+    best = max(lrs, key=lambda lr: points[lr])
+    place = lrs.index(best)
+    if not bracketed(points) and len(lrs) < cell.most:
+        return [replace(cell.run, lr=key(best * 2 if place else best / 2))]
+    if len(lrs) < cell.points:
+        beside = max((lrs[place - 1], lrs[place + 1]), key=lambda lr: points[lr])
+        return [replace(cell.run, lr=key(math.sqrt(best * beside)))]
+    nearest = sorted(lrs, key=lambda lr: abs(math.log(lr / best)))[: cell.again]
+    reseeded = [replace(cell.run, lr=lr, seed=s) for s in range(1, cell.seeds) for lr in nearest]
+    return [run for run in reseeded if run not in top_1]
+
+
+# ---- the grid -----------------------------------------------------------------------------------
+
+ADAPTIVE = {"adamw": 0.003, "schedulefree": 0.005, "soap": 0.003, "shampoo": 0.001}
+LENGTHS = (3, 16, 5, 8)  # epochs
+START = {"none": 0.04, "keller": 0.04, "spectral": 0.12, "rms": 0.008}
+
+
+def ruled(rule: str, **settings: object) -> Run:
+    """A Muon run under a rule for shape, at the middle of where its bracket starts."""
+    return replace(BASE, scale=rule, lr=START[rule], **settings)  # type: ignore[arg-type]
+
+
+def transfer_core() -> Iterator[Cell]:
+    """A, the cheap corner: what moves the optimum, at a quarter of the width."""
+    yield Cell("A base", ruled("none"))
+    yield Cell("A steps", ruled("none", epochs=1))
+    yield from data_corner(0.25, (6_250,), (3,), seeds=1)
+    yield Cell("A rule", ruled("rms", epochs=1))
+    yield Cell("A rule", ruled("spectral", epochs=1))
+    yield from data_corner(0.25, (6_250,), (16, 5, 8), seeds=1)
+    yield Cell("A rule", ruled("rms"))
+    yield Cell("A rule", ruled("spectral"))
+    yield Cell("A momentum", ruled("none", momentum=0.85))
+    yield Cell("A batch", ruled("none", batch=1024))
+    yield Cell("A batch", ruled("none", batch=64, epochs=1))
+    yield Cell("A base", ruled("none"), seeds=3, again=3)
+    yield Cell("A steps", ruled("none", epochs=1), seeds=2, again=3)
+    yield Cell("A batch", ruled("none", batch=64))
+    yield Cell("A steps", ruled("none", epochs=16))
+    yield Cell("A hold", replace(BASE, hold=True, momentum=0.6, lr=0.12))
+    yield Cell("A hold", replace(BASE, hold=True, lr=0.12))
+    yield Cell("A momentum", ruled("none", momentum=0.6))
+
+
+def data_corner(
+    width: float, sizes: tuple[int, ...], lengths: tuple[int, ...], seeds: int
+) -> Iterator[Cell]:
+    """B: SGD against Muon over the number of images and of epochs, at batch 64."""
+    for images in sizes:
+        for epochs in lengths:
+            same = replace(BASE, images=images, epochs=epochs, batch=64, width=width)
+            yield Cell("B data", replace(same, lr=0.04), seeds=seeds)
+            yield Cell("B data", replace(same, optimizer="sgd", lr=1.0), seeds=seeds)
+
+
+def data(width: float) -> Iterator[Cell]:
+    """B: two seeds at the ends."""
+    yield from data_corner(width, (6_250,), LENGTHS, seeds=2)
+    yield from data_corner(width, (12_500, 25_000), LENGTHS, seeds=1)
+    yield from data_corner(width, (50_000,), LENGTHS, seeds=2)
+
+
+def transfer_rest() -> Iterator[Cell]:
+    """A, the dear part: width, the bottleneck network, and rules, steps and decay crossed."""
+    for rule in ("none", "rms", "spectral"):
+        yield Cell("A width", ruled(rule, width=0.5))
+    for rule in ("none", "spectral", "rms", "keller"):
+        yield Cell("A bottleneck", ruled(rule, net="rn50"))
+    for rule in ("spectral", "rms"):
+        yield Cell("A steps", ruled(rule, epochs=16))
+    for epochs in (4, 16):
+        for decay in (0.1, 1.0):
+            yield Cell("A decay", ruled("none", epochs=epochs, decay=decay))
+    yield Cell("A decay", ruled("none", epochs=16, decay=0.01))
+    yield Cell("A hold", replace(BASE, hold=True, epochs=16, momentum=0.6, lr=0.12))
+    yield Cell("A hold", replace(BASE, hold=True, epochs=1, momentum=0.6, lr=0.12))
+    yield Cell("A stem", ruled("none", stem="sgd"))
+    for sgd_lr in (0.25, 2.0):
+        yield Cell("A head", ruled("none", sgd_lr=sgd_lr))
+    yield Cell("A rule", ruled("keller"))
+    yield Cell("A batch", ruled("none", batch=1024, epochs=16))
+    for momentum in (0.6, 0.85):
+        yield Cell("A momentum", ruled("none", epochs=16, momentum=momentum))
+    for momentum in (0.6, 0.85):
+        yield Cell("A momentum", ruled("none", batch=64, momentum=momentum))
+    for rule in ("none", "rms", "spectral"):
+        yield Cell("A width", ruled(rule, width=1.0))
+    for rule in ("none", "spectral", "rms", "keller"):
+        yield Cell("A bottleneck", ruled(rule, net="rn50", width=0.5))
+    yield Cell("A steps", ruled("none", epochs=16, batch=64))
+
+
+def rivals() -> Iterator[Cell]:
+    """C: eight trials each, four learning rates at two values of the second setting that matters."""
+    for epochs in (3, 5):
+        for data, images, px in (("tiny100", 25_000, 40), ("imagenette", 9_469, 64)):
+            same = replace(BASE, data=data, images=images, px=px, epochs=epochs, batch=64)
+            for sgd_decay in (5e-5, 5e-4):
+                sgd = replace(same, optimizer="sgd", lr=1.0, sgd_decay=sgd_decay)
+                yield Cell("C rivals", sgd, points=4, most=4, seeds=3)
+            for momentum in (0.85, 0.95):
+                for name, lr in (("muon", 0.04), ("torch_muon", 0.008)):
+                    muon = replace(same, optimizer=name, momentum=momentum, lr=lr)
+                    yield Cell("C rivals", muon, points=4, most=4, seeds=3)
+            for momentum in (0.6, 0.85):
+                held = replace(same, hold=True, momentum=momentum, lr=0.12)
+                yield Cell("C rivals", held, points=4, most=4, seeds=3)
+            for decay in (0.05, 0.5):
+                for name, lr in ADAPTIVE.items():
+                    rival = replace(same, optimizer=name, lr=lr, decay=decay)
+                    yield Cell("C rivals", rival, points=4, most=4, seeds=3)
+
+
+def networks() -> Iterator[Cell]:
+    """D: a bottleneck network against ResNet-18 at equal epochs, under the same optimizer."""
+    for epochs in (5, 16):
+        for net in ("rn18", "rn50"):
+            run = replace(BASE, net=net, width=0.5, epochs=epochs, batch=64, lr=0.04)
+            yield Cell("D networks", run, most=5)
+
+
+def cells() -> list[Cell]:
+    """All, most information per hour first."""
+    return [
+        *transfer_core(),
+        *data(0.25),
+        *transfer_rest(),
+        *rivals(),
+        *networks(),
+        *data(0.5),
+    ]

@@ -1,0 +1,165 @@
+"""A file has its final name only when it is whole and on the disk; whoever is in the way is named."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ffcv_imnet.core.atomic import NotWritten, atomic_write, drop_cached, force, link, make_folder
+from ffcv_imnet.core.errors import said_of
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A real refusal in the middle of writing: no file of this process may become larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with atomic_write(path, "w") as file:
+        file.write("ö\n")
+        file.flush()
+        assert not path.exists()
+    assert path.read_text(encoding="utf-8") == "ö\n"
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    with (
+        largest_file(1 << 20),
+        pytest.raises(NotWritten, match=r"a\.json could not be written \(File too large\): raise"),
+        atomic_write(path) as file,
+    ):
+        file.write(bytes(3 << 20))
+    with largest_file(1000), pytest.raises(NotWritten), atomic_write(path) as file:
+        file.write(bytes(2000))  # refused when the buffer is flushed at the end
+    with (
+        pytest.raises(NotWritten, match=r"gone/b could not .*No such file.*still there"),
+        atomic_write(tmp_path / "gone/b"),
+    ):
+        pass
+    (tmp_path / "folder").mkdir()
+    with (
+        pytest.raises(NotWritten, match=r"folder could not .*Is a directory"),
+        atomic_write(tmp_path / "folder"),
+    ):
+        pass
+    assert path.read_text(encoding="utf-8") == "ö\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "folder"}
+
+
+def test_an_error_of_something_else_is_not_called_an_error_of_writing(tmp_path: Path) -> None:
+    """A shared memory that is full, a source that cannot be read, a worker that cannot start."""
+    others = [
+        OSError(errno.EROFS, "Read-only file system", "/dev/shm/x"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "source.jpg"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    ]
+    for error in others:
+        with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "a") as file:
+            file.write(b"x")
+            raise error
+        assert caught.value is error
+    assert not list(tmp_path.iterdir())
+    assert said_of(others[0]).startswith("/dev/shm/x: Read-only file system: ")
+    assert "no more processes" in said_of(others[2]) and "Errno" not in said_of(others[2])
+
+
+def test_the_disk_has_the_bytes_before_the_name_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def forced(number: int) -> None:
+        done.append("fsync " + Path(f"/proc/self/fd/{number}").readlink().name)
+        fsync(number)
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append(f"rename {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    make_folder(tmp_path / "new" / "run")
+    assert done == [f"fsync {tmp_path.name}", "fsync new"]
+    done.clear()
+    with atomic_write(tmp_path / "a") as file:
+        file.write(b"x")
+    link(tmp_path / "a", tmp_path / "b")
+    assert done == [
+        "fsync a.partial",
+        "rename a",
+        f"fsync {tmp_path.name}",
+        "rename b",
+        f"fsync {tmp_path.name}",
+    ]
+    assert (tmp_path / "a").samefile(tmp_path / "b")
+    done.clear()
+    with atomic_write(tmp_path / "heartbeat", "w", sync=False) as file:
+        file.write("x")
+    assert done == ["rename heartbeat"]
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    done.clear()
+    link(tmp_path / "a", tmp_path / "b")
+    assert done[0] == "fsync b.partial" and (tmp_path / "b").read_bytes() == b"x"
+    assert not (tmp_path / "a").samefile(tmp_path / "b")
+
+
+def cached(path: Path) -> list[bool]:
+    """Whether the system has the first byte of each megabyte without asking the disk."""
+    with path.open("rb") as file:
+        found = []
+        for offset in range(0, path.stat().st_size, 1 << 20):
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT)
+                found.append(True)
+            except BlockingIOError:
+                found.append(False)
+            except OSError as error:
+                pytest.skip(f"this file system does not say what it caches: {error}")
+    return found
+
+
+def test_what_was_forced_to_the_disk_can_be_read_from_there(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with path.open("wb") as file:
+        file.write(bytes(8 << 20))
+        force(file)
+    if not all(cached(path)):
+        pytest.skip("this file system does not cache what it writes")
+    with path.open("rb") as file:
+        drop_cached(file, (4 << 20) + 1, 100)
+        after = cached(path)
+        drop_cached(file)
+        if any(cached(path)):
+            pytest.skip("this file system keeps what it was asked to forget")
+    assert not after[4] and all(after[:4])
+
+
+def test_a_reader_that_goes_is_no_error_and_another_pipe_is() -> None:
+    code = "from ffcv_imnet.core.errors import run_main\nrun_main(lambda: print('x' * 1000000))"
+    words = f'{sys.executable} -c "{code}" | head -c 1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("x141\n", "")
+    code = (
+        "import os; from ffcv_imnet.core.errors import run_main\n"
+        "def main():\n    a, b = os.pipe(); os.close(a); os.write(b, b'x')\nrun_main(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: Broken pipe\n")

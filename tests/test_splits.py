@@ -1,0 +1,185 @@
+"""A validation split under any name, held out, from a table, from several folders, or lacking a class."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import write_ffcv
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.data import beton
+from ffcv_imnet.images.holdout import choose
+from ffcv_imnet.images.sources import open_source
+from ffcv_imnet.tools import verify
+from tests.pictures import picture, save
+
+NAMES = ("cat", "dog", "eel")
+
+
+def images(folder: Path, counts: tuple[int, ...] = (6, 5, 4), seed: int = 0) -> Path:
+    """Class folders `NAMES` of different pictures in `folder`, none for a count of 0."""
+    for name, count in zip(NAMES, counts, strict=True):
+        for _ in range(count):
+            seed += 1
+            save(folder / name / f"{seed}.jpg", picture(seed, 20, 24))
+    return folder
+
+
+def write(out: Path, *words: object) -> beton.Manifest:
+    """Write; the manifest of the split, of val where both were written."""
+    options = [*map(str, words), "--out_dir", str(out), "--num_workers", "1"]
+    assert write_ffcv.main(options) == 0
+    return beton.verify_beton(out / ("train.beton" if "train" in words else "val.beton"))
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "dev", "test"])
+def test_the_folder_that_is_there_is_taken(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images(tmp_path / "d" / name)
+    assert open_source("val", [tmp_path / "d"]).where == str(tmp_path / "d" / name)
+    assert f"d/{name} is taken for val" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"give val, which takes the folder {name}"):
+        write_ffcv.main(["--split", name, "--data_dir", str(tmp_path / "d")])
+    images(tmp_path / "d" / "val")
+    assert open_source("val", [tmp_path / "d"]).where.endswith("/val")
+
+
+# ------------------------------------------------------------------------------------- held out
+
+
+def sides(chosen: np.ndarray, labels: np.ndarray) -> tuple[list[int], list[int]]:
+    return np.bincount(labels[~chosen]).tolist(), np.bincount(labels[chosen]).tolist()
+
+
+def test_held_out_are_whole_groups_of_one_content_from_every_class() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        labels = np.sort(np.concatenate([np.arange(9), rng.integers(0, 9, 191)]))
+        labels = np.concatenate([labels, np.arange(9)])  # two different ones in each class
+        contents = [b"%d" % n for n in range(200)] + [b"other %d" % n for n in range(9)]
+        for copy in range(0, 190, 5):  # copies, across classes too
+            contents[copy + rng.integers(1, 9)] = contents[copy]
+        chosen = choose(contents, labels, [str(n) for n in range(9)], 0.2, seed)
+        train, val = sides(chosen, labels)
+        assert min(train) >= 1 and min(val) >= 1
+        held = {c for c, v in zip(contents, chosen, strict=True) if v}
+        assert held.isdisjoint(c for c, v in zip(contents, chosen, strict=True) if not v)
+        assert 0.1 < chosen.mean() < 0.25
+        again = choose(contents, labels, [str(n) for n in range(9)], 0.2, seed)
+        assert np.array_equal(chosen, again)
+    assert not np.array_equal(chosen, choose(contents, labels, ["x"] * 9, 0.2, 99))
+
+
+def test_held_out_is_the_share_of_each_class_where_there_are_no_copies() -> None:
+    labels = np.repeat(np.arange(3), (100, 20, 3))
+    contents = [b"%d" % n for n in range(123)]
+    chosen = choose(contents, labels, NAMES, 0.1, 0)
+    assert sides(chosen, labels) == ([90, 18, 2], [10, 2, 1])
+    # An image more moves no other.
+    more = choose([*contents, b"new"], np.append(labels, 1), NAMES, 0.1, 0)
+    assert (more[:-1] != chosen).sum() <= 1
+    with pytest.raises(
+        UsageError, match=r"1 of 3 classes have not two different images.* eel: add"
+    ):
+        choose(contents[:120] + [b"same"] * 3, labels, NAMES, 0.1, 0)
+
+
+def test_both_files_come_from_one_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree, out = images(tmp_path / "d"), tmp_path / "out"
+    for copy in range(4):  # of one image, under other names and in another class
+        (tree / NAMES[copy % 2] / f"copy{copy}.jpg").write_bytes((tree / "cat/1.jpg").read_bytes())
+    words = ("--data_dir", tree, "--holdout", "0.3", "--seed", "5")
+    val = write(out, *words)
+    train = beton.verify_beton(out / "train.beton")
+    assert train.samples + val.samples == 19 and train.classes == val.classes == NAMES
+    assert min(train.class_counts) >= 1 and min(val.class_counts) >= 1
+    for said in (train, val):
+        assert (said.settings["holdout"], said.settings["seed"]) == (0.3, 5)
+    pixels: list[set[bytes]] = []
+    for split in ("train", "val"):
+        path, tables = out / f"{split}.beton", beton.read_tables(out / f"{split}.beton")
+        data = path.read_bytes()
+        rows = zip(tables.pointers.tolist(), tables.sizes.tolist(), strict=True)
+        pixels.append({data[start : start + size] for start, size in rows})
+    assert pixels[0].isdisjoint(pixels[1]) and len(pixels[0] | pixels[1]) == 15
+
+    capsys.readouterr()
+    write(out, *words)
+    assert capsys.readouterr().out.count("is up to date") == 2
+    (out / "val.beton").unlink()  # a run that was stopped between the two
+    assert write(out, *words).content_checksum == val.content_checksum
+    with pytest.raises(UsageError, match=r"differs: holdout is 0.3, not 0.4"):
+        write(out, *words[:3], "0.4", "--seed", "5")
+    with pytest.raises(UsageError, match="--holdout writes both files"):
+        write(out, "--split", "val", *words)
+    for split in ("train", "val"):
+        path = out / f"{split}.beton"
+        assert verify.main([str(path), "--data_dir", str(tree), "--num_workers", "1"]) == 0
+    assert f"{val.samples} of {val.samples} samples equal {tree}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def test_a_shared_folder_is_divided_by_two_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = images(tmp_path / "pics")
+    rows = [f"{path.parent.name}/{path.stem}.JPG" for path in sorted(folder.rglob("*.jpg"))]
+    lines = [f"{row},golden {row.split('/')[0]}\n" for row in rows]
+    (tmp_path / "train.csv").write_text("image,label\n" + "".join(lines[::2]))
+    (tmp_path / "val.csv").write_text("".join(lines[1::2]))
+    found = {}
+    for split in ("train", "val"):
+        table = ("--labels", tmp_path / f"{split}.csv")
+        found[split] = write(tmp_path / "out", "--split", split, "--data_dir", folder, *table)
+        assert found[split].classes == ("golden cat", "golden dog", "golden eel")
+    assert found["train"].samples + found["val"].samples == 15
+    assert "7 of the 15 images in" in capsys.readouterr().err
+    (tmp_path / "val.csv").write_text("1.jpg,x\n2.jpg,y\n")
+    for name in ("1.jpg", "2.jpg"):
+        (folder / "cat" / name).unlink()
+    with pytest.raises(UsageError, match=r"no label has an image in .* labels are of '1.jpg'"):
+        write(tmp_path / "out2", "--split", "val", "--data_dir", folder, *table)
+
+
+# ------------------------------------------------------------------------------- several folders
+
+
+def test_several_folders_are_merged_by_class(tmp_path: Path) -> None:
+    first = images(tmp_path / "a" / "train", (3, 2, 0)).parent
+    second = images(tmp_path / "b" / "train", (1, 0, 2), seed=50).parent
+    source = open_source("train", [first, second])
+    assert tuple(source.classes) == NAMES and source.labels.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    names = [source.name(index) for index in range(8)]
+    assert names[3] == "b/train/cat/51.jpg" and len(set(names)) == 8
+    part = source.subset([7, 3])
+    assert part.name(1) == names[3] and part.read(1) == source.read(3)
+    assert (tmp_path / names[7]).read_bytes() == part.read(0)[0] and part.read(0)[1] == 2
+    said = write(tmp_path / "out", "--split", "train", "--data_dir", first, "--data_dir", second)
+    assert said.class_counts == (4, 2, 2)
+    words = [str(tmp_path / "out"), "--data_dir", str(first), "--data_dir", str(second)]
+    assert verify.main([*words, "--num_workers", "1"]) == 0
+
+
+# ---------------------------------------------------------------------------- a class without images
+
+
+def test_a_class_may_have_no_validation_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images(tmp_path / "d" / "val", (2, 0, 2))
+    (tmp_path / "d" / "val" / "dog").mkdir()
+    words = ("--split", "val", "--data_dir", tmp_path / "d")
+    assert write(tmp_path / "out", *words).class_counts == (2, 0, 2)
+    assert "1 of the 3 classes of" in capsys.readouterr().err
+    assert write(tmp_path / "some", *words, "--subset", 3).samples == 3
+    (tmp_path / "d" / "val" / "dog").rmdir()
+    with pytest.raises(UsageError, match="is there already and differs"):
+        write(tmp_path / "out", *words)  # two classes are not three
+    (tmp_path / "d" / "train" / "dog").mkdir(parents=True)
+    with pytest.raises(UsageError, match="no images in any"):
+        write(tmp_path / "out", "--split", "train", "--data_dir", tmp_path / "d")
