@@ -1,7 +1,14 @@
 """Licence, citation, CI and packaging say the same."""
 
+import hashlib
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import version
+from pathlib import Path
 
 import yaml
 
@@ -53,3 +60,29 @@ def test_what_the_package_needs_is_installed_with_it() -> None:
         p.name for p in (ROOT / "rn_configs").iterdir()
     }
     assert set(table["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+
+
+def test_set_up_installs_nothing_again_where_the_crop_decoder_cannot_be_compiled(
+    tmp_path: Path,
+) -> None:
+    """A whole .venv, whose pip fails if it is asked, and a compiler that fails."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("core", "native"):
+        shutil.copytree(ROOT / PACKAGE / folder, tmp_path / PACKAGE / folder, ignore=ignore)
+    shutil.copy(ROOT / "setup.sh", tmp_path)
+    (tmp_path / "requirements.lock").write_text(f"ffcv=={version('ffcv')}\n")
+    venv = tmp_path / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "lib/python3/site-packages/pip").mkdir(parents=True)
+    (venv / "bin/activate").write_text(str(venv))
+    python = venv / "bin/python"
+    python.write_text(f'#!/bin/sh\n[ "$2" != pip ] || exit 1\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    lock = hashlib.sha256((tmp_path / "requirements.lock").read_bytes()).hexdigest()
+    (venv / ".complete").write_text(f"{lock}  -\n")
+    done = subprocess.run(
+        ["bash", "setup.sh"], cwd=tmp_path, env=os.environ | {"CC": "false"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "nothing missing" in done.stdout, done
+    assert "the crop decoder was not compiled" in done.stdout and "pip" not in done.stdout
