@@ -28,6 +28,7 @@ from ffcv_imnet.config.schema import Settings, to_dict
 from ffcv_imnet.core.errors import NonFiniteLoss, run_main
 from ffcv_imnet.core.log import Epoch, Header, Summary
 from ffcv_imnet.data.beton import Manifest, manifest_path
+from ffcv_imnet.machine.host import keep_compilations
 
 if TYPE_CHECKING:  # at run time after the settings are found right: torch takes seconds
     from ffcv_imnet.machine.distributed import World
@@ -90,10 +91,13 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     # Read when torch loads. Threads that spin while they wait make a CPU run crawl as soon as
     # anything else is busy; asleep they cost little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if settings.training.compile:
+        keep_compilations(Path(settings.logging.folder).parent)
     # Here and not above: a wrong setting is said at once, before seconds of imports.
     from ffcv_imnet.bench import cost
     from ffcv_imnet.data.bus_error import explain_bus_error
     from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
+    from ffcv_imnet.machine.checks import say_at_start
     from ffcv_imnet.machine.distributed import (
         Interrupted,
         StopSignal,
@@ -139,6 +143,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     header = describe_run(run, world, learner.precision, train_set, val_set)
     if world.is_main:
         run.start(header)
+        say_at_start(world, run.path)
         print(f"{run.path}: {header.device}, {header.precision}, world size {world.size}")
         if settings.training.on_nonfinite_loss == "back" and not (run.path / "last.pt").exists():
             run.save_within(learner, trained, before)  # so that there is one to go back to

@@ -6,6 +6,7 @@ a machine with one is rented by the hour.
 
 import os
 import re
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -49,11 +50,10 @@ def choose(setting: str, local_rank: int = 0, local_size: int = 1) -> torch.devi
             f"most one process a GPU"
         )
     device = torch.device("cuda", local_rank)
-    archs = torch.cuda.get_arch_list()
-    if not has_code(capability(device), archs):
+    if not has_code(capability(device), archs()):
         raise UsageError(
             f"torch {torch.__version__} has no code for {name(device)}, compute capability "
-            f"{dotted(capability(device))}, only for {readable(archs)}: take another card, or a torch "
+            f"{dotted(capability(device))}, only for {readable(archs())}: take another card, or a torch "
             f"that was built for this one, {ON_PURPOSE}"
         )
     return device
@@ -74,6 +74,11 @@ def count() -> int:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability: (7, 5) for a T4, (8, 0) for an A100, (9, 0) for an H100."""
     return torch.cuda.get_device_capability(device)
+
+
+def archs() -> list[str]:
+    """What torch was built for: sm_75, compute_120...; nothing in a build without CUDA."""
+    return torch.cuda.get_arch_list()
 
 
 def has_code(capability: tuple[int, int], archs: Sequence[str]) -> bool:
@@ -105,7 +110,7 @@ def dotted(capability: tuple[int, int]) -> str:
 
 
 def readable(archs: Sequence[str]) -> str:
-    """`torch.cuda.get_arch_list()` as compute capabilities: 7.5, 8.0, 12.0."""
+    """`archs` as compute capabilities: 7.5, 8.0, 12.0."""
     numbers = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[af]?", arch) for arch in archs)
     return ", ".join(dict.fromkeys(f"{found[1]}.{found[2]}" for found in numbers if found))
 
@@ -159,3 +164,41 @@ def room(device: torch.device) -> int:
     """Bytes free on an accelerator, with what this process has already."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def describe(device: torch.device) -> str:
+    """An accelerator's name, memory and compute capability."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return (
+        f"{name(device)}, {memory / 2**30:.0f} GiB, compute capability {dotted(capability(device))}"
+    )
+
+
+def pinned_buffer(size: int) -> torch.Tensor:
+    """`size` bytes of page-locked host memory. Raises RuntimeError where none is to be had."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def copy_rate(device: torch.device, host: torch.Tensor, times: int = 10) -> float:
+    """GB/s from `host` memory to an accelerator."""
+    there = torch.empty_like(host, device=device)
+    there.copy_(host)
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        there.copy_(host, non_blocking=True)
+    synchronise(device)
+    return times * host.nbytes / (time.perf_counter() - started) / 1e9
+
+
+def library_versions() -> dict[str, str]:
+    """CUDA's, cuDNN's and NCCL's that torch was built with; none of a build without CUDA."""
+    if torch.version.cuda is None:
+        return {}
+    found = {"CUDA": torch.version.cuda}
+    if cudnn := torch.backends.cudnn.version():
+        major, rest = divmod(cudnn, 10_000)
+        found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"
+    if torch.distributed.is_nccl_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found

@@ -8,9 +8,13 @@ import os
 import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from ffcv_imnet.core.provenance import cpu_name
 
 ROOT = Path("/")
 NVIDIA = "0x10de"  # its vendor number on the PCI bus
@@ -118,6 +122,18 @@ def why_unusable(found: Nvidia, torch: str, cuda: str | None, visible: str | Non
         f"the NVIDIA driver is {found.driver}, and {wants}: run nvidia-smi; if it names an error, "
         f"restart the machine or its driver"
     )
+
+
+def keep_compilations(runs: Path) -> None:
+    """Let torch.compile keep its code in `runs`/.inductor, for the next start, unless the environment says where.
+
+    Its own choice is /tmp, which a spot machine takes along. The code is for this kind of processor.
+    """
+    folder = runs / ".inductor" / f"{zlib.crc32(cpu_name().encode()):08x}"
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with suppress(OSError):  # read-only: torch's own choice remains
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
 
 
 # ---- cores --------------------------------------------------------------------------------------
