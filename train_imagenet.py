@@ -96,7 +96,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     # Here and not above: a wrong setting is said at once, before seconds of imports.
     from ffcv_imnet.bench import cost
     from ffcv_imnet.data.bus_error import explain_bus_error
-    from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
+    from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data, class_places
     from ffcv_imnet.machine.checks import say_at_start
     from ffcv_imnet.machine.distributed import (
         Interrupted,
@@ -135,7 +135,8 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         f"while it was read: once the file is whole again, --resume auto goes on"
     )
     train_loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
-    val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world)
+    places = class_places(train_set.classes, val_set.classes)
+    val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world, places)
     learner = build_learner(settings, len(train_set.classes), world)
     if run.state is not None:
         checkpoint.restore(learner, run.state, run.path)

@@ -11,6 +11,7 @@ from ffcv_imnet.data import beton
 from ffcv_imnet.images.holdout import choose
 from ffcv_imnet.images.sources import open_source
 from ffcv_imnet.tools import verify
+from tests.conftest import SmallData
 from tests.pictures import picture, save
 
 NAMES = ("cat", "dog", "eel")
@@ -183,3 +184,28 @@ def test_a_class_may_have_no_validation_images(
     (tmp_path / "d" / "train" / "dog").mkdir(parents=True)
     with pytest.raises(UsageError, match="no images in any"):
         write(tmp_path / "out", "--split", "train", "--data_dir", tmp_path / "d")
+
+
+def test_a_class_that_is_only_trained_keeps_the_numbers_of_the_others(
+    tmp_path: Path, small: SmallData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ffcv_imnet.data import loader
+    from tests.test_data import ALONE
+
+    images(tmp_path / "d" / "train")
+    images(tmp_path / "d" / "val", (2, 0, 3))  # no folder dog: there eel is class 1
+    for split in ("train", "val"):
+        write(tmp_path, "--split", split, "--data_dir", tmp_path / "d")
+    settings = small.settings(
+        tmp_path / "run",
+        data__train_dataset=tmp_path / "train.beton",
+        data__val_dataset=tmp_path / "val.beton",
+    )
+    capsys.readouterr()
+    train, val = loader.check_data(settings)
+    assert capsys.readouterr().err.count("1 of the 3 classes have no image in") == 1
+    places = loader.class_places(train.classes, val.classes)
+    assert places == [0, 2] and loader.class_places(val.classes, train.classes) is None
+    val_loader = loader.ValLoader(settings.data.val_dataset, 5, settings, ALONE, places)
+    (_, labels), *_ = val_loader.batches()
+    assert labels.tolist() == [0, 0, 2, 2, 2]

@@ -33,7 +33,12 @@ class FolderLoader:
     def __init__(
         self, root: Path, how: Preprocess, batch_size: int, world: World, workers: int
     ) -> None:
-        self.tree, self.how, self.world, self.workers = ImageFolderTree(root), how, world, workers
+        self.tree, self.how, self.world, self.workers = (
+            ImageFolderTree(root, True),
+            how,
+            world,
+            workers,
+        )
         self.samples = len(self.tree)
         self.order, self.local_batch = exact_share(self.samples, batch_size, world)
 

@@ -60,11 +60,23 @@ def check_data(settings: Settings, world: World | None = None) -> tuple[Manifest
     check_manifests(*paths)
     first = world is None or world.local_rank == 0
     train, val = (check_beton(p) if first else Manifest.load(manifest_path(p)) for p in paths)
-    if train.classes != val.classes:
+    places = class_places(train.classes, val.classes)
+    if places is None:
+        odd = sorted(set(val.classes) - set(train.classes))
         raise UsageError(
-            f"{settings.data.train_dataset} and {settings.data.val_dataset} differ in their classes: "
-            f"{_first_difference(train.classes, val.classes)}; write both from the same classes, or "
-            f"where another program wrote them give both to `{adopt_command(*paths)} --force`"
+            f"{settings.data.val_dataset} has {len(odd):,} classes that {settings.data.train_dataset} has not, "
+            f"for instance {', '.join(odd[:3])}: write both from the same classes, or where another "
+            f"program wrote them give both to `{adopt_command(*paths)} --force`"
+        )
+    counts = dict(zip(places, val.class_counts, strict=True))
+    absent = [name for index, name in enumerate(train.classes) if not counts.get(index)]
+    if absent and (world is None or world.is_main):
+        print(
+            f"{len(absent):,} of the {len(train.classes):,} classes have no image in "
+            f"{settings.data.val_dataset}, for instance {', '.join(absent[:3])}: they are trained, and absent "
+            f"from the evaluation",
+            file=sys.stderr,
+            flush=True,
         )
     for path, said in zip(paths, (train, val), strict=True):
         if settings.data.verify and first and content_checksum(path) != said.content_checksum:
@@ -75,12 +87,10 @@ def check_data(settings: Settings, world: World | None = None) -> tuple[Manifest
     return train, val
 
 
-def _first_difference(train: Sequence[str], val: Sequence[str]) -> str:
-    if len(train) != len(val):
-        odd = sorted(set(train) ^ set(val))
-        return f"{len(train)} and {len(val)} classes, {', '.join(odd[:3])} in only one of them"
-    index = next(i for i, (a, b) in enumerate(zip(train, val, strict=True)) if a != b)
-    return f"class {index} is {train[index]!r} in one and {val[index]!r} in the other"
+def class_places(train: Sequence[str], val: Sequence[str]) -> list[int] | None:
+    """The number in `train` of each class of `val`; None where one is not there."""
+    number = {name: index for index, name in enumerate(train)}
+    return [number[name] for name in val] if set(val) <= set(train) else None
 
 
 def local_batch_size(batch: int, world: World) -> int:
@@ -402,10 +412,29 @@ class TrainLoader:
 
 
 class ValLoader:
-    """Validation batches, each image once over all processes, all batches of one shape."""
+    """Validation batches, each image once over all processes, all batches of one shape.
 
-    def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
+    Args:
+        path: the .beton file.
+        samples: number of images in it.
+        settings: resolution, crop, batch size, workers.
+        world: whose share to take.
+        places: what to call each label of the file; as it is by default. See `class_places`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        samples: int,
+        settings: Settings,
+        world: World,
+        places: Sequence[int] | None = None,
+    ) -> None:
         self.samples, self.world = samples, world
+        self.places: Tensor | None = None
+        if places is not None and list(places) != list(range(len(places))):
+            # The last is found by the number of what does not count, -1.
+            self.places = torch.tensor([*places, PADDING], device=world.device)
         self.order, self.local_batch = exact_share(samples, settings.validation.batch_size, world)
         whole = settings.data.decoder == "whole"
         decoder = CropDecoder(settings.validation.resolution, samples, whole)
@@ -422,7 +451,8 @@ class ValLoader:
         """As training batches; the last is filled up with black pictures labelled `PADDING`."""
         with closing(self.loader.batches(self.order, self.world.device)) as batches:
             for images, labels in batches:
-                yield pad(images, labels, self.local_batch)
+                places = labels if self.places is None else self.places[labels]
+                yield pad(images, places, self.local_batch)
 
 
 def pad(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -215,11 +215,9 @@ def photographs(options: argparse.Namespace, network: Network, how: Preprocess) 
             drawn = synthetic.draw(index % len(synthetic.CLASSES), (index,), (320, 256))
             yield resize_and_crop(np.asarray(drawn), how)
         return
-    if data.suffix == ".beton":
+    if data.is_file():
         match_classes(network, check_beton(data).classes, str(data))
         every = stored_photographs(data, options.photos)
-    elif data.is_file():
-        raise UsageError(f"--data {data}: expected a .beton or a folder with a folder a class")
     else:
         tree = ImageFolderTree(data)
         match_classes(network, tree.classes, str(data))
