@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--out {options.out}: the folder {options.out.parent} does not exist")
     if options.out is not None and options.out.is_dir():
         raise UsageError(f"--out {options.out} is a folder: name a file in it")
-    if options.interpolation and options.data.is_file():
+    if options.interpolation and not options.data.is_dir():
         raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
     world = describe_world(options.device)
     network = load_from(options)
@@ -140,7 +140,7 @@ def preprocessings(network: Network, options: argparse.Namespace) -> list[Prepro
 
 def data_classes(data: Path) -> tuple[tuple[str, ...], str | None]:
     """Class names of a .beton (with its content checksum, after a check) or of a folder."""
-    if data.is_file():
+    if not data.is_dir():
         manifest = check_beton(data)
         return manifest.classes, manifest.content_checksum
     return ImageFolderTree(data, may_be_empty=True).classes, None
@@ -178,7 +178,7 @@ def open_data(
     if options.num_workers is not None:
         chosen["data__num_workers"] = options.num_workers
     loading = parsing.load(**chosen)
-    if not options.data.is_file():
+    if options.data.is_dir():
         return FolderLoader(options.data, how, batch, world, workers_of(loading, world))
     samples = check_beton(options.data).samples
     return ValLoader(str(options.data), samples, loading, world)

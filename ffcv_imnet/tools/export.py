@@ -215,7 +215,7 @@ def photographs(options: argparse.Namespace, network: Network, how: Preprocess) 
             drawn = synthetic.draw(index % len(synthetic.CLASSES), (index,), (320, 256))
             yield resize_and_crop(np.asarray(drawn), how)
         return
-    if data.is_file():
+    if not data.is_dir():
         match_classes(network, check_beton(data).classes, str(data))
         every = stored_photographs(data, options.photos)
     else:
