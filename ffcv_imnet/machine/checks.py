@@ -32,7 +32,9 @@ from ffcv_imnet.machine.host import (
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 SHM = Path("/dev/shm")
-SHM_NEEDED = 1e9  # bytes; several processes' NCCL lays its buffers there, and Docker gives 64 MB
+SHM_NEEDED = (
+    1 << 30
+)  # bytes; several processes' NCCL lays its buffers there, and Docker gives 64 MiB
 FILES_NEEDED = 1024  # sockets, checkpoints, decoders: a few hundred for eight processes
 DISK_LOW, DISK_NONE = 5e9, 0.5e9  # bytes; three checkpoints of ResNet-50 are 0.6 GB
 
@@ -115,9 +117,9 @@ def shared_memory(gpus: int) -> Finding:
     except OSError as error:
         size, text = 0, f"missing ({error.strerror})"
     else:
-        text = in_bytes(size)
+        text = of_memory(size)
     if gpus > 1 and size < SHM_NEEDED:
-        advice = f"{gpus} processes need {in_bytes(SHM_NEEDED)}: docker run --ipc=host"
+        advice = f"{gpus} processes need {of_memory(SHM_NEEDED)}: docker run --ipc=host"
         return Finding("/dev/shm", text, WARN, advice)
     return Finding("/dev/shm", text)
 
@@ -141,7 +143,7 @@ def disk(folder: Path) -> Finding:
         free = shutil.disk_usage(there).free
     except OSError as error:
         return Finding("disk", f"{there}: {error.strerror}", FAIL, "name a folder that can be read")
-    text = f"{in_bytes(free)} free at {there}"
+    text = f"{of_disk(free)} free at {there}"
     if not os.access(there, os.W_OK):
         return Finding("disk", f"{text}, not writable", FAIL, "name a folder of your own")
     if free < DISK_NONE:
@@ -183,10 +185,17 @@ def compiler(device: torch.device) -> Finding:
     return Finding("torch.compile", "has its compiler")
 
 
-def in_bytes(count: float) -> str:
-    """In the unit that a person would take: 64 MB, 1.5 GB, 33 GB."""
-    power = min(4, int(math.log(max(count, 1), 1000)))
-    value = count / 1000**power
-    return (
-        f"{value:.{0 if value >= 10 or not power else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-    )
+def of_disk(count: float) -> str:
+    """Bytes as disks are sold: 1.5 GB, 330 MB."""
+    return _in_units(count, 1000, ("B", "kB", "MB", "GB", "TB"))
+
+
+def of_memory(count: float) -> str:
+    """Bytes as memory is sold: 64 MiB, 1.5 GiB."""
+    return _in_units(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _in_units(count: float, base: int, units: tuple[str, ...]) -> str:
+    power = min(len(units) - 1, int(math.log(max(count, 1), base)))
+    value = count / base**power
+    return f"{value:.{0 if value >= 10 or not power else 1}f} {units[power]}"

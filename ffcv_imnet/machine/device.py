@@ -167,11 +167,10 @@ def room(device: torch.device) -> int:
 
 
 def describe(device: torch.device) -> str:
-    """An accelerator's name, memory and compute capability."""
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return (
-        f"{name(device)}, {memory / 2**30:.0f} GiB, compute capability {dotted(capability(device))}"
-    )
+    """An accelerator's name, memory and compute capability. Makes a CUDA context."""
+    free, total = (count / 2**30 for count in torch.cuda.mem_get_info(device))
+    able = f"compute capability {dotted(capability(device))}"
+    return f"{name(device)}, {total:.0f} GiB ({free:.0f} free), {able}"
 
 
 def pinned_buffer(size: int) -> torch.Tensor:

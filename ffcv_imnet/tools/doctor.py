@@ -25,7 +25,7 @@ from ffcv_imnet.core import provenance
 from ffcv_imnet.images.forecast import available_memory
 from ffcv_imnet.machine import checks
 from ffcv_imnet.machine import device as devices
-from ffcv_imnet.machine.checks import FAIL, WARN, Finding, in_bytes
+from ffcv_imnet.machine.checks import FAIL, WARN, Finding, of_disk, of_memory
 from ffcv_imnet.machine.host import find_nvidia
 from ffcv_imnet.native import build
 from ffcv_imnet.tools import ToolParser
@@ -81,7 +81,7 @@ def examine(setting: str, folder: Path) -> Iterator[Finding]:
         yield copies(device)
     yield Finding("precision", f"auto is {devices.choose_precision('auto', device)} here")
     yield checks.cores()
-    yield Finding("memory", f"{in_bytes(available_memory() or 0)} to be had")
+    yield Finding("memory", f"{of_memory(available_memory() or 0)} to be had")
     yield checks.shared_memory(devices.count() if on_gpu else 1)
     yield checks.open_files()
     yield checks.disk(folder)
@@ -122,7 +122,7 @@ def read_rate(folder: Path) -> Finding:
     except OSError as error:
         advice = "name a folder that can be written, with --dir"
         return Finding("disk reads", f"not measured ({error.strerror})", WARN, advice)
-    text = f"{in_bytes(rate)}/s, in order, {in_bytes(written)}"
+    text = f"{of_disk(rate)}/s, in order, {of_disk(written)}"
     if rate < SLOW_DISK:
         advice = "2,000 images/s are 80 MB/s until memory holds the .beton: a faster disk, or more memory"
         return Finding("disk reads", text, WARN, advice)
@@ -176,7 +176,7 @@ def page(findings: list[Finding]) -> str:
     """A line a finding, its advice below it, and a verdict at the end."""
     label = max(len(finding.what) for finding in findings)
     margin = " " * (8 + label)
-    lines = []
+    lines = [f"ffcv-imnet doctor, {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC", ""]
     for finding in findings:
         head = f"{finding.verdict:>4}  {finding.what:{label}}  "
         lines += wrapped(finding.found, head, margin)
