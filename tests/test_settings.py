@@ -7,6 +7,7 @@ import yaml
 
 from ffcv_imnet.config.parsing import help_text, load, parse, to_yaml
 from ffcv_imnet.config.schema import Settings, differences, to_dict
+from ffcv_imnet.config.strict_yaml import load_yaml
 from ffcv_imnet.core.errors import UsageError
 
 RECIPES = sorted(Path("rn_configs").glob("*.yaml"))
@@ -151,7 +152,7 @@ def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_yaml_numbers_without_a_point(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("training: {weight_decay: 5e-5, seed: 9007199254740993}")
-    assert isinstance(yaml.safe_load(path.read_text())["training"]["weight_decay"], str)
+    assert isinstance(yaml.safe_load(path.read_text())["training"]["weight_decay"], str)  # YAML 1.1
     settings = load(path)
     assert settings.training.weight_decay == 5e-5
     assert settings.training.seed == 9007199254740993  # does not fit a float
@@ -200,3 +201,72 @@ def test_a_retired_setting_is_ignored_aloud_unless_it_asked_for_nothing(
         load(model__stem="deep")
     past = {"training": {"decay_all": False, "average_last": 2}}
     assert differences(to_dict(Settings()), past) == ["training.average_last 2 -> None"]
+
+
+# ---- YAML as its version 1.2 reads it, and no more of it than settings need -----------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lr: {lr: &a [1], x: *a}", "line 1: anchors and aliases (& and *) are not taken"),
+        ("&a\nlr: *a\n", "anchors and aliases"),
+        ("lr: " + "{a: " * 500 + "1" + "}" * 500, "nested more than 16 deep"),
+        ("lr: {lr: 2001-99-99}", "lr.lr must be a number"),
+        ("lr: {lr: " + "9" * 5000 + "}", "a number has more than 40 characters"),
+        ("training: {batch_size: " + "9" * 39 + "}", "training.batch_size must be an integer"),
+        ("lr: {lr: !!int abc}", "tags such as 'tag:yaml.org,2002:int' are not taken"),
+        ("lr: !x foo", "tags such as"),
+        ('data: {train_dataset: "a\\0b"}', "the character U+0000 is not taken"),
+        ('logging: {folder: "\\ud800"}', "the character U+D800 is not taken"),
+        ('logging: {folder: "\\U00110000"}', "not a YAML file"),
+        ("1: 2", "unknown setting '1'"),
+        ("null: 2", "unknown setting 'null'"),
+        ("? [1]\n: 2", "a key must be text"),
+        ("lr.lr: 2\nlr: {lr: 1}", "'lr.lr' is given twice, nested or with a dot"),
+        ("lr: {lr: 1}\nlr.lr:", "'lr.lr' is given twice"),
+        ("training: {batch_size: 1:30}", "training.batch_size must be an integer"),
+        ("training: {batch_size: 010}", "line 1: the number 010 begins with 0"),
+        ('training: {batch_size: "010"}', "training.batch_size must be an integer"),
+        ("training: {batch_size: 1_000}", "training.batch_size must be an integer"),
+        ("lr: {lr: [" + "1, " * 2000 + "1]}", "lr.lr must be a number"),
+        ("x" * 200 + ": 1", "a key has more than 100 characters"),
+        ("# " + "x" * 200_000, "it has more than 131,072 characters"),
+        ("<<: {lr: {lr: 1}}", "unknown setting '<<.lr.lr'"),
+        ("lr: {lr: \xff}".encode("latin-1"), "it is not text in UTF-8"),
+    ],
+)
+def test_hostile_yaml_is_one_line(text: str | bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+    with pytest.raises(UsageError) as error:
+        load(path)
+    line = str(error.value)
+    assert says in line and str(path) in line
+    assert "\n" not in line and len(line.replace(str(path), "")) < 400
+
+
+def test_the_values_of_yaml_1_2() -> None:
+    text = "[0, -7, 0x1F, 0o17, 5e-5, 1., .5, true, ~, '1', yes, no, 2001-01-01, 1:30, 1_000, .inf]"
+    assert load_yaml(text) == [
+        *(0, -7, 31, 15, 5e-5, 1.0, 0.5, True, None),
+        *("1", "yes", "no", "2001-01-01", "1:30", "1_000", float("inf")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "folder", ["1e5", "0o17", "010", "yes", "1:30", "null", "a\nb", "é 'x' #1"]
+)
+def test_text_that_looks_like_something_else_comes_back(folder: str, tmp_path: Path) -> None:
+    settings = load(
+        logging__folder=folder, augmentation__crop_ratio="0.7500000001,1.3333333333333333"
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(settings), encoding="utf-8")
+    assert load(path) == settings
+    assert settings.augmentation.crop_ratio == (0.7500000001, 4 / 3)
+
+
+def test_tuples_are_not_rounded_on_the_command_line() -> None:
+    """What `load` and the sweep hand on as text."""
+    assert load(augmentation__crop_ratio=(3 / 4, 4 / 3)).augmentation.crop_ratio == (3 / 4, 4 / 3)

@@ -1,16 +1,27 @@
 """What values a setting may have: each domain checks a value from YAML or the command line."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import yaml
 from fastargs.validation import Checker
 
+from ffcv_imnet.config.strict_yaml import StrictError, load_yaml
 from ffcv_imnet.core.errors import nearest
+from ffcv_imnet.core.names import quoted
 
+MOST_INTEGER = 2**63 - 1
+LONGEST_TEXT = 4096  # characters: no path is longer
 MOST_EPOCHS = 100_000  # the plan has a row for each
+
+
+NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})?(\.[0-9]{0,99})?([eE][-+]?[0-9]{1,3})?", re.ASCII)
+
+
+class RowError(ValueError):
+    """What is wrong with a value, in words for the user, where its domain does not say it all."""
 
 
 class Number(Checker):
@@ -22,12 +33,16 @@ class Number(Checker):
     def check(self, value: object) -> int | float:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError
+        if isinstance(value, str) and not NUMBER.fullmatch(
+            value
+        ):  # float() takes 1_000, 010 and more
+            raise ValueError
         number = float(value)
         whole = self.kind is int
         # JSON has no infinity, and int() of it is another error.
         if not (math.isfinite(number) and self.low <= number <= self.high):
             raise ValueError
-        if whole and number != int(number):
+        if whole and (number != int(number) or abs(number) > MOST_INTEGER):
             raise ValueError
         return int(value) if whole else number  # int(value): a 63-bit seed does not fit a float
 
@@ -109,6 +124,10 @@ class Text(Checker):
     def check(self, value: object) -> str:
         if not isinstance(value, str) or not value:
             raise ValueError
+        if len(value) > LONGEST_TEXT or re.search("[\0\ud800-\udfff]", value):
+            raise RowError(
+                f"{quoted(value)} cannot be stored: it is longer than {LONGEST_TEXT} characters or not UTF-8"
+            )
         return value
 
     def help(self) -> str:
@@ -125,7 +144,9 @@ class Range(Checker):
         parts = value.strip("[]()").split(",") if isinstance(value, str) else value
         if not isinstance(parts, list | tuple) or len(parts) != 2:
             raise ValueError
-        first, second = (self.number.check(part) for part in parts)
+        first, second = (
+            self.number.check(part.strip() if isinstance(part, str) else part) for part in parts
+        )
         if first > second:
             raise ValueError
         return first, second
@@ -145,10 +166,6 @@ class Stage:
     label_smoothing: float | None = None
 
 
-class RowError(ValueError):
-    """What is wrong with a row of `plan.stages`, in words for the user."""
-
-
 class Stages(Checker):
     """A list of `Stage`s: in YAML as it is, on the command line as YAML text. `check` raises RowError."""
 
@@ -162,9 +179,9 @@ class Stages(Checker):
 
     def check(self, value: object) -> tuple[Stage, ...]:
         try:
-            rows = yaml.safe_load(value) if isinstance(value, str) else value
-        except yaml.YAMLError:
-            raise ValueError from None
+            rows = load_yaml(value) if isinstance(value, str) else value
+        except StrictError as error:
+            raise RowError(str(error)) from None
         if not isinstance(rows, list | tuple):
             raise ValueError
         return tuple(
@@ -175,20 +192,20 @@ class Stages(Checker):
     def _stage(self, row: object, where: str) -> Stage:
         if not isinstance(row, dict):
             raise RowError(
-                f"{where} must be settings such as {{epochs: 3, resolution: 128}}, not {row!r}"
+                f"{where} must be settings such as {{epochs: 3, resolution: 128}}, not {quoted(row)}"
             )
         values = {}
         for key, value in row.items():
             if key not in self.columns:
                 raise RowError(
-                    f"{where}: unknown {key!r}{nearest(str(key), list(self.columns))}; known are "
+                    f"{where}: unknown {quoted(key)}{nearest(str(key), list(self.columns))}; known are "
                     f"{', '.join(self.columns)}"
                 )
             try:
                 values[key] = self.columns[key].check(value)
             except (ValueError, TypeError, OverflowError):
                 domain = self.columns[key].help()
-                raise RowError(f"{where}: {key} must be {domain}, not {value!r}") from None
+                raise RowError(f"{where}: {key} must be {domain}, not {quoted(value)}") from None
         for key in ("epochs", "resolution"):
             if key not in values:
                 raise RowError(f"{where} has no {key}")

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import fastargs
-import yaml
-from fastargs.dict_utils import expand_keys, fix_dict
 
 from ffcv_imnet.config.domains import RowError, Stage
 from ffcv_imnet.config.schema import (
@@ -26,7 +24,9 @@ from ffcv_imnet.config.schema import (
     sections,
     to_dict,
 )
+from ffcv_imnet.config.strict_yaml import LARGEST, StrictError, dump_yaml, load_yaml
 from ffcv_imnet.core.errors import Parser, UsageError, nearest
+from ffcv_imnet.core.names import quoted
 
 RECIPES = Path(__file__).parents[1] / "rn_configs"  # a link in a checkout, a copy where installed
 
@@ -43,7 +43,7 @@ class Command:
 
 def to_yaml(settings: Settings) -> str:
     """A file that `--config` takes and that gives the same settings."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, default_flow_style=None, width=1000)
+    return dump_yaml(to_dict(settings))
 
 
 class StrictConfig(fastargs.Config):
@@ -66,9 +66,12 @@ class StrictConfig(fastargs.Config):
             UsageError: an unknown key or a value out of its domain; names `origin` and the key.
         """
         given: dict[str, Any] = {}
-        for path, value in _leaves(fix_dict(expand_keys(values))):
-            key = ".".join(path)
-            key = RENAMED.get(key, key)
+        seen: set[str] = set()
+        for name, value in _leaves(values):
+            key = RENAMED.get(name, name)
+            if key in seen:
+                raise UsageError(f"{origin}: {quoted(key)} is given twice, nested or with a dot")
+            seen.add(key)
             if key in sections():
                 if value is None:  # every line below it is a comment
                     continue
@@ -80,7 +83,7 @@ class StrictConfig(fastargs.Config):
                 ignore_retired(key, value, origin)
                 continue
             if key not in declared():
-                raise UsageError(f"{origin}: unknown setting {key!r}{_suggest(key)}")
+                raise UsageError(f"{origin}: unknown setting {quoted(key)}{_suggest(key)}")
             if value is not None:
                 self._check_value(key, value, origin)
                 given[key] = value
@@ -94,7 +97,9 @@ class StrictConfig(fastargs.Config):
         except RowError as error:
             raise UsageError(f"{origin}: {key}, {error}") from None
         except (ValueError, KeyError, TypeError, OverflowError):
-            raise UsageError(f"{origin}: {key} must be {checker.help()}, not {value!r}") from None
+            raise UsageError(
+                f"{origin}: {key} must be {checker.help()}, not {quoted(value)}"
+            ) from None
 
     def collect_env_variables(self) -> "StrictConfig":
         """The environment changes nothing."""
@@ -129,14 +134,13 @@ def _param(declared: "Field[Any]") -> fastargs.Param:
     return fastargs.Param(declared.metadata["checker"], declared.metadata["help"], declared.default)
 
 
-def _leaves(
-    values: dict[Any, Any], above: tuple[str, ...] = ()
-) -> list[tuple[tuple[str, ...], Any]]:
-    out: list[tuple[tuple[str, ...], Any]] = []
+def _leaves(values: dict[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and their values, however they are nested."""
     for key, value in values.items():
-        path = (*above, str(key))
-        out += _leaves(value, path) if isinstance(value, dict) else [(path, value)]
-    return out
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _suggest(key: str) -> str:
@@ -144,19 +148,6 @@ def _suggest(key: str) -> str:
     names = list(declared())
     same = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
     return f" (did you mean {same[0]}?)" if same else nearest(key, names)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one winning unseen."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
@@ -176,10 +167,15 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
         near = nearest(file.name, [p.name for p in folder.glob("*.yaml")])
         raise UsageError(f"{option}{path}: no such file{near}")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{option}{path}: not a YAML file: {reason}") from None
+        with file.open("rb") as opened:
+            data = opened.read(4 * LARGEST + 1)  # a character has four bytes at most
+        values = load_yaml(data.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{option}{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{option}{path}: not a YAML file: it is not text in UTF-8") from None
+    except StrictError as error:
+        raise UsageError(f"{option}{path}: not a YAML file of settings: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -204,10 +200,10 @@ def help_text() -> str:
 def _plain(value: object) -> str:
     """A setting's value as the command line takes it."""
     if isinstance(value, tuple) and value and not isinstance(value[0], Stage | dict):
-        return ",".join(f"{part:g}" for part in value)
+        return ",".join(map(str, value))
     if isinstance(value, list | tuple):
         rows = [json_types(asdict(row)) if isinstance(row, Stage) else row for row in value]
-        return yaml.safe_dump(rows, default_flow_style=True, width=1000).strip()
+        return dump_yaml(rows, flow=True).strip()
     return str(value)
 
 
