@@ -75,7 +75,7 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(swept: Path) -> None:
     """A folder of an earlier sweep must not stand in the table of a changed one."""
     changed = (swept / "sweep.yaml").read_text().replace("ema_decay: 0.5", "ema_decay: 0")
     (swept / "changed.yaml").write_text(changed)
-    words = r"out/muon/seed3 holds a run of other settings \(training.ema_decay 0.5 -> 0\)"
+    words = r"out/muon/seed3 holds a run of other settings \(training.ema_decay 0.5 -> 0.0\)"
     with pytest.raises(UsageError, match=words):
         sweep.main([str(swept / "changed.yaml"), "--out", str(swept / "out"), "--table"])
 
