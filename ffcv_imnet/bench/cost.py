@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
 from ffcv_imnet.config.schema import Settings
-from ffcv_imnet.config.strict_yaml import load_yaml
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.log import Epoch
+from ffcv_imnet.core.names import quoted
 from ffcv_imnet.data.beton import Manifest, manifest_path
 from ffcv_imnet.models import build_model
 from ffcv_imnet.train.muon import is_kernel, newton_schulz
@@ -76,8 +77,8 @@ def machines() -> dict[str, Machine]:
 
 def _table(path: Path, key: str) -> Any:
     try:
-        return load_yaml(path.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))[key]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise UsageError(
             f"{path}: not a table with {key!r}: {' '.join(str(error).split())}"
         ) from None
@@ -95,7 +96,7 @@ def price(settings: Settings) -> float | None:
     known = machines()
     if cost.machine not in known:
         raise UsageError(
-            f"cost.machine {cost.machine!r} is not in {MACHINES}{nearest(cost.machine, known)}: it has "
+            f"cost.machine {quoted(cost.machine)} is not in {MACHINES}{nearest(cost.machine, known)}: it has "
             f"{', '.join(known)}; add a line, or give cost.dollars_per_hour"
         )
     return known[cost.machine].on_demand
@@ -415,8 +416,8 @@ def _describe_lines(
         *(f"min at {stored} px", "on demand", f"min at {SMALLER} px"),
     ]
     table = tabulate(rows, columns[: len(rows[0])], disable_numparse=True, stralign="right")
-    dated = load_yaml(MACHINES.read_text(encoding="utf-8"))
-    seen = "verified" if dated.get("verified") is True else "not verified at the seller"
+    dated = yaml.safe_load(MACHINES.read_text(encoding="utf-8"))
+    seen = "verified" if dated.get("verified") else "not verified at the seller"
     notes = "".join(f"  [{number}] {source}\n" for number, source in enumerate(sources, 1))
     return (
         f"{table}\n\n{notes}"
