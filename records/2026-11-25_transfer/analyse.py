@@ -23,6 +23,7 @@ SAME_STEPS = (
     IMAGENET / 1024 * 64
 )  # images at batch 64 for as many steps an epoch as the recipes make
 DRAWS = 2_000  # of the noise, for the intervals, which are 90 %
+LEVEL = 0.005  # of top-1: no difference that a recipe would notice
 ASSUMED_NOISE = 0.006  # of top-1 from seed to seed, until at least three runs have been repeated
 Marks = dict[float, list[list[float]]]  # learning rate -> each seed's last top-1 on both halves
 
@@ -35,6 +36,7 @@ class Optimum:
     low: float
     high: float
     best: float  # the learning rate of the best point
+    level: tuple[float, float]  # the learning rates tried that are within `LEVEL` of the best
     value: float  # top-1 on the half that it was not chosen on, both ways
     open: str  # "right", "left" or "": where the best has no neighbour
 
@@ -61,13 +63,16 @@ def noise_of(cells: dict[Run, Marks]) -> tuple[float, int]:
 
 
 def peak(lrs: np.ndarray, values: np.ndarray) -> float:
-    """log2 of the parabola's peak through the best and its neighbours; the end where there is none."""
+    """log2 of the peak of a parabola through the best and all within a factor of four of it; the end
+    where the best has no neighbour on one side. No farther out than its points."""
     place = int(values.argmax())
     if place in (0, len(lrs) - 1):
         return float(np.log2(lrs[place]))
-    x, y = np.log2(lrs[place - 1 : place + 2]), values[place - 1 : place + 2]
+    near = np.abs(np.log2(lrs / lrs[place])) < 2.1
+    near[place - 1 : place + 2] = True
+    x, y = np.log2(lrs[near]), values[near]
     a, b, _ = np.polyfit(x, y, 2)
-    return float(-b / (2 * a)) if a < 0 else float(x[1])
+    return float(np.clip(-b / (2 * a), x[0], x[-1])) if a < 0 else float(np.log2(lrs[place]))
 
 
 def optimum(marks: Marks, noise: float) -> Optimum:
@@ -81,8 +86,11 @@ def optimum(marks: Marks, noise: float) -> Optimum:
     draws = np.random.default_rng(0).normal(values, spread, (DRAWS, len(lrs)))
     low, high = np.percentile([peak(lrs, draw) for draw in draws], (5, 95))
     crossed = (halves[halves[:, 0].argmax(), 1] + halves[halves[:, 1].argmax(), 0]) / 2
+    level = lrs[values > values.max() - LEVEL]
     at = None if side or len(lrs) < 3 else 2.0 ** peak(lrs, values)
-    return Optimum(at, 2.0**low, 2.0**high, float(lrs[place]), float(crossed), side)
+    return Optimum(
+        at, 2.0**low, 2.0**high, float(lrs[place]), (level[0], level[-1]), float(crossed), side
+    )
 
 
 def span(found: Optimum) -> str:
@@ -115,12 +123,21 @@ def transfer(cells: dict[Run, Marks], rows: dict[Run, Any], noise: float) -> str
         growth = np.mean([row["norm_growth"][0] for row in at_best])
         points = " ".join(f"{lr:g}: {np.mean(marks[lr]):.1%}" for lr in sorted(marks))
         table.append(
-            [title(run), run.steps, span(found), f"{found.value:.1%}", f"{growth:.2f}", points]
+            [
+                title(run),
+                run.steps,
+                span(found),
+                "{:g} to {:g}".format(*found.level),
+                f"{found.value:.1%}",
+                f"{growth:.2f}",
+                points,
+            ]
         )
     headers = [
         "cell",
         "steps",
         "best muon.lr (90 %)",
+        "tried, within half a point",
         "top-1",
         "norm grew to",
         "top-1 by learning rate",

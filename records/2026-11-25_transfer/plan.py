@@ -14,10 +14,14 @@ BASE = Run()
 
 @dataclass(frozen=True)
 class Cell:
-    """One bracket. It starts at a half, once and twice `BASE.lr`'s place in `run.lr`."""
+    """One bracket. It starts at `run.lr`, and that times and over `factor`."""
 
     part: str
     run: Run
+    factor: float = (
+        4.0  # from one learning rate to the next: with less, Muon's differ by less than seeds do
+    )
+    margin: float = 0.0  # both ends must be so much below the best in top-1
     points: int = 3  # at least so many learning rates
     most: int = 8  # and at most so many
     seeds: int = 1
@@ -45,24 +49,32 @@ def scored(cell: Cell, top_1: Mapping[Run, float]) -> dict[float, float]:
     }  # fmt: skip
 
 
-def bracketed(points: Mapping[float, float]) -> bool:
-    """Whether the best has neighbours on both sides."""
+def lacking(points: Mapping[float, float], margin: float) -> str:
+    """The side on which the best has no neighbour, or none that is `margin` below it: "right", "left", or ""."""
     lrs = sorted(points)
-    return len(lrs) > 2 and max(lrs, key=lambda lr: points[lr]) not in (lrs[0], lrs[-1])
+    best = max(lrs, key=lambda lr: points[lr])
+    for side, lr in (("right", lrs[-1]), ("left", lrs[0])):
+        if lr == best or points[best] - points[lr] < margin:
+            return side
+    return ""
 
 
 def next_runs(cell: Cell, top_1: Mapping[Run, float]) -> list[Run]:
     """What the cell wants now; empty once it is done."""
-    start = [key(cell.run.lr * factor) for factor in (1, 2, 0.5)]
+    start = [key(cell.run.lr * share) for share in (1, cell.factor, 1 / cell.factor)]
     points = scored(cell, top_1)
     if missing := [lr for lr in start if lr not in points]:
         return [replace(cell.run, lr=lr) for lr in missing]
     lrs = sorted(points)
     best = max(lrs, key=lambda lr: points[lr])
     place = lrs.index(best)
-    if not bracketed(points) and len(lrs) < cell.most:
-        return [replace(cell.run, lr=key(best * 2 if place else best / 2))]
-    if len(lrs) < cell.points:
+    side = lacking(points, cell.margin)
+    if side and len(lrs) < cell.most:
+        far = lrs[-1] * cell.factor if side == "right" else lrs[0] / cell.factor
+        return [replace(cell.run, lr=key(far))]
+    if side and cell.points == 3:
+        return []
+    if len(lrs) < cell.points and 0 < place < len(lrs) - 1:
         beside = max((lrs[place - 1], lrs[place + 1]), key=lambda lr: points[lr])
         return [replace(cell.run, lr=key(math.sqrt(best * beside)))]
     nearest = sorted(lrs, key=lambda lr: abs(math.log(lr / best)))[: cell.again]
@@ -82,26 +94,37 @@ def ruled(rule: str, **settings: object) -> Run:
     return replace(BASE, scale=rule, lr=START[rule], **settings)  # type: ignore[arg-type]
 
 
+def bracket(part: str, run: Run, seeds: int = 1) -> Cell:
+    """Of part A, where the place of the optimum is the question: both ends a point below the best."""
+    return Cell(part, run, margin=0.01, most=7, seeds=seeds, again=3)
+
+
+def held(lr: float = 0.12, **settings: object) -> Run:
+    """Kernels at a fixed norm."""
+    return replace(BASE, hold=True, lr=lr, **settings)  # type: ignore[arg-type]
+
+
 def transfer_core() -> Iterator[Cell]:
     """A, the cheap corner: what moves the optimum, at a quarter of the width."""
-    yield Cell("A base", ruled("none"))
-    yield Cell("A steps", ruled("none", epochs=1))
-    yield from data_corner(0.25, (6_250,), (3,), seeds=1)
-    yield Cell("A rule", ruled("rms", epochs=1))
-    yield Cell("A rule", ruled("spectral", epochs=1))
-    yield from data_corner(0.25, (6_250,), (16, 5, 8), seeds=1)
-    yield Cell("A rule", ruled("rms"))
-    yield Cell("A rule", ruled("spectral"))
-    yield Cell("A momentum", ruled("none", momentum=0.85))
-    yield Cell("A batch", ruled("none", batch=1024))
-    yield Cell("A batch", ruled("none", batch=64, epochs=1))
-    yield Cell("A base", ruled("none"), seeds=3, again=3)
-    yield Cell("A steps", ruled("none", epochs=1), seeds=2, again=3)
-    yield Cell("A batch", ruled("none", batch=64))
-    yield Cell("A steps", ruled("none", epochs=16))
-    yield Cell("A hold", replace(BASE, hold=True, momentum=0.6, lr=0.12))
-    yield Cell("A hold", replace(BASE, hold=True, lr=0.12))
-    yield Cell("A momentum", ruled("none", momentum=0.6))
+    yield bracket("A steps", ruled("none", epochs=1))
+    yield bracket("A hold", held(epochs=1))
+    yield from data_corner(0.25, (6_250,), (3, 16), seeds=1)
+    yield bracket("A base", ruled("none"))
+    yield bracket("A hold", held())
+    yield bracket("A rule", ruled("rms", epochs=1))
+    yield from data_corner(0.25, (6_250,), (5, 8), seeds=1)
+    yield bracket("A decay", ruled("none", decay=1.0))
+    yield bracket("A momentum", ruled("none", momentum=0.85))
+    yield bracket("A batch", ruled("none", batch=1024))
+    yield bracket("A batch", ruled("none", batch=64, epochs=1))
+    yield bracket("A base", ruled("none"), seeds=3)
+    yield bracket("A rule", ruled("rms"))
+    yield bracket("A steps", ruled("none", epochs=16))
+    yield bracket("A hold", held(epochs=16))
+    yield bracket("A batch", ruled("none", batch=64))
+    yield bracket("A rule", ruled("spectral"))
+    yield bracket("A momentum", ruled("none", momentum=0.6))
+    yield bracket("A hold", held(momentum=0.6))
 
 
 def data_corner(
@@ -112,7 +135,7 @@ def data_corner(
         for epochs in lengths:
             same = replace(BASE, images=images, epochs=epochs, batch=64, width=width)
             yield Cell("B data", replace(same, lr=0.04), seeds=seeds)
-            yield Cell("B data", replace(same, optimizer="sgd", lr=1.0), seeds=seeds)
+            yield Cell("B data", replace(same, optimizer="sgd", lr=1.0), 2.0, seeds=seeds)
 
 
 def data(width: float) -> Iterator[Cell]:
@@ -125,31 +148,31 @@ def data(width: float) -> Iterator[Cell]:
 def transfer_rest() -> Iterator[Cell]:
     """A, the dear part: width, the bottleneck network, and rules, steps and decay crossed."""
     for rule in ("none", "rms", "spectral"):
-        yield Cell("A width", ruled(rule, width=0.5))
+        yield bracket("A width", ruled(rule, width=0.5))
     for rule in ("none", "spectral", "rms", "keller"):
-        yield Cell("A bottleneck", ruled(rule, net="rn50"))
+        yield bracket("A bottleneck", ruled(rule, net="rn50"))
     for rule in ("spectral", "rms"):
-        yield Cell("A steps", ruled(rule, epochs=16))
+        yield bracket("A steps", ruled(rule, epochs=16))
     for epochs in (4, 16):
         for decay in (0.1, 1.0):
-            yield Cell("A decay", ruled("none", epochs=epochs, decay=decay))
-    yield Cell("A decay", ruled("none", epochs=16, decay=0.01))
-    yield Cell("A hold", replace(BASE, hold=True, epochs=16, momentum=0.6, lr=0.12))
-    yield Cell("A hold", replace(BASE, hold=True, epochs=1, momentum=0.6, lr=0.12))
-    yield Cell("A stem", ruled("none", stem="sgd"))
+            yield bracket("A decay", ruled("none", epochs=epochs, decay=decay))
+    yield bracket("A decay", ruled("none", epochs=16, decay=0.01))
+    for epochs in (1, 16):
+        yield bracket("A hold", held(epochs=epochs, momentum=0.6))
+    yield bracket("A stem", ruled("none", stem="sgd"))
     for sgd_lr in (0.25, 2.0):
-        yield Cell("A head", ruled("none", sgd_lr=sgd_lr))
-    yield Cell("A rule", ruled("keller"))
-    yield Cell("A batch", ruled("none", batch=1024, epochs=16))
+        yield bracket("A head", ruled("none", sgd_lr=sgd_lr))
+    yield bracket("A rule", ruled("keller"))
+    yield bracket("A batch", ruled("none", batch=1024, epochs=16))
     for momentum in (0.6, 0.85):
-        yield Cell("A momentum", ruled("none", epochs=16, momentum=momentum))
+        yield bracket("A momentum", ruled("none", epochs=16, momentum=momentum))
     for momentum in (0.6, 0.85):
-        yield Cell("A momentum", ruled("none", batch=64, momentum=momentum))
+        yield bracket("A momentum", ruled("none", batch=64, momentum=momentum))
     for rule in ("none", "rms", "spectral"):
-        yield Cell("A width", ruled(rule, width=1.0))
+        yield bracket("A width", ruled(rule, width=1.0))
     for rule in ("none", "spectral", "rms", "keller"):
-        yield Cell("A bottleneck", ruled(rule, net="rn50", width=0.5))
-    yield Cell("A steps", ruled("none", epochs=16, batch=64))
+        yield bracket("A bottleneck", ruled(rule, net="rn50", width=0.5))
+    yield bracket("A steps", ruled("none", epochs=16, batch=64))
 
 
 def rivals() -> Iterator[Cell]:
@@ -159,14 +182,14 @@ def rivals() -> Iterator[Cell]:
             same = replace(BASE, data=data, images=images, px=px, epochs=epochs, batch=64)
             for sgd_decay in (5e-5, 5e-4):
                 sgd = replace(same, optimizer="sgd", lr=1.0, sgd_decay=sgd_decay)
-                yield Cell("C rivals", sgd, points=4, most=4, seeds=3)
+                yield Cell("C rivals", sgd, 2.0, points=4, most=4, seeds=3)
             for momentum in (0.85, 0.95):
                 for name, lr in (("muon", 0.04), ("torch_muon", 0.008)):
                     muon = replace(same, optimizer=name, momentum=momentum, lr=lr)
                     yield Cell("C rivals", muon, points=4, most=4, seeds=3)
             for momentum in (0.6, 0.85):
-                held = replace(same, hold=True, momentum=momentum, lr=0.12)
-                yield Cell("C rivals", held, points=4, most=4, seeds=3)
+                fixed = replace(same, hold=True, momentum=momentum, lr=0.12)
+                yield Cell("C rivals", fixed, points=4, most=4, seeds=3)
             for decay in (0.05, 0.5):
                 for name, lr in ADAPTIVE.items():
                     rival = replace(same, optimizer=name, lr=lr, decay=decay)
