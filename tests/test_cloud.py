@@ -67,6 +67,72 @@ def test_skypilot_parses_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             sky_task.Task.from_yaml_config({**task(path), "ran": "a misspelt key"})
 
 
+def test_versions_are_pinned_and_the_doctor_comes_before_the_money() -> None:
+    """SkyPilot's images before `cuda13` have a driver on which the locked torch finds no GPU."""
+    (version,) = re.findall(r"skypilot\[aws\]==([\d.]+)", Path("cloud/README.md").read_text())
+    for path in TASKS:
+        assert f"SkyPilot {version}" in path.read_text(), path
+        image = task(path)["resources"]["image_id"]
+        assert image.startswith("skypilot:custom-"), path
+        if path in TRAINING:
+            assert image.endswith("-cuda13"), path
+            assert task(path)["setup"].split("#")[0].strip().endswith("-m ffcv_imnet doctor"), path
+            assert task(path)["setup"].startswith("set -e\n"), path
+
+
+TORCHRUN = """#!/bin/bash
+echo "torchrun $*"
+if [ -n "$FINISHED" ]; then exit 0; fi
+trap 'sleep 0.1; echo saved; exit 1' TERM
+kill -USR1 $PPID
+for _ in {1..500}; do sleep 0.01; done
+"""
+
+
+@pytest.mark.parametrize("asked", ["USR1", "TERM", ""])
+def test_slurm_goes_on_after_its_time_limit(asked: str, tmp_path: Path) -> None:
+    """USR1 near the limit: SIGTERM to torchrun, its checkpoint waited for, queued again. TERM: not queued
+    again by the script. Without either: nothing of the kind."""
+    root = tmp_path / "repository"
+    (root / ".venv/bin").mkdir(parents=True)
+    programs = {
+        "torchrun": TORCHRUN.replace("USR1", asked or "USR1"),
+        "python": '#!/bin/bash\necho "python $*"\n',
+        "scontrol": '#!/bin/bash\necho "scontrol $*"\n',
+    }
+    for name, text in programs.items():
+        (root / ".venv/bin" / name).write_text(text)
+        (root / ".venv/bin" / name).chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "17"}
+    environment |= {"SLURM_GPUS_ON_NODE": "8", "FINISHED": "" if asked else "yes"}
+    command = ["bash", str(Path("cloud/slurm.sh").resolve()), "--training.max_hours=8"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    first, second, *rest = done.stdout.splitlines()
+    assert first == "python -m ffcv_imnet doctor"
+    words = shlex.split(second)
+    assert "--nproc_per_node=8" in words
+    settings = parse(words[words.index("train_imagenet.py") + 1 :])
+    assert settings.resume == "auto" and settings.settings.training.max_hours == 8
+    assert settings.settings.logging.folder == "runs/rn50_16ep-17"
+    assert ("saved" in rest) == bool(asked) and done.returncode == int(bool(asked))
+    assert ("scontrol requeue 17" in rest) == (asked == "USR1"), done.stdout
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_images_keep_the_entrypoint_of_their_base(name: str) -> None:
+    """NVIDIA's entrypoint checks the driver; the command names its program, as docs/gpu.md does."""
+    text = Path(name).read_text()
+    instructions = re.findall(r"^([A-Z]+) ", text, re.MULTILINE)
+    assert "ENTRYPOINT" not in instructions and instructions.count("CMD") == 1
+    assert 'PATH="/app/.venv/bin:$PATH"' in text and 'CMD ["python", ' in text
+    for page in (name, "docs/gpu.md"):
+        lines = re.sub(r"\\\n#?\s*", " ", Path(page).read_text())
+        found = re.findall(r"docker run .*? ffcv-imnet(?::cpu)?\s+(\S+)", lines)
+        assert found, page
+        for command in found:
+            assert command in ("python", "torchrun"), f"{page}: {command}"
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
 def test_images_install_what_set_up_looks_for(name: str) -> None:
     """The packages of setup.sh, from a pinned base image, and nothing of the user's data inside."""

@@ -52,7 +52,17 @@ MODES = {
     "text": ("",),
 }
 SHELL = {"source", "cat", "find", "jq", "mkdir", "cp", "export", "bash", "pre-commit", "conda"}
-ELSEWHERE = SHELL | {"aws", "sky", "pip3", "python3", "python", "/usr/src/tensorrt/bin/trtexec"}
+ELSEWHERE = SHELL | {
+    "aws",
+    "docker",
+    "make",
+    "sbatch",
+    "sky",
+    "pip3",
+    "python3",
+    "python",
+    "/usr/src/tensorrt/bin/trtexec",
+}
 
 
 @dataclass(frozen=True)
