@@ -22,9 +22,10 @@ from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import Parser, run_main
 from ffcv_imnet.data.beton import read_tables
 from ffcv_imnet.data.loader import TrainLoader
-from ffcv_imnet.machine.distributed import StopSignal, World, connect, describe_world, disconnect
+from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect
 from ffcv_imnet.train.checkpoint import Learner, Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
+from ffcv_imnet.train.watch import Watch
 
 CLASSES = 1000
 PROFILED = 6  # steps under the profiler, whose trace grows by megabytes a step
@@ -94,7 +95,6 @@ def settings_of(options: argparse.Namespace, path: str) -> Settings:
         training__batch_size=options.batch_size,
         training__optimizer="muon",
         training__compile=options.compile,
-        training__checkpoint_minutes=0,
         lr__lr=1e-3,
         lr__lr_peak_epoch=0,
     )
@@ -105,8 +105,7 @@ def steps(
 ) -> Trained:
     """Some steps of an epoch, as training makes them; its seconds include the device's work."""
     started = time.perf_counter()
-    deaf = StopSignal(listen=False)
-    trained = train_epoch(learner, loader, plan, settings, world, deaf, Trained())
+    trained = train_epoch(learner, loader, plan, settings.lr, Trained(), Watch(world, listen=False))
     return replace(trained, seconds=time.perf_counter() - started)
 
 

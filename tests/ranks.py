@@ -34,7 +34,7 @@ SIZES = (1, 2, 3, 4)
 
 def found_by(world: World, settings: Settings, path: Path) -> dict[str, Any]:
     """Validation's counts, and the gradients of one global batch with BatchNorm frozen."""
-    train_set, val_set = check_data(settings)
+    train_set, val_set = check_data(settings.data)
     learner = build_learner(settings, len(train_set.classes), world)
     checkpoint.restore(learner, checkpoint.load(path), path)
     val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world)

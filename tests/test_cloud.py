@@ -46,7 +46,7 @@ def test_the_command_is_one_that_training_takes(path: Path) -> None:
     words = shlex.split(command)
     settings = parse(words[words.index("train_imagenet.py") + 1 :])
     assert settings.resume == "auto" and settings.settings.training.max_cost > 0
-    assert cost.price(settings.settings) == cost.machines()[envs["MACHINE"]].on_demand
+    assert cost.price(settings.settings.cost) == cost.machines()[envs["MACHINE"]].on_demand
     assert settings.settings.logging.folder.startswith("/runs/")
     assert settings.settings.data.train_dataset == "/imagenet/train.beton"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import train_imagenet
 from ffcv_imnet.bench import cost
+from ffcv_imnet.bench.dry_run import dry_run
 from ffcv_imnet.config.parsing import load, parse
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.config.schema import Settings
@@ -198,7 +198,7 @@ def test_a_wrong_row_is_one_line(row: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_dry_run_prints_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_imagenet.dry_run(load(RN18), False, 0.0) == 0
+    assert dry_run(load(RN18), False, 0.0) == 0
     said = capsys.readouterr().out
     assert "p4d.24xlarge" in said and "published [" in said and "ffcv-imagenet" in said
     assert "on demand" in said and "not verified" in said
@@ -209,11 +209,11 @@ def test_dry_run_prints_the_estimate(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_price() -> None:
-    assert cost.price(load()) is None
-    assert cost.price(load(cost__machine="g4dn.2xlarge")) == 0.752
-    assert cost.price(load(cost__machine="g4dn.2xlarge", cost__dollars_per_hour=0.3)) == 0.3
+    assert cost.price(load().cost) is None
+    assert cost.price(load(cost__machine="g4dn.2xlarge").cost) == 0.752
+    assert cost.price(load(cost__machine="g4dn.2xlarge", cost__dollars_per_hour=0.3).cost) == 0.3
     with pytest.raises(UsageError, match=r"'g4dn.xlarge' is not in .*did you mean g4dn.2xlarge"):
-        cost.price(load(cost__machine="g4dn.xlarge"))
+        cost.price(load(cost__machine="g4dn.xlarge").cost)
     with pytest.raises(UsageError, match=r"training\.max_cost needs a price"):
         load(training__max_cost=1)
     with pytest.raises(UsageError, match="--measure goes with --dry_run"):
@@ -221,11 +221,11 @@ def test_price() -> None:
 
 
 def test_limits_by_hand() -> None:
-    assert cost.limit(load(), 4.0) is None
-    hour = cost.limit(load(training__max_hours=1), None)
+    assert cost.limit(load().training, 4.0) is None
+    hour = cost.limit(load(training__max_hours=1).training, None)
     assert hour == cost.Limit(3600, "training.max_hours 1")
     both = load(training__max_hours=1, training__max_cost=2, cost__dollars_per_hour=4)
-    half_an_hour = cost.limit(both, 4.0)
+    half_an_hour = cost.limit(both.training, 4.0)
     assert half_an_hour == cost.Limit(1800, "training.max_cost 2")
     epoch = replace(EPOCH, val_seconds=20.0)
     assert cost.training_seconds(half_an_hour, [epoch]) == 1800 - 20 - cost.RESERVE

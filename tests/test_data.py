@@ -105,13 +105,13 @@ def test_one_loader_goes_through_resolutions_and_crop_scales(
     settings = small.settings(tmp_path, augmentation__flip="none")
     loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
     for side, scale, batch in ((32, (0.9, 1.0), 16), (48, (0.1, 0.2), 8), (32, (0.9, 1.0), 16)):
-        plan = EpochPlan(0, side, batch, 100 // batch, scale, 0.1, 0.1, 0.1)
+        plan = EpochPlan(0, side, batch, 100 // batch, scale, 0.1, 0.1, 0.1, 1)
         images = next(iter(loader.epoch(plan)))[0]
         assert images.shape == (batch, 3, side, side)
         if side == 32 and scale[0] == 0.9:
             kept = images.clone()
     fresh = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
-    again = next(iter(fresh.epoch(EpochPlan(0, 32, 16, 6, (0.9, 1.0), 0.1, 0.1, 0.1))))[0]
+    again = next(iter(fresh.epoch(EpochPlan(0, 32, 16, 6, (0.9, 1.0), 0.1, 0.1, 0.1, 1))))[0]
     assert torch.equal(kept, again)
 
 
@@ -226,15 +226,15 @@ def test_one_changed_pixel_is_refused_if_asked(raw: SmallData, tmp_path: Path) -
     path.write_bytes(content)
     manifest_path(path).write_text(manifest_path(raw.train).read_text())
     changed = dataclasses.replace(raw, train=path)
-    data.check_data(changed.settings(tmp_path))
-    data.check_data(raw.settings(tmp_path, data__verify=True))
+    data.check_data(changed.settings(tmp_path).data)
+    data.check_data(raw.settings(tmp_path, data__verify=True).data)
     with pytest.raises(RunError, match=r"train.beton: its pictures or labels are not those of"):
-        data.check_data(changed.settings(tmp_path, data__verify=True))
+        data.check_data(changed.settings(tmp_path, data__verify=True).data)
 
 
 def test_a_damaged_jpeg_is_named(small: SmallData, tmp_path: Path) -> None:
     damaged = damage(small, tmp_path, sample=int(data.epoch_order(100, 0, 1)[3]))
-    data.check_data(damaged.settings(tmp_path))  # its tables are whole
+    data.check_data(damaged.settings(tmp_path).data)  # its tables are whole
     with pytest.raises(
         RunError, match=rf"sample {data.epoch_order(100, 0, 1)[3]}, class \w+, is damaged"
     ):
@@ -363,12 +363,12 @@ def test_classes_must_agree(small: SmallData, tmp_path: Path) -> None:
     assert write_ffcv.main(["--split", "val", "--num_workers", "1", *options]) == 0
     settings = small.settings(tmp_path, data__val_dataset=tmp_path / "val.beton")
     with pytest.raises(UsageError, match=r"has 1 classes that .* has not, for instance zebra"):
-        data.check_data(settings)
+        data.check_data(settings.data)
 
 
 def test_missing_data(small: SmallData, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere.*train\.beton"):
-        data.check_data(small.settings(tmp_path, data__train_dataset="nowhere/train.beton"))
+        data.check_data(small.settings(tmp_path, data__train_dataset="nowhere/train.beton").data)
 
 
 def test_batch_that_the_world_does_not_divide(small: SmallData, tmp_path: Path) -> None:
@@ -378,12 +378,12 @@ def test_batch_that_the_world_does_not_divide(small: SmallData, tmp_path: Path) 
 
 def test_more_workers_than_cores(small: SmallData, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data\.num_workers 4096 is more than the \d+ cores"):
-        data.workers_of(small.settings(tmp_path, data__num_workers=4096), ALONE)
+        data.workers_of(4096, ALONE)
     shared = dataclasses.replace(ALONE, local_size=1000)
     default = dataclasses.replace(small.settings(tmp_path).data, num_workers=None)
     settings = dataclasses.replace(small.settings(tmp_path), data=default)
-    assert data.workers_of(settings, shared) == 1
-    assert data.workers_of(settings, ALONE) == usable_cores()
+    assert data.workers_of(settings.data.num_workers, shared) == 1
+    assert data.workers_of(settings.data.num_workers, ALONE) == usable_cores()
 
 
 def test_the_start_is_timed_once(small: SmallData, tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ def test_processes_that_disagree_do_not_start(
 ) -> None:
     """As where each machine has a folder of its own, and only one of them holds the run."""
     world = World(1, 2, 1, 2, torch.device("cpu"))
-    folder = RunFolder(tmp_path, small.settings(tmp_path), ("a",), {"train": "x", "val": "y"})
+    folder = RunFolder(
+        tmp_path, small.settings(tmp_path), ("a",), {"train": "x", "val": "y"}, world, 0
+    )
     said: list[str] = []
 
     def agree(_: World, what: str) -> bool:
@@ -109,12 +111,12 @@ def test_processes_that_disagree_do_not_start(
         return len(set(said)) == 1
 
     monkeypatch.setattr(World, "agree", agree)
-    folder.check_agreement(world)
+    folder.check_agreement()
     folder.settings = small.settings(tmp_path / "elsewhere", data__num_workers=1)
-    folder.check_agreement(world)  # none of the result
+    folder.check_agreement()  # none of the result
     folder.settings = small.settings(tmp_path, lr__lr=0.7)
     with pytest.raises(UsageError, match="a folder that all share"):
-        folder.check_agreement(world)
+        folder.check_agreement()
 
 
 def test_a_killed_process_comes_back_by_itself(small: SmallData, tmp_path: Path) -> None:

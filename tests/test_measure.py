@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_imagenet
 from ffcv_imnet.bench import measure
+from ffcv_imnet.bench.dry_run import dry_run
 from ffcv_imnet.bench.measure import Measured, Rates, bottleneck
 from ffcv_imnet.config.schedules import EpochPlan
 from ffcv_imnet.data.loader import Batches
@@ -15,7 +15,7 @@ from tests.conftest import SmallData
 
 
 def plan(epoch: int, resolution: int) -> EpochPlan:
-    return EpochPlan(epoch, resolution, 10, 20, (0.1, 1.0), 0.1, 0.1, 0.1)
+    return EpochPlan(epoch, resolution, 10, 20, (0.1, 1.0), 0.1, 0.1, 0.1, 1)
 
 
 def test_prediction_by_hand() -> None:
@@ -84,4 +84,4 @@ def test_dry_run_measures_no_data(tmp_path: Path) -> None:
 
     settings = load(data__train_dataset=tmp_path / "none.beton")
     with pytest.raises(UsageError, match="does not exist"):
-        train_imagenet.dry_run(settings, True, 0.0)
+        dry_run(settings, True, 0.0)

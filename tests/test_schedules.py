@@ -47,7 +47,10 @@ def rates(epochs: int, steps: int, **settings: object) -> list[float]:
     """The learning rate at every step of a run."""
     resolved = load(training__epochs=epochs, **settings)
     middles = [(step + 0.5) / steps for step in range(epochs * steps)]
-    return [schedules.learning_rate(resolved, middle, 4) for middle in middles]
+    return [
+        schedules.learning_rate(resolved.lr, resolved.training.epochs, middle, 4)
+        for middle in middles
+    ]
 
 
 def test_learning_rate_by_hand() -> None:
@@ -68,9 +71,9 @@ def test_cosine_is_above_the_line_and_then_below() -> None:
 
 def test_rate_follows_the_batch() -> None:
     alone = load(lr__lr=0.5, lr__lr_peak_epoch=0)
-    assert schedules.learning_rate(alone, 0, 256) == 0.5
+    assert schedules.learning_rate(alone.lr, 16, 0, 256) == 0.5
     scaled = load(lr__lr=0.5, lr__lr_peak_epoch=0, lr__base_batch_size=1024)
-    assert schedules.learning_rate(scaled, 0, 256) == 0.125
+    assert schedules.learning_rate(scaled.lr, 16, 0, 256) == 0.125
 
 
 def test_plan_is_the_schedule() -> None:

@@ -202,7 +202,7 @@ def test_a_class_that_is_only_trained_keeps_the_numbers_of_the_others(
         data__val_dataset=tmp_path / "val.beton",
     )
     capsys.readouterr()
-    train, val = loader.check_data(settings)
+    train, val = loader.check_data(settings.data)
     assert capsys.readouterr().err.count("1 of the 3 classes have no image in") == 1
     places = loader.class_places(train.classes, val.classes)
     assert places == [0, 2] and loader.class_places(val.classes, train.classes) is None

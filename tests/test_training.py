@@ -130,8 +130,8 @@ def test_resumed_equals_never_stopped(
     """Stopped by SIGTERM within the second epoch, cut off in its log, resumed: bit for bit."""
     save = RunFolder.save
 
-    def save_then_signal(self: RunFolder, learner: checkpoint.Learner) -> None:
-        save(self, learner)
+    def save_then_signal(self: RunFolder, *arguments: Any) -> None:
+        save(self, *arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
     settings = small.settings(tmp_path / "run", **FULL)
@@ -154,13 +154,13 @@ def test_checkpoints_at_every_step_change_nothing(
     whole: Path, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    save_within = RunFolder.save_within
+    save = RunFolder._save
 
-    def counted(self: RunFolder, learner: checkpoint.Learner, trained: Trained, s: float) -> None:
-        steps.append(trained.steps)
-        save_within(self, learner, trained, s)
+    def counted(self: RunFolder, learner: checkpoint.Learner, seconds: float) -> None:
+        steps.append(self.trained.steps)
+        save(self, learner, seconds)
 
-    monkeypatch.setattr(RunFolder, "save_within", counted)
+    monkeypatch.setattr(RunFolder, "_save", counted)
     settings = small.settings(tmp_path / "run", **FULL, training__checkpoint_minutes=1e-9)
     assert run(settings) == 0
     assert steps == [1, 2, 3, 4, 5, 0] * 3  # of six; 0: after the epoch
@@ -171,24 +171,21 @@ def test_checkpoints_at_every_step_change_nothing(
 def test_stopped_in_validation_trains_nothing_twice(
     whole: Path, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ffcv_imnet.train import epoch as training
-    from ffcv_imnet.train import validate as evaluation
-
     def stopped(*_: object) -> None:
         raise Interrupted(signal.SIGINT)
 
     settings = small.settings(tmp_path / "run", **FULL)
-    monkeypatch.setattr(evaluation, "validate", stopped)
+    monkeypatch.setattr(train_imagenet, "validate", stopped)
     assert run(settings) == 128 + signal.SIGINT
     monkeypatch.undo()
     trained: list[int] = []
-    train_epoch = training.train_epoch
+    train_epoch = train_imagenet.train_epoch
 
     def noted(*arguments: Any) -> Trained:
         trained.append(arguments[2].epoch)
         return train_epoch(*arguments)
 
-    monkeypatch.setattr(training, "train_epoch", noted)
+    monkeypatch.setattr(train_imagenet, "train_epoch", noted)
     assert run(settings, "auto") == 0
     assert trained == [1, 2]
     assert results(read_log(tmp_path / "run")) == results(read_log(whole))

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
-from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.config.schema import Cost, Settings, Training
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.log import Epoch
 from ffcv_imnet.core.names import quoted
@@ -84,13 +84,12 @@ def _table(path: Path, key: str) -> Any:
         ) from None
 
 
-def price(settings: Settings) -> float | None:
+def price(cost: Cost) -> float | None:
     """Dollars an hour by `cost.*`; None where neither a price nor a machine is named.
 
     Raises:
         UsageError: no such machine.
     """
-    cost = settings.cost
     if cost.dollars_per_hour is not None or cost.machine is None:
         return cost.dollars_per_hour
     known = machines()
@@ -436,9 +435,8 @@ class Limit:
     name: str  # of the setting, with its value
 
 
-def limit(settings: Settings, dollars_per_hour: float | None) -> Limit | None:
+def limit(training: Training, dollars_per_hour: float | None) -> Limit | None:
     """The nearer of `training.max_hours` and `training.max_cost`; None where neither is set."""
-    training = settings.training
     limits = []
     if training.max_hours:
         name = f"training.max_hours {training.max_hours:g}"

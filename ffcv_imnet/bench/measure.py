@@ -14,11 +14,12 @@ from tabulate import tabulate
 from ffcv_imnet.config.schedules import EpochPlan, plan_run
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.data.loader import Batches, TrainLoader, ValLoader, check_data
-from ffcv_imnet.machine.distributed import StopSignal, World, connect, describe_world, disconnect
+from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.checkpoint import Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
 from ffcv_imnet.train.validate import evaluate
+from ffcv_imnet.train.watch import Watch
 
 # Of the seconds given, what the loader alone, the step alone and both together get: the prediction
 # rests on the last.
@@ -112,8 +113,8 @@ def measure(
         timed = _Timed(source)
         short = replace(plan, steps=count)
         batches = cast(TrainLoader, timed)
-        deaf = StopSignal(listen=False)  # Ctrl-C ends a measurement as it ends any command
-        train_epoch(learner, batches, short, still, world, deaf, Trained())
+        watch = Watch(world, listen=False)  # Ctrl-C ends a measurement as it ends any command
+        train_epoch(learner, batches, short, still.lr, Trained(), watch)
         return timed
 
     def agree(share: float) -> int:
@@ -208,7 +209,7 @@ def measure_run(settings: Settings, started: float, seconds: float = 30.0) -> Me
         UsageError, RunError: as training would raise them.
     """
     world = describe_world(settings.training.device)
-    train_set, val_set = check_data(settings)
+    train_set, val_set = check_data(settings.data)
     plans = plan_run(settings, train_set.samples)
     connect(world)
     loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)

@@ -21,12 +21,13 @@ from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.data.loader import Batches, TrainLoader
 from ffcv_imnet.machine.device import synchronise
-from ffcv_imnet.machine.distributed import StopSignal, World
+from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.models import Normalize
 from ffcv_imnet.models.blurpool import MIN_INPUTS, blur_kernel
 from ffcv_imnet.train.checkpoint import DTYPES, Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
 from ffcv_imnet.train.optim import parameter_groups
+from ffcv_imnet.train.watch import Watch
 
 CLASSES = 1000
 ARCHS = ("resnet18", "resnet50")
@@ -88,10 +89,8 @@ def ours(arch: str, step: str, precision: str, batch_size: int, world: World) ->
         training__precision=precision,
         training__momentum=MOMENTUM,
         training__weight_decay=WEIGHT_DECAY,
-        training__checkpoint_minutes=0,
         lr__lr=LR,
         lr__lr_peak_epoch=0,
-        training__epochs=MOST_EPOCHS,  # of which one is made: a constant learning rate
         **STEPS[step],
     )
     learner = build_learner(settings, CLASSES, world)
@@ -100,7 +99,7 @@ def ours(arch: str, step: str, precision: str, batch_size: int, world: World) ->
     def run(images: Tensor, labels: Tensor, steps: int) -> None:
         loader = cast(TrainLoader, _Still(images, labels))
         plan = plan_of(settings, images, steps)
-        train_epoch(learner, loader, plan, settings, silent, StopSignal(listen=False), Trained())
+        train_epoch(learner, loader, plan, settings.lr, Trained(), Watch(silent, listen=False))
 
     return Stepper(learner.model, learner.optimizer, run)
 
@@ -148,6 +147,7 @@ def plan_of(settings: Settings, images: Tensor, steps: int) -> EpochPlan:
         label_smoothing=settings.training.label_smoothing,
         lr_start=LR,
         lr_end=LR,
+        epochs=MOST_EPOCHS,  # of which one is made: a constant learning rate
     )
 
 

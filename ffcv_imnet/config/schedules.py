@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ffcv_imnet.config.domains import Stage
-from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.config.schema import Lr, Settings
 from ffcv_imnet.core.errors import UsageError
 
 IMAGENET_TRAIN_IMAGES = 1_281_167  # ILSVRC 2012
@@ -22,6 +22,7 @@ class EpochPlan:
     label_smoothing: float
     lr_start: float  # at the first and at the last step
     lr_end: float
+    epochs: int  # of the whole run
 
     @property
     def images(self) -> int:
@@ -29,17 +30,16 @@ class EpochPlan:
         return self.steps * self.batch_size
 
 
-def learning_rate(settings: Settings, epoch: float, batch_size: int) -> float:
-    """At the point `epoch` of the run: 2.5 is the middle of the third.
+def learning_rate(lr: Lr, epochs: int, epoch: float, batch_size: int) -> float:
+    """At the point `epoch` of a run of `epochs`: 2.5 is the middle of the third.
 
     Scaled linearly with `batch_size` where `lr.base_batch_size` says so. The loop asks for the
     middle of a step, so that neither the first nor the last has rate zero.
     """
-    lr = settings.lr
     peak = lr.lr * (batch_size / lr.base_batch_size if lr.base_batch_size else 1.0)
     if epoch < lr.lr_peak_epoch:
         return peak * epoch / lr.lr_peak_epoch
-    done = (epoch - lr.lr_peak_epoch) / (settings.training.epochs - lr.lr_peak_epoch)
+    done = (epoch - lr.lr_peak_epoch) / (epochs - lr.lr_peak_epoch)
     return peak * (1.0 - done if lr.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
 
 
@@ -103,8 +103,9 @@ def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
                 steps=steps,
                 crop_scale=settings.augmentation.crop_scale if scale is None else scale,
                 label_smoothing=training.label_smoothing if smoothing is None else smoothing,
-                lr_start=learning_rate(settings, epoch + 0.5 / steps, batch),
-                lr_end=learning_rate(settings, epoch + 1 - 0.5 / steps, batch),
+                lr_start=learning_rate(settings.lr, training.epochs, epoch + 0.5 / steps, batch),
+                epochs=training.epochs,
+                lr_end=learning_rate(settings.lr, training.epochs, epoch + 1 - 0.5 / steps, batch),
             )
         )
     return tuple(plans)

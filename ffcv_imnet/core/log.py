@@ -230,3 +230,43 @@ def read_log(path: Path) -> Log:
         else:
             log = replace(log, summary=record)
     return log
+
+
+# ---- lines for people ---------------------------------------------------------------------------
+
+
+def describe_epoch(epoch: Epoch, epochs: int) -> str:
+    """One line."""
+    start = epoch.loader_start_seconds
+    first = f"  first batch after {start:.1f} s" if start is not None else ""
+    ema = f"  ema_top_1 {epoch.ema_top_1:.4f}" if epoch.ema_top_1 is not None else ""
+    left_out = "".join(
+        f"  {name} {count:,}"
+        for name, count in (("skipped", epoch.skipped), ("val_skipped", epoch.val_skipped))
+        if count
+    )
+    return (
+        f"epoch {epoch.epoch} (of 0-{epochs - 1})  {epoch.resolution} px  "
+        f"train_loss {epoch.train_loss:.3f}  val_loss {epoch.val_loss:.3f}  "
+        f"top_1 {epoch.top_1:.4f}  top_5 {epoch.top_5:.4f}{ema}  "
+        f"{epoch.images_per_second:,.0f} img/s  {epoch.elapsed_seconds:,.0f} s{first}{left_out}"
+    )
+
+
+def describe_summary(summary: Summary, path: Path, target: float) -> str:
+    """The result in a line or two. `path` is the log's; `target` a fraction of one, 0 for none."""
+    text = (
+        f"best top-1 {summary.best_top_1:.4f} after epoch {summary.best_epoch}; "
+        f"{summary.epochs} epochs in {summary.elapsed_seconds:,.0f} s; log: {path}"
+    )
+    if summary.reached is not None:
+        hit = summary.reached
+        text += (
+            f"\ntarget {target:g} reached: {hit.by} {hit.top_1:.4f} after "
+            f"{hit.epoch + 1} epochs and {hit.elapsed_seconds:,.0f} s"
+        )
+    elif target:
+        text += f"\ntarget {target:g} was not reached"
+    if summary.cost_dollars is not None:
+        text += f"\ncost: ${summary.cost_dollars:,.2f}"
+    return text

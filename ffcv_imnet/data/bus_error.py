@@ -28,8 +28,13 @@ define void @handler(i32 %number) {{
 _kept: list[Any] = []  # code and message, for as long as the process may need them
 
 
-def explain_bus_error(sentence: str) -> None:
-    """From now on SIGBUS prints "error: `sentence`" and ends the process with status 1."""
+def explain_bus_error(*paths: str) -> None:
+    """From now on SIGBUS says in a sentence that one of the files `paths` lost its bytes, and ends
+    the process with status 1."""
+    sentence = (
+        f"{' or '.join(paths)} was truncated, or its disk failed, while it was read: once the file "
+        f"is whole again, --resume auto goes on"
+    )
     start = "\n" if sys.stderr.isatty() else ""  # a progress bar's line is not over
     message = f"{start}error: {sentence}\n".encode(errors="backslashreplace")
     buffer = ctypes.create_string_buffer(message)

@@ -46,7 +46,7 @@ Indices = NDArray[np.int64]
 PADDING = -1
 
 
-def check_data(settings: Settings, world: World | None = None) -> tuple[Manifest, Manifest]:
+def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manifest]:
     """The manifests of both files, found to be what they say and to speak of the same classes.
 
     Of the processes on one machine the first reads the files, the others their manifests alone: none
@@ -56,7 +56,7 @@ def check_data(settings: Settings, world: World | None = None) -> tuple[Manifest
         UsageError: a file is missing, or the classes of the two differ.
         RunError: a file is not what its manifest says.
     """
-    paths = (Path(settings.data.train_dataset), Path(settings.data.val_dataset))
+    paths = (Path(data.train_dataset), Path(data.val_dataset))
     check_manifests(*paths)
     first = world is None or world.local_rank == 0
     train, val = (check_beton(p) if first else Manifest.load(manifest_path(p)) for p in paths)
@@ -64,7 +64,7 @@ def check_data(settings: Settings, world: World | None = None) -> tuple[Manifest
     if places is None:
         odd = sorted(set(val.classes) - set(train.classes))
         raise UsageError(
-            f"{settings.data.val_dataset} has {len(odd):,} classes that {settings.data.train_dataset} has not, "
+            f"{data.val_dataset} has {len(odd):,} classes that {data.train_dataset} has not, "
             f"for instance {', '.join(odd[:3])}: write both from the same classes, or where another "
             f"program wrote them give both to `{adopt_command(*paths)} --force`"
         )
@@ -73,13 +73,13 @@ def check_data(settings: Settings, world: World | None = None) -> tuple[Manifest
     if absent and (world is None or world.is_main):
         print(
             f"{len(absent):,} of the {len(train.classes):,} classes have no image in "
-            f"{settings.data.val_dataset}, for instance {', '.join(absent[:3])}: they are trained, and absent "
+            f"{data.val_dataset}, for instance {', '.join(absent[:3])}: they are trained, and absent "
             f"from the evaluation",
             file=sys.stderr,
             flush=True,
         )
     for path, said in zip(paths, (train, val), strict=True):
-        if settings.data.verify and first and content_checksum(path) != said.content_checksum:
+        if data.verify and first and content_checksum(path) != said.content_checksum:
             raise RunError(
                 f"{path}: its pictures or labels are not those of {manifest_path(path)}: write it again "
                 f"with write_ffcv.py --force"
@@ -108,13 +108,12 @@ def local_batch_size(batch: int, world: World) -> int:
     return batch // world.size
 
 
-def workers_of(settings: Settings, world: World) -> int:
-    """Decoding threads of this process.
+def workers_of(workers: int | None, world: World) -> int:
+    """Decoding threads of this process: `workers`, or its share of the cores.
 
     Raises:
         UsageError: more than the cores this process may use, which numba refuses.
     """
-    workers = settings.data.num_workers
     if workers is None:
         return max(1, usable_cores() // world.local_size)
     if workers > (cores := affinity_cores()):
@@ -383,6 +382,7 @@ class TrainLoader:
 
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.seed, self.world = samples, settings.training.seed, world
+        self.start_told = False
         local_batches = [local_batch_size(batch, world) for batch in batch_sizes(settings)]
         whole = settings.data.decoder == "whole"
         self.decoder = CropDecoder(max(resolutions(settings)), samples, whole)
@@ -394,7 +394,7 @@ class TrainLoader:
             path,
             max(local_batches),
             self.decoder,
-            workers_of(settings, world),
+            workers_of(settings.data.num_workers, world),
             settings.data,
         )
 
@@ -409,6 +409,11 @@ class TrainLoader:
         order = share_of_order(order, self.loader.batch_size, self.world.rank, self.world.size)
         order = order[first_step * self.loader.batch_size :] if only is None else only
         return self.loader.batches(order, self.world.device)
+
+    def first_batch_seconds(self) -> float | None:
+        """From the construction to the first batch of all; None if that was told before."""
+        told, self.start_told = self.start_told, True
+        return None if told else self.loader.start_seconds
 
 
 class ValLoader:
@@ -443,7 +448,7 @@ class ValLoader:
             path,
             self.local_batch,
             decoder,
-            workers_of(settings, world),
+            workers_of(settings.data.num_workers, world),
             settings.data,
         )
 

@@ -406,7 +406,7 @@ def benchmark_train(options: argparse.Namespace) -> int:
     settings = load(*options.config)
     device = settings.training.device if options.device == "auto" else options.device
     world = describe_world(device)
-    train_set, _ = check_data(settings)
+    train_set, _ = check_data(settings.data)
     plans = plan_run(settings, train_set.samples)
     connect(world)
     loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)

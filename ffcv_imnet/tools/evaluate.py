@@ -179,7 +179,9 @@ def open_data(
         chosen["data__num_workers"] = options.num_workers
     loading = parsing.load(**chosen)
     if options.data.is_dir():
-        return FolderLoader(options.data, how, batch, world, workers_of(loading, world))
+        return FolderLoader(
+            options.data, how, batch, world, workers_of(loading.data.num_workers, world)
+        )
     samples = check_beton(options.data).samples
     return ValLoader(str(options.data), samples, loading, world)
 

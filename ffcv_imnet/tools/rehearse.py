@@ -193,9 +193,10 @@ def first_steps(folder: Path, started: float, device: str) -> int:
     from ffcv_imnet.config.parsing import load
     from ffcv_imnet.config.schedules import plan_run
     from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
-    from ffcv_imnet.machine.distributed import StopSignal, connect, describe_world, disconnect
+    from ffcv_imnet.machine.distributed import connect, describe_world, disconnect
     from ffcv_imnet.train.checkpoint import Trained
     from ffcv_imnet.train.epoch import build_learner, train_epoch
+    from ffcv_imnet.train.watch import Watch
 
     settings = load(
         data__train_dataset=str(folder / "train.beton"),
@@ -207,7 +208,7 @@ def first_steps(folder: Path, started: float, device: str) -> int:
     )
     imported = time.time() - started
     world = describe_world(device)
-    train_set, val_set = check_data(settings)
+    train_set, val_set = check_data(settings.data)
     connect(world)
     checked = time.time() - started
     loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
@@ -220,7 +221,7 @@ def first_steps(folder: Path, started: float, device: str) -> int:
     first = time.time() - started
     batches.close()
     plan = dataclasses.replace(plan, steps=4)
-    trained = train_epoch(learner, loader, plan, settings, world, StopSignal(), Trained())
+    trained = train_epoch(learner, loader, plan, settings.lr, Trained(), Watch(world))
     disconnect(world)
     said = {
         "imports s": imported,

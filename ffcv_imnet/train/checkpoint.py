@@ -31,6 +31,7 @@ class Learner:
     judge: nn.Module  # `model` and `ema` as validation calls them: compiled at most
     ema_judge: nn.Module | None
     precision: str  # fp32, bf16 or fp16
+    compiled: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from ffcv_imnet.config.schedules import EpochPlan
-from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError, reason_of
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.train.checkpoint import Learner
@@ -19,9 +18,13 @@ SPARE = 0.1  # of the memory: what the caching allocator loses between blocks of
 
 @contextmanager
 def explained(
-    learner: Learner, plan: EpochPlan, settings: Settings, world: World
+    learner: Learner, plan: EpochPlan, world: World, val_batch: int, timeout_seconds: float
 ) -> Iterator[None]:
     """Around an epoch's training and validation.
+
+    Args:
+        val_batch: validation.batch_size.
+        timeout_seconds: distributed.timeout_seconds.
 
     Raises:
         RunError: in place of torch's error for a full memory, and for a process that died or was
@@ -31,24 +34,23 @@ def explained(
         yield
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the batch and its activations
-        raise RunError(_out_of_memory(learner, plan, settings, world)) from None
+        raise RunError(_out_of_memory(learner, plan, world, val_batch)) from None
     except RuntimeError as error:
         # gloo has no exception of its own; its messages begin with its file's name.
         if world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise RunError(
             f"process {world.rank} lost the others in epoch {plan.epoch}: one of them died, or was "
-            f"silent for distributed.timeout_seconds {settings.distributed.timeout_seconds:g} "
+            f"silent for distributed.timeout_seconds {timeout_seconds:g} "
             f"({reason_of(error)}); --resume auto goes on from the last checkpoint"
         ) from error
 
 
-def _out_of_memory(learner: Learner, plan: EpochPlan, settings: Settings, world: World) -> str:
+def _out_of_memory(learner: Learner, plan: EpochPlan, world: World, val_batch: int) -> str:
     what = f"the memory of {world.device_name()} is full"
     if not learner.model.training:
-        batch = settings.validation.batch_size
         return (
-            f"{what} in the validation after epoch {plan.epoch}: lower validation.batch_size {batch}, "
+            f"{what} in the validation after epoch {plan.epoch}: lower validation.batch_size {val_batch}, "
             f"which changes no result, and --resume auto goes on"
         )
     local = plan.batch_size // world.size

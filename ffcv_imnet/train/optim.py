@@ -39,7 +39,9 @@ def build_optimizer(
         group |= {"momentum": training.momentum, "lr_factor": 1.0}
     if training.optimizer == "sgd":
         return FusedSGD(groups, training.nesterov)
-    peak = learning_rate(settings, settings.lr.lr_peak_epoch, training.batch_size)
+    peak = learning_rate(
+        settings.lr, training.epochs, settings.lr.lr_peak_epoch, training.batch_size
+    )
     kernels = {
         "params": [p for p in groups[0]["params"] if is_kernel(p)],
         "weight_decay": muon.weight_decay,

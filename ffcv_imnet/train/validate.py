@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,7 @@ from ffcv_imnet.data.loader import PADDING, Batches, ValLoader
 from ffcv_imnet.machine.distributed import Interrupted, StopSignal, World
 from ffcv_imnet.train.checkpoint import Learner
 from ffcv_imnet.train.heartbeat import SILENT, Heartbeat
+from ffcv_imnet.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -142,22 +144,29 @@ def evaluate(
     )
 
 
-def validate(
-    learner: Learner,
-    loader: ValLoader,
-    world: World,
-    tta: bool,
-    stop: StopSignal,
-    heart: Heartbeat = SILENT,
-) -> tuple[Metrics, Metrics | None]:
-    """Judge the weights and, where there is one already, their average.
+@dataclass(frozen=True)
+class Validation:
+    """What an epoch's weights are worth, and their average where one is kept."""
+
+    plain: Metrics
+    ema: Metrics | None
+    seconds: float
+    skipped: int  # damaged images
+
+
+def validate(learner: Learner, loader: ValLoader, watch: Watch, tta: bool) -> Validation:
+    """Evaluate the weights and, where there is one already, their average.
 
     BatchNorm's statistics are first made equal on all processes, and stay so for the checkpoint.
     """
+    started = time.perf_counter()
+    world, stop, heart = watch.world, watch.stop, watch.heart
+    heart.beat("validating")
     world.share(learner.model)
     plain = evaluate(learner.judge, loader, world, learner.dtype, tta=tta, stop=stop, heart=heart)
+    skipped = loader.samples - plain.images
     if learner.ema is None or learner.ema_judge is None or not learner.ema.n_averaged:
-        return plain, None
+        return Validation(plain, None, time.perf_counter() - started, skipped)
     world.share(learner.ema)
     average = evaluate(
         learner.ema_judge,
@@ -169,4 +178,4 @@ def validate(
         heart=heart,
         what="EMA validation",
     )
-    return plain, average
+    return Validation(plain, average, time.perf_counter() - started, skipped)

@@ -6,7 +6,7 @@ Everything is seeded; one thread; float32 (faster here than bfloat16 on networks
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ffcv_imnet.config.schedules import learning_rate
-from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.config.schema import Lr
 from ffcv_imnet.models import MEAN, STD
 from ffcv_imnet.models.blurpool import apply_blurpool
 
@@ -162,15 +162,10 @@ def evaluate(model: nn.Module, images: Images, px: int) -> dict[str, list[float]
 
 def schedule(run: Run) -> Callable[[float], float]:
     """The package's: warm-up over an eighth of the run, then linear to zero; its peak is one."""
-    default = Settings()
-    settings = replace(
-        default,
-        lr=replace(default.lr, lr=1.0, lr_peak_epoch=run.epochs / 8, base_batch_size=0),
-        training=replace(default.training, epochs=run.epochs),
-    )
+    lr = Lr(lr=1.0, lr_peak_epoch=run.epochs / 8)
     if run.optimizer == "schedulefree":  # the warm-up alone
-        return lambda epoch: min(1.0, epoch / settings.lr.lr_peak_epoch)
-    return lambda epoch: learning_rate(settings, epoch, run.batch)
+        return lambda epoch: min(1.0, epoch / lr.lr_peak_epoch)
+    return lambda epoch: learning_rate(lr, run.epochs, epoch, run.batch)
 
 
 def settle(model: nn.Module, images: Images, run: Run) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+import train_imagenet
 from ffcv_imnet.core import log as records
 from ffcv_imnet.core.errors import NonFiniteLoss, RunError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.data.loader import _Epoch
 from ffcv_imnet.train import checkpoint, run_dir
-from ffcv_imnet.train import epoch as training
 from ffcv_imnet.train import failures as faults
 from ffcv_imnet.train.checkpoint import Trained
 from ffcv_imnet.train.failures import fitting_batch
@@ -64,8 +64,8 @@ def test_a_lost_loss_goes_back_at_a_lower_rate(
     monkeypatch.setattr(run_dir, "LOWER_TIMES", 5)
     save = RunFolder.save
 
-    def save_then_signal(self: RunFolder, learner: Any) -> None:
-        save(self, learner)
+    def save_then_signal(self: RunFolder, *arguments: Any) -> None:
+        save(self, *arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
@@ -128,13 +128,11 @@ def test_the_batch_that_fits() -> None:
 def test_a_full_gpu_names_the_batch_that_fits(
     where: str, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ffcv_imnet.train import validate as evaluation
-
     def full(learner: Any, *_: Any) -> Trained:
         learner.model.train(where == "train_epoch")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(training if where == "train_epoch" else evaluation, where, full)
+    monkeypatch.setattr(train_imagenet, where, full)
     monkeypatch.setattr(faults, "_peak", lambda learner, batch, plan, world: 100 + 30 * batch)
     monkeypatch.setattr(faults, "_room", lambda world: 1000)
     settings = small.settings(tmp_path / "run", training__batch_size=100)
@@ -163,8 +161,8 @@ def test_a_file_that_changes_while_it_is_read(
     own = copy_of(small, tmp_path / "data")
     save = RunFolder.save
 
-    def save_then_change(self: RunFolder, learner: Any) -> None:
-        save(self, learner)
+    def save_then_change(self: RunFolder, *arguments: Any) -> None:
+        save(self, *arguments)
         with own.train.open("r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"?")
@@ -177,10 +175,12 @@ def test_a_file_that_changes_while_it_is_read(
 def test_sigbus_in_one_sentence() -> None:
     code = (
         "import os, signal; from ffcv_imnet.data.bus_error import explain_bus_error as e\n"
-        "e('a.beton was cut off'); os.kill(os.getpid(), signal.SIGBUS)"
+        "e('a.beton', 'b.beton'); os.kill(os.getpid(), signal.SIGBUS)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "error: a.beton was cut off\n")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: a.beton or b.beton was truncated, or its disk failed")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_full_disk_names_the_log() -> None:
