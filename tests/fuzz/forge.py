@@ -1,17 +1,44 @@
 """A .beton whose tables say something else, with a manifest made to fit: checksums prove nothing."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.data.beton import _checksum, _layout
-from ffcv_imnet.data.manifest import manifest_path
+from ffcv_imnet.data.beton import BetonWriter, _checksum, _layout
+from ffcv_imnet.data.manifest import Manifest, manifest_path
+from ffcv_imnet.images.pixels import encode_jpeg
+from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
+from tests.pictures import picture
 
 HUGE = [0, 1, 7, 8, 1 << 12, 1 << 23, 1 << 31, 1 << 32, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1]
+
+
+CLASSES = ("ant", "bee", "cat")
+SAMPLES = 12
+
+
+def write_sound(path: Path) -> None:
+    """A .beton of a dozen small images, every third raw, and its manifest."""
+    digests = []
+    with path.open("wb") as file:
+        writer = BetonWriter(file, SAMPLES, 1 << 16)
+        for number in range(SAMPLES):
+            pixels = picture(number, 20 + number, 30)
+            data, mode = encode_jpeg(pixels, 90), JPEG
+            if number % 3 == 0:
+                data, mode = pixels.tobytes(), RAW
+            label = number % len(CLASSES)
+            digests.append(sample_digest(label, data))
+            writer.add(Stored(label, mode, *pixels.shape[:2], data, digests[-1]))
+        checksum = writer.finish()
+    Manifest(
+        format=1, split="train", samples=SAMPLES, classes=CLASSES, class_counts=(4, 4, 4),
+        bytes=path.stat().st_size, content_checksum="sha256:" + 64 * "0", tables_checksum=checksum,
+        settings={}, source={}, skipped=(), versions={}, created="2026-01-01T00:00:00+00:00",
+    ).save(manifest_path(path))  # fmt: skip
 
 
 class Parts:
@@ -66,9 +93,6 @@ class Parts:
         counts[0] += len(labels) - sum(counts)  # labels out of range, hidden in the counts
         said["class_counts"] = counts
         manifest_path(path).write_text(json.dumps(said))
-
-
-Change = Callable[[Parts], None]
 
 
 def mutate(parts: Parts, rng: np.random.Generator) -> None:

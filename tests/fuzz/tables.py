@@ -6,6 +6,7 @@ exact length, around which the address sanitizer watches) and gives a status; an
 are both content, every stored image is one of the size and class that its table says.
 """
 
+import itertools
 import tempfile
 import time
 from collections import Counter
@@ -24,41 +25,16 @@ from numpy.typing import NDArray
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core.errors import RunError, UsageError
-from ffcv_imnet.data.beton import BetonWriter, check_beton, read_tables
+from ffcv_imnet.data.beton import check_beton, read_tables
 from ffcv_imnet.data.decoders import DAMAGES, CropDecoder, _decode_natively
 from ffcv_imnet.data.loader import TrainLoader
-from ffcv_imnet.data.manifest import Manifest, manifest_path
-from ffcv_imnet.images.pixels import BadImage, decode_rgb, encode_jpeg
-from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
+from ffcv_imnet.images.pixels import BadImage, decode_rgb
+from ffcv_imnet.images.stored import JPEG, RAW
 from ffcv_imnet.machine.distributed import World
-from tests.fuzz.forge import Parts, mutate
-from tests.pictures import picture
+from tests.fuzz.forge import CLASSES, SAMPLES, Parts, mutate, write_sound
 
-CLASSES = ("ant", "bee", "cat")
-SAMPLES = 12
 SIDE = 16  # px of what comes out of the decoders
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-
-
-def write_sound(path: Path) -> None:
-    """A .beton of a dozen small images, every third raw, and its manifest."""
-    digests = []
-    with path.open("wb") as file:
-        writer = BetonWriter(file, SAMPLES, 1 << 16)
-        for number in range(SAMPLES):
-            pixels = picture(number, 20 + number, 30)
-            data, mode = encode_jpeg(pixels, 90), JPEG
-            if number % 3 == 0:
-                data, mode = pixels.tobytes(), RAW
-            label = number % len(CLASSES)
-            digests.append(sample_digest(label, data))
-            writer.add(Stored(label, mode, *pixels.shape[:2], data, digests[-1]))
-        checksum = writer.finish()
-    Manifest(
-        format=1, split="train", samples=SAMPLES, classes=CLASSES, class_counts=(4, 4, 4),
-        bytes=path.stat().st_size, content_checksum="sha256:" + 64 * "0", tables_checksum=checksum,
-        settings={}, source={}, skipped=(), versions={}, created="2026-01-01T00:00:00+00:00",
-    ).save(manifest_path(path))  # fmt: skip
 
 
 class Decoders:
@@ -116,7 +92,7 @@ def fault_of_content(path: Path) -> str | None:
     for sample in range(len(tables.labels)):
         start, size = int(tables.pointers[sample]), int(tables.sizes[sample])
         height, width = int(tables.heights[sample]), int(tables.widths[sample])
-        if not (tables.start <= start and start + size <= tables.end and 0 < size):
+        if not (tables.start <= start and start + size <= tables.end and size > 0):
             return f"sample {sample} lies outside"
         if not 0 <= int(tables.labels[sample]) < len(CLASSES):
             return f"sample {sample} has no class"
@@ -131,7 +107,7 @@ def fault_of_content(path: Path) -> str | None:
             if found != (height, width):
                 return f"sample {sample} has another size"
     spans.sort()
-    if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
         return "two samples overlap"
     return None
 
