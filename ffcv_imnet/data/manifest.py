@@ -55,7 +55,12 @@ class Manifest:
             RunError: it is not a manifest of this format; the message names the field.
         """
         fields = _parse(path)
-        if not isinstance(fields, dict) or fields.get("format") != MANIFEST_FORMAT:
+        # JSON's true equals 1.
+        if (
+            not isinstance(fields, dict)
+            or fields.get("format") != MANIFEST_FORMAT
+            or fields["format"] is True
+        ):
             raise RunError(f"{path} is not a manifest of format {MANIFEST_FORMAT}: {again(path)}")
         if wrong := {field.name for field in dataclasses.fields(cls)} ^ set(fields):
             name = quoted(min(wrong))

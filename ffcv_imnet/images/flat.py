@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ffcv_imnet.core.errors import UsageError
-from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree
+from ffcv_imnet.core.names import shown
+from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree, scan_folder
 from ffcv_imnet.images.labels import all_labelled, labels_of
+from ffcv_imnet.images.leftovers import Left
 
 
 class FlatFolder(ImageFolderTree):
@@ -33,7 +35,9 @@ class FlatFolder(ImageFolderTree):
         if not root.is_dir():
             raise UsageError(f"the folder {root} does not exist")
         self.where = str(root)
-        files, self.ignored = _walk(root)
+        files, left, self.oddities = _walk(root)
+        self.ignored, self.notes = left.ignored, [*left.notes()]
+        self.oddities += left.oddities()
         if not files:
             raise UsageError(f"{root} holds no images")
         names = [os.fsdecode(file) for file in files]
@@ -57,11 +61,22 @@ class FlatFolder(ImageFolderTree):
         return f"sha256:{digest.hexdigest()}"
 
 
-def _walk(root: Path) -> tuple[list[bytes], int]:
-    """Images below `root`, relative to it and sorted, and how many other files there are."""
-    images, others, start = [], 0, len(os.fsencode(root)) + 1
-    for folder, _, files in os.walk(os.fsencode(root)):
-        found = [file for file in files if file.lower().endswith(EXTENSIONS)]
-        images += [os.path.join(folder, file)[start:] for file in found]  # noqa: PTH118 - bytes
-        others += len(files) - len(found)
-    return sorted(images), others
+def _walk(root: Path) -> tuple[list[bytes], Left, list[str]]:
+    """Images below `root`, relative to it and sorted, what else there is, and links that are not
+    followed because an image found by two ways would fit its label twice."""
+    images: list[bytes] = []
+    links: list[bytes] = []
+    left, top = Left(), os.fsencode(root)
+    waiting = [b""]
+    while waiting:
+        inside = waiting.pop()
+        scan = scan_folder(top + b"/" + inside if inside else top)
+        within = inside + b"/" if inside else b""
+        found = [file for file in scan.files if file.lower().endswith(EXTENSIONS)]
+        images += [within + file for file in found]
+        left.leftovers += scan.left.leftovers
+        left.add(top + b"/" + within, sorted(set(scan.files).difference(found)))
+        waiting += [within + folder for folder in scan.folders if folder not in scan.links]
+        links += [within + link for link in (*scan.links, *scan.broken)]
+    odd = f"{len(links):,} folders are links, which are not followed here, for instance "
+    return sorted(images), left, [odd + shown(os.fsdecode(min(links)))] if links else []

@@ -4,7 +4,9 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -12,23 +14,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import UsageError, nearest
+from ffcv_imnet.core.names import fault_of, quoted, shown
+from ffcv_imnet.images import leftovers
+from ffcv_imnet.images.leftovers import Left
 
-# torchvision.datasets.folder.IMG_EXTENSIONS; compared in lower case.
-EXTENSIONS = (b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp")
+# torchvision.datasets.folder.IMG_EXTENSIONS, and two more of JPEG; compared in lower case.
+EXTENSIONS = (
+    *(b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp"),
+    *(b".jfif", b".jpe"),
+)
 
 
 class ImageFolderTree:
     """The images of `root`/<class>/**, in torchvision.datasets.ImageFolder's order and labels.
 
     Classes are the sub-folders sorted by name. A million paths are held as one array of bytes,
-    about 30 MB, because a million `str` objects would take three times as much.
+    about 30 MB, because a million `str` objects would take three times as much. Unlike torchvision's,
+    a walk enters each real folder of a class once: links that lead back into it, or above the root,
+    are named in `notes`. What computers leave behind in folders (`leftovers`) is no class and no image.
+
+    Attributes:
+        ignored: files inside class folders that are not images by their extension.
+        notes: what was passed over and is harmless, a sentence each.
+        oddities: what was left out, found twice, or looks like a mistake, a sentence each.
 
     Args:
         root: holds the folders.
         may_be_empty: some of them, said once: a class that is only trained.
 
     Raises:
-        UsageError: `root` is missing, has no class folders, or one of them holds no image.
+        UsageError: `root` is missing, cannot be read, has no class folders, or one whose name cannot
+            be stored or that holds no image.
     """
 
     kind = "folder"
@@ -36,27 +52,28 @@ class ImageFolderTree:
     def __init__(self, root: Path, may_be_empty: bool = False) -> None:
         _check_root(root)
         self.where = str(root)
-        self.classes: tuple[str, ...] = tuple(
-            sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        )
+        top = scan_folder(os.fsencode(root))
+        self.classes: tuple[str, ...] = tuple(sorted(os.fsdecode(name) for name in top.folders))
         if not self.classes:
             raise UsageError(_no_classes(root))
-        self.ignored = 0  # files inside class folders that are not images by their extension
-        listings = [self._list_class(name) for name in self.classes]
+        _check_names(root, self.classes)
+        walk = _Walk(os.fsencode(root))
+        listings = [walk.list_class(os.fsencode(name)) for name in self.classes]
         counts = [len(listing) for listing in listings]
-        _check_empty(root, self.classes, counts, may_be_empty)
+        _check_empty(root, self.classes, counts, walk.left, may_be_empty)
+        self.ignored = walk.left.ignored
         self.files: NDArray[np.bytes_] = np.concatenate(listings)  # relative to the root
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(counts)), counts)
-
-    def _list_class(self, name: str) -> NDArray[np.bytes_]:
-        root = os.fsencode(self.where) + b"/"
-        found: list[bytes] = []
-        # Sorted like torchvision: by folder, then by file. Links are followed, as there.
-        for folder, _, files in sorted(os.walk(root + os.fsencode(name), followlinks=True)):
-            images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-            self.ignored += len(files) - len(images)
-            found += [folder[len(root) :] + b"/" + file for file in images]
-        return np.array(found, dtype=np.bytes_)
+        walk.left.leftovers += top.left.leftovers
+        self.notes = [*walk.notes, *walk.left.notes()]
+        self.oddities = [
+            *_broken(root, top.broken),
+            *_beside(root, top.files),
+            *_level(root, self.classes, walk.direct, walk.inside),
+            *_alike(self.classes),
+            *walk.oddities(),
+            *walk.left.oddities(),
+        ]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -131,22 +148,213 @@ def _no_classes(root: Path) -> str:
 
 
 def _check_empty(
-    root: Path, classes: Sequence[str], counts: Sequence[int], may_be_empty: bool
+    root: Path, classes: Sequence[str], counts: Sequence[int], left: Left, may_be_empty: bool
 ) -> None:
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
     if not empty:
         return
+    also = "".join(f"; {odd}" for odd in left.oddities())
     if len(empty) == len(classes):
-        raise UsageError(f"no images in any of the {len(classes):,} class folders of {root}")
-    names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise UsageError(f"no images in any of the {len(classes):,} class folders of {root}{also}")
     if may_be_empty:
         print(
-            f"{len(empty):,} of the {len(classes):,} classes of {root} have no image: {names}; they are"
-            " absent from the evaluation",
+            f"{len(empty):,} of the {len(classes):,} classes of {root} have no image: {_some(empty)}; they"
+            " are absent from the evaluation",
             file=sys.stderr,
         )
         return
     raise UsageError(
-        f"{len(empty):,} of the {len(classes):,} class folders of {root} hold no image: {names};"
-        " fill or remove them, since every folder counts as a class"
+        f"{len(empty):,} of the {len(classes):,} class folders of {root} hold no image:"
+        f" {_some(empty)}; fill or remove them, since every folder counts as a class{also}"
     )
+
+
+def _check_names(root: Path, classes: Sequence[str]) -> None:
+    for name in classes:
+        if fault := fault_of(name):
+            raise UsageError(
+                f"{shown(str(root))} has a class folder whose name {fault}, {quoted(name)}: rename it,"
+                " since the name of a class must be stored, printed and shown"
+            )
+
+
+# -------------------------------------------------------------------------------------- the walk
+
+
+class Scan:
+    """What one folder holds, names sorted."""
+
+    def __init__(self) -> None:
+        self.files: list[bytes] = []
+        self.folders: list[bytes] = []
+        self.links: set[bytes] = set()  # those of `folders` that are links
+        self.broken: list[bytes] = []  # links that lead nowhere and are not called like an image
+        self.left = Left()
+
+
+def scan_folder(folder: bytes) -> Scan:
+    """One folder's entries without what computers leave behind.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    found = Scan()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if leftovers.is_leftover(entry.name):
+                    found.left.leftovers += 1
+                elif entry.is_dir():
+                    found.folders.append(entry.name)
+                    if entry.is_symlink():
+                        found.links.add(entry.name)
+                elif (
+                    entry.is_symlink()
+                    and not entry.name.lower().endswith(EXTENSIONS)
+                    and not os.path.exists(entry.path)  # noqa: PTH110 - bytes
+                ):
+                    found.broken.append(entry.name)
+                else:
+                    found.files.append(entry.name)
+    except OSError as error:
+        raise UsageError(f"the folder {_show(folder)} cannot be read: {error.strerror}") from None
+    found.files.sort()
+    found.folders.sort()
+    found.broken.sort()
+    return found
+
+
+class _Walk:
+    """All class folders of a tree, each real folder once for a class."""
+
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+        # The root and all above it: a link to one of them holds the tree itself.
+        above = os.path.realpath(root)
+        self.above = {_identity(above)}
+        while above != os.path.dirname(above):  # noqa: PTH120 - bytes
+            above = os.path.dirname(above)  # noqa: PTH120
+            self.above.add(_identity(above))
+        self.owner: dict[tuple[int, int], bytes] = {}  # class that a real folder was found in
+        self.left = Left()
+        self.notes: list[str] = []
+        self.broken: list[bytes] = []
+        self.shared: list[tuple[bytes, bytes]] = []  # folder, and the class that has it too
+        self.direct: list[int] = []  # images of each class that lie in its folder itself
+        self.inside: list[list[str]] = []  # names of each class's folders that hold images
+
+    def list_class(self, name: bytes) -> NDArray[np.bytes_]:
+        """The class's images relative to the root, sorted like torchvision: by folder, then by file."""
+        found: list[tuple[bytes, list[bytes]]] = []
+        own: set[tuple[int, int]] = set()
+        real, linked = [name], list[bytes]()  # links last: a real folder is found by its own name
+        while real or linked:
+            folder, by_link = (real.pop(), False) if real else (linked.pop(0), True)
+            if not self._enter(folder, name, own, by_link):
+                continue
+            scan = scan_folder(self.root + b"/" + folder)
+            below = [folder + b"/" + f for f in scan.folders if f not in scan.links]
+            links = [folder + b"/" + f for f in scan.links]
+            real, linked = (
+                (real, [*linked, *below, *links]) if by_link else (real + below, linked + links)
+            )
+            linked.sort()
+            self.broken += [folder + b"/" + f for f in scan.broken]
+            images = [f for f in scan.files if f.lower().endswith(EXTENSIONS)]
+            self.left.leftovers += scan.left.leftovers
+            self.left.add(self.root + b"/" + folder, sorted(set(scan.files).difference(images)))
+            found.append((folder, images))
+        found.sort()
+        self.direct.append(len(found[0][1]) if found and found[0][0] == name else 0)
+        inside = {os.fsdecode(f.split(b"/")[1]) for f, images in found if images and f != name}
+        self.inside.append(sorted(inside))
+        return np.array([f + b"/" + image for f, images in found for image in images], np.bytes_)
+
+    def _enter(self, folder: bytes, name: bytes, own: set[tuple[int, int]], by_link: bool) -> bool:
+        """Whether to go into a folder. What lies in the tree itself is always entered: some file
+        systems number their folders alike, and only links make circles."""
+        path = self.root + b"/" + folder
+        place = _identity(path)
+        if (by_link and place in own) or place in self.above:
+            self.notes.append(
+                f"{_show(path)} leads by a link back to {_show(os.path.realpath(path))}, whose images"
+                " are taken once"
+            )
+            return False
+        if self.owner.setdefault(place, name) != name and (by_link or folder == name):
+            self.shared.append((folder, self.owner[place]))
+        own.add(place)
+        return True
+
+    def oddities(self) -> Iterable[str]:
+        """What was found twice, and links that lead nowhere."""
+        if self.shared:
+            folder, other = self.shared[0]
+            yield (
+                f"{_show(self.root + b'/' + folder)} is also a folder of class {_show(other)}, so that"
+                f" its images have two classes ({len(self.shared):,} such folders)"
+            )
+        yield from _broken(Path(os.fsdecode(self.root)), self.broken)
+
+
+def _identity(path: bytes) -> tuple[int, int]:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - bytes
+    except OSError as error:
+        raise UsageError(f"the folder {_show(path)} cannot be read: {error.strerror}") from None
+    return status.st_dev, status.st_ino
+
+
+# ----------------------------------------------------------------------------- what is remarkable
+
+
+def _broken(root: Path, names: Sequence[bytes]) -> Iterable[str]:
+    if names:
+        link = os.fsencode(root) + b"/" + names[0]
+        count = f" ({len(names):,} such links)" if len(names) > 1 else ""
+        yield f"{_show(link)} is a link that leads nowhere, to {_show(os.path.realpath(link))}{count}"
+
+
+def _beside(root: Path, files: Sequence[bytes]) -> Iterable[str]:
+    images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+    if images:
+        yield (
+            f"{len(images):,} images lie beside the class folders of {root}, in none of them:"
+            f" {_some([_show(name) for name in images])}"
+        )
+
+
+def _level(
+    root: Path, classes: Sequence[str], direct: Sequence[int], inside: Sequence[Sequence[str]]
+) -> Iterable[str]:
+    """Images that lie only in folders of the class folders: are those the classes?"""
+    deepest = max(range(len(classes)), key=lambda index: len(inside[index]))
+    if any(direct) or (len(classes) > 1 and len(inside[deepest]) < 2):
+        return
+    if classes == (root.name,):
+        remedy = f"name {root} as the folder"
+    else:
+        remedy = f"move them up, to lie in {root} itself"
+    yield (
+        f"no class folder of {root} holds images itself, only in folders of its own"
+        f" ({classes[deepest]}/ has {_some(inside[deepest])}): if the classes lie one level deeper, {remedy}"
+    )
+
+
+def _alike(classes: Sequence[str]) -> Iterable[str]:
+    folded = Counter(map(_folded, classes))
+    alike = [name for name in classes if folded[_folded(name)] > 1]
+    if alike:
+        yield f"these class folders differ only in how their names are written: {_some(alike)}"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
+def _show(path: bytes) -> str:
+    return shown(os.fsdecode(path))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:5])) + (", ..." if len(names) > 5 else "")

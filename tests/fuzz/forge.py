@@ -32,7 +32,8 @@ def write_sound(path: Path) -> None:
                 data, mode = pixels.tobytes(), RAW
             label = number % len(CLASSES)
             digests.append(sample_digest(label, data))
-            writer.add(Stored(label, mode, *pixels.shape[:2], data, digests[-1]))
+            height, width = pixels.shape[:2]
+            writer.add(Stored(label, mode, height, width, data, digests[-1]))
         checksum = writer.finish()
     Manifest(
         format=1, split="train", samples=SAMPLES, classes=CLASSES, class_counts=(4, 4, 4),
