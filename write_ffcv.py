@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
+from ffcv_imnet.core.names import shown
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
@@ -40,6 +41,7 @@ from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_imag
 from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
 from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.parallel import one_thread
+from ffcv_imnet.images.remarks import check_classes, check_oddities, notes, oddities
 from ffcv_imnet.images.sources import (
     FOLDERS,
     even_subset,
@@ -137,6 +139,9 @@ def build_parser() -> Parser:
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, metavar="N",
         help="of --subset and --compress_probability (default: %(default)s)")  # fmt: skip
     add("--skip_bad", action="store_true", help="leave unreadable images out instead of failing")
+    add("--allow_odd", action="store_true",
+        help="go on where images would be left out or be in two classes, or where the classes seem to"
+        " lie one level deeper, instead of failing")  # fmt: skip
     add("--force", action="store_true", help="replace a .beton that was written otherwise")
     return parser
 
@@ -190,8 +195,31 @@ class Job:
     settings: PixelSettings
     recorded: dict[str, Any]  # the settings that decide the content, as the manifest holds them
     origin: dict[str, Any]  # the source, as the manifest holds it
+    remarks: list[str]  # on the source, a sentence each
     num_workers: int
     skip_bad: bool
+
+
+def find_source(options: argparse.Namespace) -> ImageSource:
+    """The images as the command line names them.
+
+    Raises:
+        UsageError: they are not as they should be, or --allow_odd is wanted.
+    """
+    if options.holdout is not None and not options.tar and not options.parquet:
+        source = open_undivided(options.data_dir, options.labels)
+    else:
+        source = open_source(
+            options.split or "train",
+            options.data_dir,
+            tar=options.tar,
+            parquet=options.parquet,
+            labels=options.labels,
+        )
+    check_classes(source)
+    if not options.allow_odd:
+        check_oddities(source)
+    return source
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
@@ -207,22 +235,14 @@ def plan(options: argparse.Namespace) -> list[Job]:
         compress_probability=options.compress_probability,
         seed=options.seed,
     )
-    if options.holdout is not None and not options.tar and not options.parquet:
-        source = open_undivided(options.data_dir, options.labels)
-    else:
-        source = open_source(
-            options.split or "train",
-            options.data_dir,
-            tar=options.tar,
-            parquet=options.parquet,
-            labels=options.labels,
-        )
+    source = find_source(options)
     origin = {
         "kind": source.kind,
         "fingerprint": source.fingerprint(),
         "images": len(source),
         "ignored_files": source.ignored,
     }
+    remarks = [*notes(source), *oddities(source)]
     if options.subset is not None:
         chosen = even_subset(source.labels, len(source.classes), options.subset, options.seed)
         source = source.subset(chosen)
@@ -237,6 +257,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
             settings=settings,
             recorded=recorded,
             origin=origin,
+            remarks=remarks,
             num_workers=options.num_workers,
             skip_bad=options.skip_bad,
         )
@@ -273,6 +294,8 @@ def announce(job: Job) -> None:
         f"{source.where}: {len(source):,} images of {len(source.classes):,} classes"
         + (f" ({ignored:,} files are no images and are ignored)" if ignored else "")
     )
+    for remark in job.remarks:
+        print(f"note: {remark}")
     print(
         f"expected: {size(expected.bytes)} ({size(free)} free in {folder}),"
         f" {duration(expected.seconds / job.num_workers)} with {job.num_workers} worker(s)"
@@ -391,7 +414,7 @@ def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
     """
     source = job.source
     for image in bad:
-        print(f"unreadable: {source.where}/{image.name}: {image.reason}", file=sys.stderr)
+        print(f"unreadable: {source.where}/{shown(image.name)}: {image.reason}", file=sys.stderr)
     if bad and not job.skip_bad:
         raise RunError(
             f"{len(bad):,} of {len(source):,} images are unreadable (listed above) and nothing was"

@@ -39,11 +39,14 @@ def make_tree(root: Path, counts: tuple[int, ...] = (5, 4, 6), split: str = "tra
 
 
 def make_slow_tree(root: Path, count: int = 200) -> Path:
-    """A tree of one big picture under many names: seconds of work, an instant to make."""
+    """A tree of one big picture under many names, one of them in a second class: seconds of work,
+    an instant to make."""
     first = root / "train" / "a" / "0.jpg"
     save(first, picture(0, 1200, 1200))
-    for number in range(1, count):
+    for number in range(1, count - 1):
         os.link(first, first.with_name(f"{number}.jpg"))
+    (root / "train" / "b").mkdir()
+    os.link(first, root / "train" / "b" / "0.jpg")
     return root
 
 

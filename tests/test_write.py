@@ -381,6 +381,6 @@ def test_manifest_is_plain_json(tree: Path, tmp_path: Path) -> None:
 
 
 def test_bad_names_in_files_are_no_obstacle(tmp_path: Path) -> None:
-    root = make_tree(tmp_path, (2,))
+    root = make_tree(tmp_path, (2, 1))
     save(root / "train" / "n00000000" / os.fsdecode(b"\xff odd, \xc3\xbc.jpg"), picture(0))
-    assert write(root, tmp_path / "out").samples == 3
+    assert write(root, tmp_path / "out").samples == 4

@@ -1,6 +1,7 @@
 """Batches straight from an ImageFolder tree, for judging networks on pixels that no .beton changed."""
 
 import itertools
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,12 +34,10 @@ class FolderLoader:
     def __init__(
         self, root: Path, how: Preprocess, batch_size: int, world: World, workers: int
     ) -> None:
-        self.tree, self.how, self.world, self.workers = (
-            ImageFolderTree(root, True),
-            how,
-            world,
-            workers,
-        )
+        self.tree, self.how = ImageFolderTree(root, may_be_empty=True), how
+        self.world, self.workers = world, workers
+        for odd in self.tree.oddities if world.is_main else ():
+            print(f"warning: {odd}", file=sys.stderr, flush=True)
         self.samples = len(self.tree)
         self.order, self.local_batch = exact_share(self.samples, batch_size, world)
 

@@ -49,8 +49,11 @@ class FlatFolder(ImageFolderTree):
             )
         if not others:
             all_labelled(names, labels, self.where)
-        elif left := int((labels < 0).sum()):
-            print(f"{left:,} of the {len(files):,} images in {root} have no label", file=sys.stderr)
+        elif unlabelled := int((labels < 0).sum()):
+            print(
+                f"{unlabelled:,} of the {len(files):,} images in {root} have no label",
+                file=sys.stderr,
+            )
         order = np.argsort(labels, kind="stable")[int((labels < 0).sum()) :]
         self.files, self.labels = np.array(files, np.bytes_)[order], labels[order]
 

@@ -204,7 +204,7 @@ def scan_folder(folder: bytes) -> Scan:
             for entry in entries:
                 if leftovers.is_leftover(entry.name):
                     found.left.leftovers += 1
-                elif entry.is_dir():
+                elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
                     found.folders.append(entry.name)
                     if entry.is_symlink():
                         found.links.add(entry.name)

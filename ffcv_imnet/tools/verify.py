@@ -38,6 +38,7 @@ from ffcv_imnet.images.kaggle import images_of
 from ffcv_imnet.images.parallel import in_order
 from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
+from ffcv_imnet.images.remarks import check_classes, notes, oddities
 from ffcv_imnet.images.sources import (
     FOLDERS,
     even_subset,
@@ -228,6 +229,9 @@ def check(target: Target, options: argparse.Namespace, report: Report) -> tuple[
     counts = np.bincount(source.labels, minlength=len(source.classes))
     check_counts(target, source.classes, counts, options.imagenet, report)
     report_empty(target, source.classes, counts, report)
+    check_classes(source)
+    for remark in [*notes(source), *oddities(source)]:
+        report.say("odd", target.path, remark)
     if source.ignored:
         report.say("odd", target.path, f"{source.ignored:,} files are no images by their extension")
     if not options.no_decode:

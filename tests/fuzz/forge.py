@@ -126,7 +126,9 @@ def mutate(parts: Parts, rng: np.random.Generator) -> None:
         else:  # raw pixels that fit their bytes, or nearly
             size = int(parts.allocations["size"][sample])
             height = int(rng.integers(1, 40))
-            parts.image(sample, mode=1, height=height, width=max(1, size // 3 // height))
+            parts.image(
+                sample, mode=1, height=height, width=min(65535, max(1, size // 3 // height))
+            )
             parts.place(sample, size=size // 3 // height * height * 3)
 
 

@@ -1,0 +1,59 @@
+"""What is remarkable about a source, whichever its kind: refused, said, or an answer asked for."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.names import fault_of_all, shown
+from ffcv_imnet.images import ImageSource
+from ffcv_imnet.images.merged import Merged
+
+ALLOW = "--allow_odd"
+
+
+def check_classes(source: ImageSource) -> None:
+    """Raises UsageError where a class has a name that cannot be stored or shown, or two have one."""
+    if fault := fault_of_all(list(source.classes)):
+        raise UsageError(f"the list of classes of {shown(source.where)} {fault}: rename it")
+
+
+def notes(source: ImageSource) -> list[str]:
+    """What needs no answer, a sentence each."""
+    found = [note for part in _parts(source) for note in getattr(part, "notes", [])]
+    names = list(source.classes)
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    ordered = sorted(names, key=int) if numbers else names
+    if names != ordered:
+        first = next(
+            i for i, pair in enumerate(zip(names, ordered, strict=True)) if len(set(pair)) > 1
+        )
+        found.append(
+            f"the classes are numbers and, as in torchvision, in the order of text: output {first} of the"
+            f" network is class {names[first]} (labels.txt lists them all; names such as {first:03d} would"
+            " be in the order of numbers)"
+        )
+    return found
+
+
+def oddities(source: ImageSource) -> list[str]:
+    """What was left out, found twice, or looks like a mistake, a sentence each."""
+    found = [odd for part in _parts(source) for odd in getattr(part, "oddities", [])]
+    folders = Counter(os.path.realpath(part.where) for part in _parts(source))
+    found += [f"the folder {shown(name)} is given twice" for name, n in folders.items() if n > 1]
+    if len(source.classes) == 1 and not any("one level deeper" in odd for odd in found):
+        found.append(
+            f"there is one class only, {shown(source.classes[0])}, and nothing to tell it from: do the classes"
+            " lie one level deeper?"
+        )
+    return found
+
+
+def _parts(source: ImageSource) -> Sequence[ImageSource]:
+    return source.parts if isinstance(source, Merged) else [source]
+
+
+def check_oddities(source: ImageSource) -> None:
+    """Raises UsageError with all oddities, if there are any."""
+    if found := oddities(source):
+        raise UsageError(f"{'; '.join(found)}; mend that, or go on all the same by {ALLOW}")
