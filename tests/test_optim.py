@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import Settings
@@ -56,6 +57,14 @@ def spectrum(values: Tensor, columns: int) -> Tensor:
     return ((left * values.double()) @ right.T)[None]
 
 
+def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
+    """As one stack among others: a wider one, a taller one, one of the same width."""
+    others = [
+        torch.ones(2, *shape, dtype=matrices.dtype) for shape in ((160, 170), (200, 30), (32, 40))
+    ]
+    return newton_schulz([others[0], matrices, *others[1:]], steps)[1]
+
+
 SPECTRA = {
     "flat": torch.ones(32),
     "falling": torch.logspace(0, -4, 32),
@@ -74,13 +83,13 @@ def test_newton_schulz_is_the_plain_iteration(name: str, steps: int) -> None:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     for given, expected in ((matrix, x), (matrix.mT, x.mT)):
-        assert torch.allclose(newton_schulz(given, steps, torch.float64), expected, atol=1e-10)
-        ours = newton_schulz(given, steps, torch.float32).double()
+        assert torch.allclose(orthogonalised(given, steps), expected, atol=1e-10)
+        ours = orthogonalised(given.float(), steps).double()
         assert float((ours - expected).norm() / expected.norm()) < 1e-3
     # Rounding in bfloat16 does not run away: five in one block reach 5 to 20,000.
-    rough = newton_schulz(matrix, steps, torch.bfloat16).double()
-    assert 0.5 < float(torch.linalg.svdvals(rough)[0, 0]) < 1.7
-    assert bool((newton_schulz(0 * matrix, steps, torch.bfloat16) == 0).all())
+    rough = orthogonalised(matrix.bfloat16(), steps).double()
+    assert 0.5 < float(torch.linalg.svdvals(rough)[0, 0]) < 1.9
+    assert bool((orthogonalised(0 * matrix.bfloat16(), steps) == 0).all())
 
 
 def test_three_polynomials_are_minimax() -> None:
@@ -283,3 +292,21 @@ def test_the_average_by_hand() -> None:
     state = average.module.state_dict()
     assert float(state["weight"]) == pytest.approx(expected)
     assert float(state["running_mean"]) == pytest.approx(10 * expected)
+
+
+def test_the_average_is_torchs() -> None:
+    """Bit for bit, but for the batches that BatchNorm has seen: those are copied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    ours = build_average(model, 0.9)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    assert ours is not None
+    for _ in range(4):
+        model(torch.randn(2, 3, 5, 5))
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter)
+        ours.update_parameters(model)
+        theirs.update_parameters(model)
+    expected = theirs.state_dict() | {"module.1.num_batches_tracked": torch.tensor(4)}
+    assert list(ours.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())

@@ -135,7 +135,7 @@ def _count_step(settings: Settings, classes: int) -> float:
         kernels = [p for p in build_model(settings, classes).parameters() if is_kernel(p)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for kernel in kernels:
-            newton_schulz(kernel.flatten(1)[None], settings.muon.ns_steps, torch.float32)
+            newton_schulz([kernel.flatten(1)[None]], settings.muon.ns_steps)
     return float(counter.get_total_flops())
 
 

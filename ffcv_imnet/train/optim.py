@@ -1,10 +1,11 @@
 """Parameter groups, the optimizer, and the average of weights."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ffcv_imnet.config.schedules import learning_rate
 from ffcv_imnet.config.schema import Settings
@@ -55,12 +56,39 @@ def build_optimizer(
     return MuonSGD([kernels, *groups], training.nesterov, dtype)
 
 
-def build_average(model: nn.Module, ema_decay: float) -> AveragedModel | None:
-    """The exponential moving average (EMA) of weights and buffers, or None at a decay of 0.
+class Average(AveragedModel):
+    """The exponential moving average (EMA) of weights and BatchNorm statistics, moved by two launches a step.
 
-    Moved at every step. The first update copies the model: the random start weighs nothing.
+    torch's `update_parameters` sends its count of updates to the device, for which the host waits, and
+    moves each integer on its own. Here integers, the batches that BatchNorm has seen, are copied. The first
+    update copies all: the random start weighs nothing.
     """
-    if not ema_decay:
-        return None
-    decay = get_ema_multi_avg_fn(ema_decay)
-    return AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move towards `model`, which is on the same device."""
+        first = not self.n_averaged  # on the CPU, whatever the network's device
+        for floats, ours, theirs in _paired(self.module, model):
+            if floats and not first:
+                torch._foreach_lerp_(ours, theirs, 1 - self.decay)
+            else:
+                torch._foreach_copy_(ours, theirs)
+        self.n_averaged += 1
+
+
+def _paired(a: nn.Module, b: nn.Module) -> Iterator[tuple[bool, list[Tensor], list[Tensor]]]:
+    """Whether they are floats, and the weights and buffers of both, all that are floats together."""
+    pairs = list(zip(*([*m.parameters(), *m.buffers()] for m in (a, b)), strict=True))
+    for floats in (True, False):
+        of_kind = [pair for pair in pairs if pair[0].is_floating_point() is floats]
+        if of_kind:
+            yield floats, [ours for ours, _ in of_kind], [theirs for _, theirs in of_kind]
+
+
+def build_average(model: nn.Module, ema_decay: float) -> Average | None:
+    """What keeps the average, or None at a decay of 0."""
+    return Average(model, ema_decay) if ema_decay else None
