@@ -5,6 +5,7 @@ fastargs reads both; what it would let pass (unknown keys, abbreviations, the en
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
@@ -14,6 +15,7 @@ from typing import Any
 import fastargs
 
 from ffcv_imnet.config.domains import RowError, Stage
+from ffcv_imnet.config.migrate import REASONS
 from ffcv_imnet.config.schema import (
     RENAMED,
     RETIRED,
@@ -67,7 +69,8 @@ class StrictConfig(fastargs.Config):
         """
         given: dict[str, Any] = {}
         seen: set[str] = set()
-        for name, value in _leaves(values):
+        unknown: list[str] = []
+        for name, value in leaves(values):
             key = RENAMED.get(name, name)
             if key in seen:
                 raise UsageError(f"{origin}: {quoted(key)} is given twice, nested or with a dot")
@@ -83,10 +86,13 @@ class StrictConfig(fastargs.Config):
                 ignore_retired(key, value, origin)
                 continue
             if key not in declared():
-                raise UsageError(f"{origin}: unknown setting {quoted(key)}{_suggest(key)}")
+                unknown.append(key)
+                continue
             if value is not None:
                 self._check_value(key, value, origin)
                 given[key] = value
+        if unknown:
+            raise UsageError(f"{origin}: {_unknown(unknown, origin)}")
         self.collect(given)
 
     def _check_value(self, key: str, value: object, origin: str) -> None:
@@ -134,13 +140,24 @@ def _param(declared: "Field[Any]") -> fastargs.Param:
     return fastargs.Param(declared.metadata["checker"], declared.metadata["help"], declared.default)
 
 
-def _leaves(values: dict[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: dict[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and their values, however they are nested."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{key}.")
+            yield from leaves(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
+
+
+def _unknown(keys: Sequence[str], origin: str) -> str:
+    """All that are unknown at once, and the way out where they are ffcv-imagenet's."""
+    named = ", ".join(f"{quoted(key)}{_suggest(key)}" for key in keys[:20])
+    more = f" and {len(keys) - 20:,} more" if len(keys) > 20 else ""
+    text = f"unknown setting{'s' if len(keys) > 1 else ''} {named}{more}"
+    if any(key in REASONS for key in keys) and origin.startswith("--config "):
+        path = shlex.quote(origin.removeprefix("--config "))
+        text += f"; `python -m ffcv_imnet migrate {path}` rewrites a configuration of ffcv-imagenet"
+    return text
 
 
 def _suggest(key: str) -> str:
