@@ -42,9 +42,12 @@ from tests.test_setup import FLOORS, PACKAGE, ROOT
 
 README = ROOT / "README.md"
 DOCS = (README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md")
-PAGES = (*DOCS, *(ROOT / folder / "README.md" for folder in ("cloud", "deploy")))
+PAGES = (
+    *DOCS,
+    *(ROOT / name for name in ("cloud/README.md", "deploy/README.md", "SECURITY.md")),
+)
 RECORDS = sorted((ROOT / "records").rglob("*.md"))
-ALL = (*PAGES, *RECORDS, *(ROOT / name for name in ("CHANGELOG.md", "SECURITY.md")))
+ALL = (*PAGES, *RECORDS, ROOT / "CHANGELOG.md")
 MODES = {
     "bash": ("run", "nodata", "parse", "elsewhere"),
     "python": ("run", "parse"),
@@ -62,6 +65,7 @@ ELSEWHERE = SHELL | {
     "python3",
     "python",
     "/usr/src/tensorrt/bin/trtexec",
+    "audit/bin/pip-audit",
 }
 
 
@@ -359,6 +363,16 @@ def test_every_setting_that_a_page_names_exists() -> None:
             for section, name in re.findall(r"(?<![\w/.])([a-z]+)\.([a-z_][a-z_0-9]*)", code):
                 if section in sections() and not code.endswith((".py", ".md", ".beton")):
                     assert f"{section}.{name}" in known, f"{page.name}: {code}"
+
+
+def test_every_source_file_that_a_page_names_exists() -> None:
+    others = {"write_imagenet.py", "ffcv_imnet/models/mine.py"}  # ffcv-imagenet's; the reader's
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+            for name in re.findall(r"(?<![\w/.*])[\w./-]+\.(?:py|c|sh|lock|css)\b", code):
+                places = (ROOT, ROOT / PACKAGE, page.parent)
+                found = any((place / name).is_file() for place in places)
+                assert found or name in others, f"{page.name}: no {name}"
 
 
 def test_log_md_has_every_field() -> None:

@@ -35,7 +35,7 @@ SIDES = (128, 160, 192, 224)
 CLASSES = 1000
 STEPS = 7  # timed, after one that is not; their median counts
 BATCH = {"cpu": 32, "cuda": 256}
-RECORDS = Path(__file__).parents[2] / "records"  # those of this checkout
+RECORDS = Path(__file__).parents[2] / "records"  # those of this checkout; none where installed
 
 
 def main(argv: list[str]) -> int:
