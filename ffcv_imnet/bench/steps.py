@@ -20,11 +20,11 @@ from ffcv_imnet.config.schedules import EpochPlan
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.data.loader import Batches, TrainLoader
-from ffcv_imnet.machine.device import synchronise
+from ffcv_imnet.machine.device import DTYPES, synchronise
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.models import Normalize
 from ffcv_imnet.models.blurpool import MIN_INPUTS, blur_kernel
-from ffcv_imnet.train.checkpoint import DTYPES, Trained
+from ffcv_imnet.train.checkpoint import Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
 from ffcv_imnet.train.optim import parameter_groups
 from ffcv_imnet.train.watch import Watch

@@ -34,8 +34,9 @@ from ffcv_imnet.data.manifest import MANIFEST_FORMAT as MANIFEST_FORMAT
 from ffcv_imnet.data.manifest import Manifest as Manifest
 from ffcv_imnet.data.manifest import again, command
 from ffcv_imnet.data.manifest import manifest_path as manifest_path
+from ffcv_imnet.images import Pixels
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
-from ffcv_imnet.images.stored import PAGE_SIZE, RAW, Stored, sample_digest
+from ffcv_imnet.images.stored import JPEG, PAGE_SIZE, RAW, Stored, sample_digest
 
 IMAGE_FIELD, INT_FIELD = 2, 1
 FIELDS = {  # ffcv.types.TYPE_ID_HANDLER: what a descriptor's type_id says
@@ -454,6 +455,15 @@ def _refuse(path: Path, where: NDArray[np.bool_], fault: str) -> None:
 def _read_sample(file: IO[bytes], tables: Tables, index: int) -> bytes:
     file.seek(int(tables.pointers[index]))
     return file.read(int(tables.sizes[index]))
+
+
+def read_image(file: IO[bytes], tables: Tables, index: int) -> Pixels:
+    """The stored image `index`, (height, width, 3) uint8 RGB. Raises BadImage."""
+    data = _read_sample(file, tables, index)
+    if tables.modes[index] == JPEG:
+        return decode_rgb(data)
+    shape = int(tables.heights[index]), int(tables.widths[index]), 3
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _verify_pixels(path: Path, tables: Tables, index: int, data: bytes) -> None:

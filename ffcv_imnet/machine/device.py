@@ -17,6 +17,7 @@ from ffcv_imnet.core.provenance import cpu_name
 from ffcv_imnet.machine.host import find_nvidia, why_unusable
 
 CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_PURPOSE = "or train on the CPU on purpose: --device=cpu"
 
 

@@ -4,7 +4,6 @@ import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +12,12 @@ from PIL import Image
 
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.core.errors import UsageError
-from ffcv_imnet.data.beton import Tables, check_beton, read_tables
+from ffcv_imnet.data.beton import Tables, check_beton, read_image, read_tables
 from ffcv_imnet.data.loader import ValLoader
 from ffcv_imnet.evaluate.metrics import Outcomes, judge
 from ffcv_imnet.evaluate.weights import load_network, match_classes
 from ffcv_imnet.images.imagenet import imagenet_names
-from ffcv_imnet.images.pixels import decode_rgb
-from ffcv_imnet.images.stored import JPEG
-from ffcv_imnet.machine.device import choose_precision
+from ffcv_imnet.machine.device import DTYPES, choose_precision
 from ffcv_imnet.machine.distributed import connect, describe_world
 from ffcv_imnet.report.runs import Run
 from ffcv_imnet.train.run_dir import BEST
@@ -80,7 +77,7 @@ def judge_run(run: Run, photographs: int) -> Judged:
     world = describe_world("cpu" if chosen.training.device == "cpu" else "auto")
     connect(world)  # all cores
     precision = choose_precision(chosen.training.precision, world.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     model = network.model.to(world.device).to(memory_format=torch.channels_last)
     here = load(
         data__val_dataset=data, validation__resolution=chosen.validation.resolution,
@@ -123,14 +120,7 @@ def _mistakes(
 def thumbnail(data: Path, tables: Tables, index: int) -> bytes:
     """The stored picture `index` as a JPEG of at most `THUMBNAIL` px a side."""
     with data.open("rb") as file:
-        file.seek(int(tables.pointers[index]))
-        stored = file.read(int(tables.sizes[index]))
-    if tables.modes[index] == JPEG:
-        rgb: NDArray[Any] = decode_rgb(stored)
-    else:
-        shape = int(tables.heights[index]), int(tables.widths[index]), 3
-        rgb = np.frombuffer(stored, np.uint8).reshape(shape)
-    picture = Image.fromarray(rgb)
+        picture = Image.fromarray(read_image(file, tables, index))
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=82)

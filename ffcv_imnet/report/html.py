@@ -20,8 +20,8 @@ from ffcv_imnet.report.runs import (
     differing_settings,
     duration,
     origin,
+    percent,
     reached,
-    spread,
     target,
     time_spent,
 )
@@ -161,7 +161,7 @@ def _card(number: int, group: Group) -> str:
     waited = sum(s["loader"] for s in spent) / sum(elapsed)
     ended = "" if len(done) == len(logs) else f", {len(logs) - len(done)} not finished"
     facts += [
-        ("top-5", spread(top_5)),
+        ("top-5", percent(top_5)),
         ("epochs", f"{max(len(log.epochs) for log in logs)}{ended}"),
         ("time", duration(sum(elapsed) / len(elapsed)) + (" a run" if len(logs) > 1 else "")),
         ("images/s", f"{min(rate):,.0f} to {max(rate):,.0f}"),
@@ -169,7 +169,7 @@ def _card(number: int, group: Group) -> str:
     ]
     many = f'<span class="tag">{len(logs)} seeds</span>' if len(logs) > 1 else ""
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)
-    number_text = spread([best(log)[0] for log in logs])
+    number_text = percent([best(log)[0] for log in logs])
     main, _, rest = number_text.partition(" ±")
     deviation = f"<small>±{escape(rest)}</small>" if rest else ""
     return (

@@ -184,7 +184,7 @@ def series(group: Group, field: str) -> Series | None:
     )  # fmt: skip
 
 
-def spread(values: Sequence[float]) -> str:
+def percent(values: Sequence[float]) -> str:
     """`78.3 %`, or `78.3 % ± 0.4` (standard deviation, n - 1) of several fractions of one."""
     mean = f"{statistics.fmean(values):.1%}".replace("%", " %")
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean

@@ -43,11 +43,10 @@ from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
-from ffcv_imnet.machine.device import choose_precision
+from ffcv_imnet.machine.device import DTYPES, choose_precision
 from ffcv_imnet.machine.distributed import connect, describe_world, disconnect
 from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.tools import ToolParser
-from ffcv_imnet.train.checkpoint import DTYPES
 from ffcv_imnet.train.epoch import build_learner
 
 ROUNDS = 5

@@ -39,10 +39,9 @@ from ffcv_imnet.evaluate.weights import (
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.preprocess import Preprocess
-from ffcv_imnet.machine.device import choose_precision
+from ffcv_imnet.machine.device import DTYPES, choose_precision
 from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect
 from ffcv_imnet.tools import ToolParser
-from ffcv_imnet.train.checkpoint import DTYPES
 from ffcv_imnet.train.validate import Loader
 
 BATCH = 256

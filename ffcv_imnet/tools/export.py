@@ -24,7 +24,7 @@ from torch import Tensor
 from ffcv_imnet.core.atomic import atomic_write, partial_path, rename, written
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
 from ffcv_imnet.core.optional import EXPORT, require
-from ffcv_imnet.data.beton import check_beton, read_tables
+from ffcv_imnet.data.beton import check_beton, read_image, read_tables
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.evaluate.weights import (
     Network,
@@ -39,7 +39,6 @@ from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import write_labels
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.preprocess import Preprocess, resize_and_crop
-from ffcv_imnet.images.stored import JPEG
 from ffcv_imnet.models import Normalize
 from ffcv_imnet.tools import ToolParser
 
@@ -229,7 +228,7 @@ def photographs(options: argparse.Namespace, network: Network, how: Preprocess) 
             raise RunError(f"{name}: the photograph cannot be read ({error})") from error
 
 
-def spread(total: int, count: int) -> list[int]:
+def evenly(total: int, count: int) -> list[int]:
     """`count` indices spread evenly over `total`, all of them if there are fewer."""
     return (
         sorted({index * total // count for index in range(count)})
@@ -240,7 +239,7 @@ def spread(total: int, count: int) -> list[int]:
 
 def folder_photographs(tree: ImageFolderTree, count: int) -> Iterator[tuple[str, Decode]]:
     """Name, and a function that decodes."""
-    for index in spread(len(tree), count):
+    for index in evenly(len(tree), count):
         yield f"{tree.where}/{tree.name(index)}", partial(decode_of, tree, index)
 
 
@@ -253,14 +252,8 @@ def stored_photographs(path: Path, count: int) -> Iterator[tuple[str, Decode]]:
     """Likewise, of the pictures in a .beton as they are stored."""
     tables = read_tables(path)
     with path.open("rb") as file:
-        for index in spread(len(tables.labels), count):
-            file.seek(int(tables.pointers[index]))
-            data = file.read(int(tables.sizes[index]))
-            shape = int(tables.heights[index]), int(tables.widths[index]), 3
-            raw = np.frombuffer(data, np.uint8)
-            jpeg = tables.modes[index] == JPEG
-            decode = partial(decode_rgb, data) if jpeg else partial(raw.reshape, shape)
-            yield f"sample {index} of {path}", decode
+        for index in evenly(len(tables.labels), count):
+            yield f"sample {index} of {path}", partial(read_image, file, tables, index)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from ffcv_imnet.config.schema import RETIRED, Settings, flatten, to_dict
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import LOG
 from ffcv_imnet.core.progress import Progress
-from ffcv_imnet.machine.device import choose_precision, synchronise
+from ffcv_imnet.machine.device import DTYPES, choose_precision, synchronise
 from ffcv_imnet.machine.distributed import connect, describe_world
 from ffcv_imnet.models import build_model
 from ffcv_imnet.models.registry import REGISTRY
@@ -115,7 +115,7 @@ def measure(
     connect(world)  # all cores
     count = batch or BATCH[world.device.type]
     precision = choose_precision("auto", world.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     print(f"timing on {world.device_name()}, {precision}, batch {count}, {side} px")
     built = {
         name: build_model(settings, CLASSES).to(world.device).to(memory_format=torch.channels_last)

@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from ffcv_imnet.core.atomic import NotWritten, drop_cached, link, partial_path, rename, written
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
+from ffcv_imnet.machine.device import DTYPES
 
 FORMAT = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
