@@ -3,6 +3,8 @@
 import dataclasses
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -20,6 +22,7 @@ from ffcv_imnet.data import loader as data
 from ffcv_imnet.data.beton import manifest_path, read_tables
 from ffcv_imnet.images import synthetic as shapes
 from ffcv_imnet.machine import distributed
+from ffcv_imnet.machine.device import Copies
 from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.native import build
 from tests.conftest import SmallData
@@ -333,27 +336,87 @@ def test_an_error_in_the_loaders_thread_ends_the_epoch(
     assert time.monotonic() - started < 20
 
 
-def test_a_copy_is_waited_for_before_the_next_batch_is_taken(
-    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_copies_on_a_stream_of_their_own(
+    small: SmallData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What happens on a GPU, with torch's meta device and an event that keeps a diary."""
+    """What happens on a GPU, with torch's meta device, and streams and events that keep a diary."""
     diary: list[str] = []
-
-    class Event:
-        def record(self) -> None:
-            diary.append("record")
-
-        def synchronize(self) -> None:
-            diary.append("synchronize")
-
-    monkeypatch.setattr(data, "copy_event", lambda device: Event())
+    follow_streams(diary, monkeypatch)
     meta = dataclasses.replace(ALONE, device=torch.device("meta"))
+    monkeypatch.setattr(data, "copies_to", Copies)
+    threads = []
+    monkeypatch.setattr(
+        data, "make_current", lambda device: threads.append((threading.current_thread(), device))
+    )
     settings = small.settings(tmp_path)
     loader = data.TrainLoader(str(small.train), small.train_samples, settings, meta)
+    places = []
     for images, labels in loader.epoch(plan_run(settings, small.train_samples)[0]):
         assert images.device.type == labels.device.type == "meta"
+        places.append(images.untyped_storage()._cdata)
         diary.append("step")
-    assert diary == ["record", "step", "synchronize"] * 6
+    first = ["side waits for compute", "copy", "copy", "copied on side", "compute waits for copied"]
+    other = ["copy", "copy", "copied on side", "compute waits for copied"]
+    expected = [*first, "step", "host waits for copied"]
+    expected += ["used 1 on compute", *other, "step", "host waits for copied"]
+    for number in range(2, 6):
+        last, before = 1 + number % 2, 1 + (number + 1) % 2
+        # The place is free when the step before the last is done; FFCV's memory when it is copied.
+        expected += [f"used {before} on compute", f"side waits for used {last}", *other]
+        expected += ["step", "host waits for copied"]
+    assert diary == expected
+    assert places == places[:2] * 3 and places[0] != places[1]
+    ((thread, device),) = threads
+    assert isinstance(thread, data._Epoch) and device == meta.device
+    assert capsys.readouterr().err.count("not page-locked") == 1
+
+
+def follow_streams(diary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams and events in place of torch.cuda's: each call is an entry."""
+    names = iter(("copied", "used 1", "used 2"))
+
+    class Event:
+        def __init__(self, blocking: bool = False) -> None:
+            self.name = next(names)
+            assert blocking == (self.name == "copied")
+
+        def record(self, stream: "Stream") -> None:
+            diary.append(f"{self.name} on {stream.name}")
+
+        def synchronize(self) -> None:
+            diary.append(f"host waits for {self.name}")
+
+    class Stream:
+        def __init__(self, device: torch.device, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            diary.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event: Event) -> None:
+            diary.append(f"{self.name} waits for {event.name}")
+
+    @contextmanager
+    def stream(entered: Stream) -> Iterator[None]:
+        assert entered.name == "side"
+        with monkeypatch.context() as inside:
+            copy = torch.Tensor.copy_
+
+            def noted(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> object:
+                assert non_blocking
+                diary.append("copy")
+                return copy(target, source)
+
+            inside.setattr(torch.Tensor, "copy_", noted)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "compute"))
 
 
 def test_classes_must_agree(small: SmallData, tmp_path: Path) -> None:

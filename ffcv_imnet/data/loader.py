@@ -37,6 +37,7 @@ from ffcv_imnet.data.beton import (
 )
 from ffcv_imnet.data.decoders import DAMAGES, FLIPS, CropDecoder
 from ffcv_imnet.data.read_ahead import ReadAhead
+from ffcv_imnet.machine.device import copies_to, make_current
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.machine.host import affinity_cores, usable_cores
 
@@ -143,21 +144,19 @@ def exact_share(samples: int, batch_size: int, world: World) -> tuple[Indices, i
     return order, max(1, min(batch_size // world.size, share))
 
 
-def copy_event(device: torch.device) -> torch.cuda.Event | None:
-    """What tells when a copy to `device` is done; None where `device` reads the host's memory."""
-    return torch.cuda.Event() if device.type == "cuda" else None
-
-
 class _Epoch(EpochIterator):
     """FFCV's iterator with an end for every case: an error in its thread, a consumer that leaves."""
 
-    def __init__(self, loader: "_OrderedLoader", order: Indices) -> None:
+    def __init__(self, loader: "_OrderedLoader", order: Indices, device: torch.device) -> None:
+        self.device = device
         self.error: BaseException | None = None
         self.read_ahead: ReadAhead | None = None
         super().__init__(loader, order)
 
     def run(self) -> None:
         try:
+            # FFCV enters CUDA streams here; without it each rank would open a context on the first GPU.
+            make_current(self.device)
             if self.loader.read_ahead and len(self.order):
                 cuts = range(self.loader.batch_size, len(self.order), self.loader.batch_size)
                 self.read_ahead = ReadAhead(
@@ -262,6 +261,7 @@ class _OrderedLoader:
         self.starts, self.ends = self._places(f"f{place[RGBImageField]}")
         self.skip_damaged = data.on_damaged == "skip"
         self.skipped: set[int] = set()
+        self.said_unpinned = False
         self.construction_seconds = time.perf_counter() - started
         self.start_seconds: float | None = None  # construction and wait for the first batch of all
 
@@ -286,10 +286,10 @@ class _OrderedLoader:
                 thread failed.
         """
         threads = torch.get_num_threads()
-        copied = copy_event(device)
+        copies = copies_to(device)
         asked = time.perf_counter()
         self._check_unchanged()
-        epoch = _Epoch(self, order)
+        epoch = _Epoch(self, order, device)
         try:
             for number, (images, labels) in enumerate(epoch):
                 if self.start_seconds is None:
@@ -299,20 +299,30 @@ class _OrderedLoader:
                 torch.set_num_threads(threads)
                 start = number * self.batch_size
                 self._check_decoded(order[start : start + self.batch_size], labels)
-                images = images.to(device, non_blocking=True)
-                labels = labels.to(device, non_blocking=True)
-                if copied is None:
+                if copies is None:
                     yield images, labels
                     continue
-                copied.record()
+                if number == 0:
+                    self._check_pinned(images)
+                images, labels = copies.start(images, labels)
                 yield images, labels
-                # FFCV reuses a host buffer some batches later without asking the device. Waiting
-                # for this copy, not for the step behind it, keeps the device busy.
-                copied.synchronize()
+                # FFCV reuses a host buffer some batches later without asking the device.
+                copies.wait()
             self._check_unchanged()
         finally:
             epoch.stop()
             torch.set_num_threads(threads)
+
+    def _check_pinned(self, images: Tensor) -> None:
+        """Say once if FFCV could not lock its memory, which it keeps to itself."""
+        if not self.said_unpinned and not images.is_pinned():
+            print(
+                "the loader's memory is not page-locked, so copies to the GPU are slow and steps wait for "
+                "them: raise the limit of locked memory (ulimit -l), or lower data.batches_ahead",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.said_unpinned = True
 
     def _check_unchanged(self) -> None:
         """Raises RunError if the file was written to since it was opened.

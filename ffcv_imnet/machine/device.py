@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.provenance import cpu_name
@@ -167,6 +168,55 @@ def room(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+class Copies:
+    """Batches from page-locked host memory to a GPU, on a stream of their own, so that one is copied while the step
+    on the one before is made.
+
+    Two places on the device take turns. A batch is copied to one when the step that last used it is done, which
+    keeps the host at most two steps ahead; the host's own memory is free again once `wait` returns.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.compute, self.side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        # The host sleeps until it comes; a plain one is spun on, on a core that has images to decode.
+        self.copied = torch.cuda.Event(blocking=True)
+        self.used = torch.cuda.Event(), torch.cuda.Event()
+        self.places: list[list[Tensor]] = []
+        self.number = 0
+
+    def start(self, *batch: Tensor) -> list[Tensor]:
+        """What `batch` becomes on the device, for what is queued from here on; valid until the next one starts.
+        The first batch is the largest."""
+        place, before = self.number % 2, (self.number + 1) % 2
+        if self.number == 0:
+            self.places = [[torch.empty_like(t, device=self.device) for t in batch] for _ in "ab"]
+            self.side.wait_stream(
+                self.compute
+            )  # which may still be using what the memory was before
+        else:
+            self.used[before].record(self.compute)  # behind the last step
+        if self.number >= 2:
+            self.side.wait_event(self.used[place])
+        self.number += 1
+        there = [memory[: len(t)] for memory, t in zip(self.places[place], batch, strict=True)]
+        with torch.cuda.stream(self.side):
+            for target, t in zip(there, batch, strict=True):
+                target.copy_(t, non_blocking=True)
+        self.copied.record(self.side)
+        self.compute.wait_event(self.copied)
+        return there
+
+    def wait(self) -> None:
+        """Until the last copy is done, which is long before the step behind it is."""
+        self.copied.synchronize()
+
+
+def copies_to(device: torch.device) -> Copies | None:
+    """How batches get to `device`; None where it reads the host's memory."""
+    return Copies(device) if device.type == "cuda" else None
+
+
 def describe(device: torch.device) -> str:
     """An accelerator's name, memory and compute capability. Makes a CUDA context."""
     free, total = (count / 2**30 for count in torch.cuda.mem_get_info(device))
@@ -174,12 +224,12 @@ def describe(device: torch.device) -> str:
     return f"{name(device)}, {total:.0f} GiB ({free:.0f} free), {able}"
 
 
-def pinned_buffer(size: int) -> torch.Tensor:
+def pinned_buffer(size: int) -> Tensor:
     """`size` bytes of page-locked host memory. Raises RuntimeError where none is to be had."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-def copy_rate(device: torch.device, host: torch.Tensor, times: int = 10) -> float:
+def copy_rate(device: torch.device, host: Tensor, times: int = 10) -> float:
     """GB/s from `host` memory to an accelerator."""
     there = torch.empty_like(host, device=device)
     there.copy_(host)
