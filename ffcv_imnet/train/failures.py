@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ffcv_imnet.config.schedules import EpochPlan
 from ffcv_imnet.core.errors import RunError, reason_of
+from ffcv_imnet.machine.device import peak_memory, reset_peak_memory, room
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.train.checkpoint import Learner
 
@@ -55,7 +56,9 @@ def _out_of_memory(learner: Learner, plan: EpochPlan, world: World, val_batch: i
         )
     local = plan.batch_size // world.size
     try:
-        fits = fitting_batch(lambda batch: _peak(learner, batch, plan, world), _room(world), local)
+        fits = fitting_batch(
+            lambda batch: _peak(learner, batch, plan, world), room(world.device), local
+        )
     except RuntimeError:  # not even the small ones fitted
         fits = None
     advice = f"{fits * world.size} would fit" if fits else "take a much smaller one"
@@ -85,23 +88,18 @@ def fitting_batch(peak: Callable[[int], int], room: int, tried: int) -> int | No
     return (fits // 8 * 8 if fits > 8 else fits) if fits > 0 else None
 
 
-def _room(world: World) -> int:
-    """Bytes free on the accelerator, with what this process has already."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(world.device)[0] + torch.cuda.memory_reserved(world.device)
-
-
 def _peak(learner: Learner, batch: int, plan: EpochPlan, world: World) -> int:
-    """Most bytes during forward and backward, with the momentum that the first step has yet to
-    allocate. Not compiled, which would take minutes for a new shape and need less memory."""
+    """Most bytes during forward and backward. Not compiled, which would take minutes for a new shape and
+    need less memory; and without the other processes, whom nobody told to take part."""
     side = plan.resolution
     learner.optimizer.zero_grad(set_to_none=True)
-    torch.cuda.reset_peak_memory_stats(world.device)
+    reset_peak_memory(world.device)
     images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=world.device)
     half = learner.dtype != torch.float32
     with torch.autocast(world.device.type, learner.dtype, enabled=half):
         loss = learner.model(images.contiguous(memory_format=torch.channels_last)).float().sum()
-    loss.backward()
-    learner.optimizer.zero_grad(set_to_none=True)
-    momentum = 0 if learner.optimizer.state else sum(p.nbytes for p in learner.model.parameters())
-    return torch.cuda.max_memory_allocated(world.device) + momentum
+    # Not backward(): after one that memory ended, DistributedDataParallel still waits for each parameter's
+    # gradient and would send it to the others. This puts none into a parameter.
+    weights = [p for p in learner.model.parameters() if p.requires_grad]
+    torch.autograd.grad(loss, weights, allow_unused=True)
+    return peak_memory(world.device) or 0

@@ -5,20 +5,26 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import train_imagenet
+from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core import log as records
 from ffcv_imnet.core.errors import NonFiniteLoss, RunError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.data.loader import _Epoch
+from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.train import checkpoint, run_dir
 from ffcv_imnet.train import failures as faults
 from ffcv_imnet.train.checkpoint import Trained
+from ffcv_imnet.train.epoch import build_learner
 from ffcv_imnet.train.failures import fitting_batch
 from ffcv_imnet.train.heartbeat import Heartbeat
 from ffcv_imnet.train.run_dir import RunFolder
@@ -134,11 +140,48 @@ def test_a_full_gpu_names_the_batch_that_fits(
 
     monkeypatch.setattr(train_imagenet, where, full)
     monkeypatch.setattr(faults, "_peak", lambda learner, batch, plan, world: 100 + 30 * batch)
-    monkeypatch.setattr(faults, "_room", lambda world: 1000)
+    monkeypatch.setattr(faults, "room", lambda device: 1000)
     settings = small.settings(tmp_path / "run", training__batch_size=100)
     says = r"batch of 100: 24 would fit" if where == "train_epoch" else "validation.batch_size 16"
     with pytest.raises(RunError, match=says):
         run(settings)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_search_for_it_asks_no_other_process(small: SmallData, tmp_path: Path) -> None:
+    """Memory ended within backward: DistributedDataParallel still waits for the rest of the gradients."""
+    two = World(0, 2, 0, 2, torch.device("cpu"))
+    settings = small.settings(tmp_path)
+    learner = build_learner(settings, 10, two)
+    sent: list[int] = []
+
+    def send(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent.append(bucket.index())
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    assert isinstance(learner.forward, DistributedDataParallel)
+    learner.forward.register_comm_hook(None, send)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    logits = learner.forward(images)
+    logits.grad_fn.register_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        logits.sum().backward()
+    faults._peak(learner, 4, plan_run(settings, 100)[0], two)
+    assert not sent and all(p.grad is None for p in learner.model.parameters())
 
 
 # ---- loader, file, log --------------------------------------------------------------------------
