@@ -373,8 +373,8 @@ def percentile(values: List[float], percent: int) -> float:
     return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)]
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    """Evaluate and print. Raises Failure."""
+def parse(argv: Optional[List[str]]) -> argparse.Namespace:
+    """The command line. Raises Failure."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -405,6 +405,12 @@ def main(argv: Optional[List[str]] = None) -> None:
         raise Failure("--model %s: expected .onnx, or %s" % (options.model, ", ".join(ENGINES)), 2)
     if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
         raise Failure("--json %s: its folder does not exist" % options.json, 2)
+    return options
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Evaluate and print. Raises Failure."""
+    options = parse(argv)
     labels_path = options.labels or os.path.join(os.path.dirname(options.model), "labels.txt")
     labels = read_labels(labels_path)
     photographs = list_photographs(options.data, labels)

@@ -177,6 +177,17 @@ def test_a_folder_imports_only_from_the_floors_below(level: int) -> None:
             )
 
 
+def test_functions_fit_a_screen() -> None:
+    """60 lines, docstring included."""
+    for path in [*sources(), *(ROOT / "deploy").glob("*.py")]:
+        if "tests" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
 def users(package: str) -> set[str]:
     """Rooms that import `package`, tests aside."""
     return {

@@ -394,39 +394,19 @@ class CropDecoder(SimpleRGBImageDecoder):
                     thread = get_thread_id() if parallel else 0
                     scratch: Any = _pointer(scratch_at + thread * stride)
                     pixels = carray(scratch, height * width * 3, np.uint8)
-                    status = ctypes_imdecode(
-                        stored.ctypes.data,
-                        stored.size,
-                        height,
-                        width,
-                        pixels.ctypes.data,
-                        height,
-                        width,
-                        0,  # offset of a crop, not enabled
-                        0,
-                        1,  # scale 1 / 1
-                        1,
-                        False,
-                        False,
-                    )
+                    status = ctypes_imdecode(  # without a crop (0, 0), at scale 1 / 1
+                        stored.ctypes.data, stored.size, height, width,
+                        pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False,
+                    )  # fmt: skip
                     if status != 0:
                         damaged[sample] = DAMAGED
                         destination[slot] = 0
                         continue
                 top, left, h, w = chosen_crop(height, width, sample, words, numbers)
                 ctypes_resize(
-                    0,
-                    pixels.ctypes.data,
-                    height,
-                    width,
-                    top,
-                    top + h,
-                    left,
-                    left + w,
-                    destination[slot].ctypes.data,
-                    destination.shape[1],
-                    destination.shape[2],
-                )
+                    0, pixels.ctypes.data, height, width, top, top + h, left, left + w,
+                    destination[slot].ctypes.data, destination.shape[1], destination.shape[2],
+                )  # fmt: skip
                 if mirrored(words[FLIP_WORD], words[0], words[1], sample):
                     mirror(destination[slot])
             return destination[: len(indices)]
