@@ -75,6 +75,7 @@ T4 = Nvidia(("Tesla T4",), "580.82.07", True)
         (T4, "13.2", "", "CUDA_VISIBLE_DEVICES is ''"),
         (T4, "13.2", "-1", "CUDA_VISIBLE_DEVICES is '-1'"),
         (T4, "13.2", "0", "run nvidia-smi"),
+        (T4, "13.2", "7", "CUDA_VISIBLE_DEVICES is '7'"),
         (T4, None, None, "was built without CUDA"),
     ],
 )
@@ -120,6 +121,7 @@ WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100", "compute_120"]
         ((12, 1), WHEEL, True),
         ((15, 0), WHEEL, True),  # PTX is compiled for what comes later
         ((7, 0), [], True),
+        ((9, 4), ["gfx90a", "gfx942"], True),
         ((7, 0), ["compute_60"], True),
     ],
 )

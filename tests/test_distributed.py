@@ -78,6 +78,8 @@ def test_the_world_of_the_environment() -> None:
         ({"RANK": None}, "WORLD_SIZE but no RANK"),
         ({"LOCAL_RANK": None}, "RANK but no LOCAL_RANK"),
         ({"MASTER_PORT": None}, "RANK but no MASTER_PORT"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http', which is no port"),
+        ({"MASTER_PORT": "65536"}, "which is no port"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK='', which is no number"),
         ({"RANK": "-1"}, "RANK='-1', which is no number"),
         ({"RANK": "one"}, "RANK='one', which is no number"),

@@ -88,22 +88,22 @@ def has_code(capability: tuple[int, int], archs: Sequence[str]) -> bool:
 
     Machine code (sm) runs on its own minor version and later ones of the same major, PTX (compute)
     on everything later; with a letter neither does (CUDA C++ Programming Guide, 5.1). A build that
-    names nothing is believed.
+    names none of these (ROCm's) is believed.
     """
-    for arch in archs:
-        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
-        if parts is None:
-            continue
-        built = int(parts[2]), int(parts[3])
-        if parts[4] == "a":
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in archs]
+    parsed = [match for match in matches if match is not None]
+    for match in parsed:
+        kind, letter = match[1], match[4]
+        built = int(match[2]), int(match[3])
+        if letter == "a":
             fits = built == capability
-        elif parts[1] == "compute" and not parts[4]:
+        elif kind == "compute" and not letter:
             fits = built <= capability
         else:
             fits = built[0] == capability[0] and built[1] <= capability[1]
         if fits:
             return True
-    return not archs
+    return not parsed
 
 
 def dotted(capability: tuple[int, int]) -> str:

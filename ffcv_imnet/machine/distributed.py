@@ -120,6 +120,9 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     needed = [*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"] if several else ["RANK"]
     if missing := [name for name in needed if not environment.get(name)]:
         raise wrong(f"{there[0]} but no {missing[0]}")
+    port = environment.get("MASTER_PORT", "0") if several else "0"
+    if not (re.fullmatch(r"[0-9]{1,5}", port) and int(port) < 1 << 16):
+        raise wrong(f"MASTER_PORT={port[:40]!r}, which is no port")
     ranks = Ranks(*(values[name] for name in TORCHRUN))
     if ranks.rank >= ranks.size:
         raise wrong(f"RANK={ranks.rank} in a world of {ranks.size}")

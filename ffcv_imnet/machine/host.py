@@ -118,6 +118,8 @@ def why_unusable(found: Nvidia, torch: str, cuda: str | None, visible: str | Non
         return (
             "there is no /dev/nvidia0: start the container with --gpus all (docker run --gpus all)"
         )
+    if visible is not None and visible.strip() != "0":
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}, and {len(found.cards)} are there: name those"
     return (
         f"the NVIDIA driver is {found.driver}, and {wants}: run nvidia-smi; if it names an error, "
         f"restart the machine or its driver"
