@@ -51,9 +51,10 @@ from ffcv_imnet.images.sources import (
 )
 from ffcv_imnet.machine.host import affinity_cores, usable_cores
 
+EXAMPLES = 3  # unreadable images named on the terminal
 VERIFIED = 64  # images encoded again afterwards, to compare with what the disk gives back
 TRAINING_RATE = 1000  # images/s of training, for the disk's read rate when RAM is too small
-EXAMPLES = """examples:
+EXAMPLE_COMMANDS = """examples:
   python write_ffcv.py --split train
   python write_ffcv.py --split val --data_dir /data/imagenet --out_dir /data/beton
   python write_ffcv.py --split train --tar ILSVRC2012_img_train.tar
@@ -103,7 +104,7 @@ def build_parser() -> Parser:
         "ImageNet's tars or parquet shards as OUT_DIR/SPLIT.beton for FFCV, at reduced\n"
         "resolution, with its manifest OUT_DIR/SPLIT.json. The same photographs are\n"
         "stored alike, whichever way they come.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLE_COMMANDS,
         hint=" (--help lists the options)",
     )
     add = parser.add_argument
@@ -375,7 +376,7 @@ def write_samples(file: IO[bytes], job: Job) -> Written:
     """Encode all of the source and lay it out in `file`, numbered in the order of the source.
 
     Raises:
-        RunError: a worker died, or images are unreadable (all of them listed on stderr), or none
+        RunError: a worker died, or images are unreadable (see `report_bad`), or none
             is left of a class.
     """
     count = len(job.source)
@@ -407,25 +408,39 @@ def write_samples(file: IO[bytes], job: Job) -> Written:
 
 
 def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
-    """List all unreadable images on stderr.
+    """Name some unreadable images on stderr; all of them stand in the manifest, or where there will be
+    none in SPLIT.unreadable.txt.
 
     Raises:
         RunError: there are some and they may not be skipped, or a class has no others.
     """
     source = job.source
-    for image in bad:
-        print(f"unreadable: {source.where}/{shown(image.name)}: {image.reason}", file=sys.stderr)
+    lines = [f"{source.where}/{shown(image.name)}: {image.reason}" for image in bad]
+    for line in lines[:EXAMPLES]:
+        print(f"unreadable: {line}", file=sys.stderr)
     if bad and not job.skip_bad:
+        where = "listed above"
+        if len(bad) > EXAMPLES:
+            listing = unreadable_list(job)
+            listing.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+            where = f"{EXAMPLES} of them above, all in {listing}"
         raise RunError(
-            f"{len(bad):,} of {len(source):,} images are unreadable (listed above) and nothing was"
+            f"{len(bad):,} of {len(source):,} images are unreadable ({where}) and nothing was"
             " written: mend or remove them, or go on without them by --skip_bad"
         )
+    if len(bad) > EXAMPLES:
+        print(f"and {len(bad) - EXAMPLES:,} more; all are named in the manifest", file=sys.stderr)
     had, left = (
         np.bincount(labels, minlength=len(source.classes))
         for labels in (source.labels, source.labels[kept])
     )
     if lost := [name for name, a, b in zip(source.classes, had, left, strict=True) if a and not b]:
         raise RunError(f"no image of class {lost[0]} is readable")
+
+
+def unreadable_list(job: Job) -> Path:
+    """Where all unreadable images are named if nothing is written."""
+    return job.path.with_suffix(".unreadable.txt")
 
 
 def versions() -> dict[str, str]:
@@ -499,6 +514,7 @@ def main(argv: list[str] | None = None) -> int:
                 manifest = write(file, job)
             # Outside that block: once the first of the two has its name, nothing may be removed.
             beton.commit_beton(job.path)
+            unreadable_list(job).unlink(missing_ok=True)  # of an attempt before
             print(
                 f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
                 f" {size(manifest.bytes)}, {manifest.content_checksum}"

@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def decode(data: bytes) -> Image.Image:
-    """A photograph upright and in RGB, whatever its kind; 16-bit grayscale is scaled to 8."""
+    """A photograph upright and in RGB, whatever its kind: 16-bit and floating-point grayscale scaled to 8
+    bits, what is transparent laid on white."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(data), formats=FORMATS)  # type: Any
@@ -90,9 +91,16 @@ def decode(data: bytes) -> Image.Image:
             method = None
         if method is not None:
             image = image.transpose(method)
-        if image.mode.startswith("I"):
-            wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-            image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+        if image.mode == "F" or image.mode.startswith("I"):
+            wide = np.asarray(image).astype(np.float64)
+            scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+            white = next((scale for scale in scales if wide.max() <= scale), None)
+            if white is None or not wide.min() >= 0:
+                raise ValueError("its values are not from 0 to 65535")
+            image = Image.fromarray(np.floor(wide * (255 / white) + 0.5).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
 
 

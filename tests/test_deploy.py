@@ -44,6 +44,10 @@ def kinds(folder: Path) -> list[Path]:
     Image.fromarray(pixels).convert("CMYK").save(folder / "cmyk.jpg")
     Image.fromarray(pixels).convert("P").save(folder / "palette.png")
     Image.fromarray(pixels).convert("RGBA").save(folder / "alpha.png")
+    cut_out = Image.fromarray(pixels).convert("RGBA")
+    cut_out.putalpha(Image.fromarray(pixels[..., 1]))
+    cut_out.save(folder / "transparent.png")
+    Image.fromarray(pixels[..., 0].astype(np.float32) / 255).save(folder / "float.tiff")
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "wide.png")
     for orientation in range(1, 9):
         exif = Image.Exif()

@@ -157,6 +157,22 @@ def test_all_unreadable_images_are_listed(
         assert f"train/{name}: " in line and reason in line.lower()
 
 
+def test_of_many_unreadable_images_three_are_named_and_all_listed(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [damaged / "train" / "n00000001" / f"z{n}.jpg" for n in range(4)]
+    for path in more:
+        path.touch()
+    with pytest.raises(RunError, match=r"7 of 20 .*\(3 of them above, all in .*unreadable\.txt\)"):
+        write_ffcv.main(arguments(damaged, tmp_path / "out"))
+    assert capsys.readouterr().err.count("unreadable: ") == 3
+    assert contents(tmp_path / "out") == ["train.unreadable.txt"]
+    assert len((tmp_path / "out" / "train.unreadable.txt").read_text().splitlines()) == 7
+    write(damaged, tmp_path / "out", "--skip_bad")
+    assert "and 4 more; all are named in the manifest" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == ["train.beton", "train.json"]
+
+
 def test_skip_bad_goes_on_without_them(damaged: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifest = write(damaged, out, "--skip_bad", "--compress_probability", "0.5")

@@ -1,5 +1,6 @@
 """What `train_imagenet.py --dry_run` prints: settings, plan, cost estimate; with --measure what this machine takes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
@@ -8,7 +9,7 @@ from ffcv_imnet.bench import cost, measure
 from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
 from ffcv_imnet.config.schema import Settings
-from ffcv_imnet.data.beton import Manifest, manifest_path
+from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.models.registry import check_arch
 
 
@@ -24,17 +25,40 @@ def dry_run(settings: Settings, measuring: bool, started: float) -> int:
         if measured is not None:
             print(measure.describe(measured, price))
         return 0
-    manifest = manifest_path(Path(settings.data.train_dataset))
-    if manifest.is_file():
-        images, source = Manifest.load(manifest).samples, str(manifest)
-    else:
-        images, source = IMAGENET_TRAIN_IMAGES, f"ImageNet's number, as {manifest} does not exist"
-    plans = plan_run(settings, images)
+    train = counted(settings.data.train_dataset, IMAGENET_TRAIN_IMAGES, cost.IMAGENET_CLASSES)
+    val = counted(settings.data.val_dataset, cost.IMAGENET_VAL_IMAGES, cost.IMAGENET_CLASSES)
+    plans = plan_run(settings, train.images)
     print(to_yaml(settings))
-    print(f"{images:,} training images ({source})\n")
+    print(f"{train.images:,} training images ({train.source})")
+    print(f"{val.images:,} validation images ({val.source})\n")
     print(plan_table(plans))
-    print("\n" + cost.describe(settings, plans))
+    print("\n" + cost.describe(settings, plans, val.images, train.classes))
     return 0
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How large a data set is, and who says so."""
+
+    images: int
+    classes: int
+    source: str
+
+
+def counted(path: str, images: int, classes: int) -> Counted:
+    """Of the file that is there; ImageNet's `images` and `classes` where there is none.
+
+    Raises:
+        UsageError, RunError: it is damaged.
+    """
+    beton, manifest = Path(path), manifest_path(Path(path))
+    if manifest.is_file():
+        said = Manifest.load(manifest)
+        return Counted(said.samples, len(said.classes), str(manifest))
+    if beton.is_file():
+        labels = read_tables(beton).labels
+        return Counted(len(labels), 1 + int(labels.max(initial=0)), str(beton))
+    return Counted(images, classes, f"ImageNet's number, as {manifest} does not exist")
 
 
 def plan_table(plans: tuple[EpochPlan, ...]) -> str:

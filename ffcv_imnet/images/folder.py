@@ -1,6 +1,7 @@
 """An ImageFolder tree: one folder a class, the photographs inside, as torchvision reads it."""
 
 import hashlib
+import importlib.util
 import os
 import stat
 import sys
@@ -18,10 +19,13 @@ from ffcv_imnet.core.names import fault_of, quoted, shown
 from ffcv_imnet.images import leftovers
 from ffcv_imnet.images.leftovers import Left
 
-# torchvision.datasets.folder.IMG_EXTENSIONS, and two more of JPEG; compared in lower case.
+HEIC = (b".heic", b".heif", b".hif")
+# torchvision.datasets.folder.IMG_EXTENSIONS, two more of JPEG, and what Pillow and its plug-in read;
+# compared in lower case.
 EXTENSIONS = (
     *(b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp"),
-    *(b".jfif", b".jpe"),
+    *(b".jfif", b".jpe", b".avif"),
+    *(HEIC if importlib.util.find_spec("pillow_heif") else ()),
 )
 
 

@@ -35,10 +35,7 @@ APPLE_DOUBLE = b"._"  # macOS keeps a file's attributes beside it under this nam
 
 # Image formats that are not read, and a program that makes PNGs or JPEGs of them (Debian's packages).
 CONVERTERS = {
-    ".heic": "heif-convert of libheif-examples",
-    ".heif": "heif-convert of libheif-examples",
-    ".hif": "heif-convert of libheif-examples",
-    ".avif": "avifdec of libavif-bin",
+    **dict.fromkeys((".heic", ".heif", ".hif"), "or read them after `pip install pillow-heif`"),
     ".jxl": "djxl of libjxl-tools",
     ".gif": "convert of imagemagick",
     ".jp2": "opj_decompress of libopenjp2-tools",

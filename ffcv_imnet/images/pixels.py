@@ -1,7 +1,9 @@
 """Encoded bytes to upright RGB pixels, smaller pixels, and JPEG again.
 
 The reference for decoding is `ImageOps.exif_transpose(image).convert("RGB")` in Pillow, whatever
-the file's extension says; 16-bit grayscale, which `convert` would clip to white, is scaled first.
+the file's extension says, but for two kinds that it spoils: 16-bit and floating-point grayscale, which
+`convert` would clip to white or to black, is scaled first, and what is transparent is laid on white,
+since the colour below it is anything, mostly the black of the subject.
 """
 
 import io
@@ -9,7 +11,7 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from ffcv_imnet.images import Pixels
 
@@ -25,6 +27,9 @@ UPRIGHT = {  # its values, as ImageOps.exif_transpose undoes them
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What the file type box of ISO's base media format says of an image.
+AVIF, HEIC = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+FULL_SCALES = (1.0, 255.0, 65535.0)  # white, of floating-point grayscale
 LONGEST = 65535  # ffcv stores width and height in 16 bits
 
 
@@ -46,12 +51,12 @@ def decode_rgb(data: bytes) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and palettes are ordinary here
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = _open(data)
             image.load()
-            image = _eight_bit(_upright(image))
+            image = _on_white(_eight_bit(_upright(image)))
             # `convert` copies even where it has nothing to do: a tenth of a small JPEG's time.
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except MemoryError:
+    except (MemoryError, BadImage):
         raise
     except UnidentifiedImageError:
         raise BadImage(f"not an image ({', '.join(FORMATS)}), or its start is damaged") from None
@@ -73,16 +78,57 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def _open(data: bytes) -> Image.Image:
+    """As Pillow does, with HEIC and AVIF where it can.
+
+    Raises:
+        BadImage: it is one of these two, and this installation cannot.
+        UnidentifiedImageError: it is none of our formats.
+    """
+    file = io.BytesIO(data)
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in AVIF:
+        if not features.check("avif"):
+            raise BadImage("an AVIF image: `pip install --upgrade pillow` reads it")
+        return Image.open(file, formats=("AVIF",))
+    if brand in HEIC:
+        try:
+            import pillow_heif
+        except ImportError:
+            raise BadImage("a HEIC image: `pip install pillow-heif` reads it") from None
+        pillow_heif.register_heif_opener()
+        return Image.open(file, formats=("HEIF",))
+    return Image.open(file, formats=FORMATS)
+
+
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grayscale (I;16*, and I holding 16 bits) scaled to 8 bits; others unchanged.
+    """16-bit grayscale (I;16*, and I holding 16 bits) and floating point scaled to 8 bits; others
+    unchanged.
 
     The full range is scaled, never the image's own: its brightness would then depend on its
-    brightest pixel.
+    brightest pixel. White of floating point is the first of `FULL_SCALES` that holds all of it.
+
+    Raises:
+        ValueError: no range holds the values.
     """
-    if not image.mode.startswith("I"):
+    if image.mode != "F" and not image.mode.startswith("I"):
         return image
-    wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    wide = np.asarray(image).astype(np.float64)
+    low, high = float(wide.min()), float(wide.max())
+    scales = FULL_SCALES if image.mode == "F" else FULL_SCALES[-1:]
+    white = next((scale for scale in scales if high <= scale), None)
+    if white is None or not low >= 0:
+        raise ValueError(
+            f"values from {low:g} to {high:g}, of which none is known to be white: scale them to 0 to 65535"
+        )
+    return Image.fromarray(np.floor(wide * (255 / white) + 0.5).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def target_size(
