@@ -50,6 +50,27 @@ def make_slow_tree(root: Path, count: int = 200) -> Path:
     return root
 
 
+def of_many_scans(count: int, side: int = 8) -> bytes:
+    """A sound progressive JPEG, grey, of `count` scans: every coefficient by itself, bit by bit.
+
+    At most 883; encoders make ten, libjpeg's at most 100.
+    """
+    tables = b"\xff\xdb\x00\x43\x00" + 64 * b"\x01"
+    frame = b"\xff\xc2\x00\x0b\x08" + 2 * side.to_bytes(2, "big") + b"\x01\x01\x11\x00"
+    for kind in (b"\x00", b"\x10"):  # one code of one bit: no difference, end of block
+        tables += b"\xff\xc4\x00\x14" + kind + b"\x01" + 15 * b"\x00" + b"\x00"
+    scans = [(0, 0)]
+    for place in range(1, 64):
+        scans += [(place, 13), *((place, (bit + 1) << 4 | bit) for bit in reversed(range(13)))]
+    blocks = -((-side // 8) ** 2)
+    zeros = (blocks // 8) * b"\x00" + bytes([0xFF >> blocks % 8]) * (blocks % 8 > 0)
+    data = b"".join(
+        b"\xff\xda\x00\x08\x01\x01\x00" + bytes([place, place, bits]) + zeros
+        for place, bits in scans[:count]
+    )
+    return b"\xff\xd8" + tables + frame + data + b"\xff\xd9"
+
+
 class Deadly(ImageFolderTree):
     """Reading kills the process, as the kernel does when memory is short."""
 

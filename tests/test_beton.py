@@ -17,6 +17,7 @@ from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data import beton
 from ffcv_imnet.images.pixels import encode_jpeg
 from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
+from tests.fuzz.forge import Parts
 from tests.pictures import picture
 
 LABELS = [0, 0, 1, 2, 2, 2, 1]
@@ -268,6 +269,69 @@ def test_verify_looks_at_every_entry(
 ) -> None:
     with pytest.raises(RunError, match=reason):
         beton._verify_tables(original, fault(beton.read_tables(original)), 3)
+
+
+def forged(copy: Path, change: Callable[[Parts], object]) -> Path:
+    """The pair with other tables, and a manifest that fits them."""
+    parts = Parts.of(copy)
+    change(parts)
+    parts.save(copy)
+    return copy
+
+
+FORGERIES: dict[str, tuple[Callable[[Parts], object], str]] = {
+    "nothing": (lambda parts: None, ""),
+    "raw pixels that are not there": (
+        lambda parts: (
+            parts.image(5, mode=RAW, width=65535, height=65535),
+            parts.place(5, size=1 << 40),
+        ),
+        "sample 5 .* lies outside the data",
+    ),
+    "in the header": (
+        lambda parts: (parts.image(5, mode=RAW, width=8, height=8), parts.place(5, 0, 192)),
+        "sample 5 .* lies outside the data",
+    ),
+    "a size that overflows": (
+        lambda parts: parts.place(5, size=(1 << 64) - 8),
+        "sample 5 .* lies outside the data",
+    ),
+    "label 50": (lambda parts: parts.label(5, 50), "sample 5 .* label out of range"),
+    "label -5": (lambda parts: parts.label(5, -5), "sample 5 .* label out of range"),
+    "label 2^62": (lambda parts: parts.label(5, 1 << 62), "sample 5 .* label out of range"),
+    "a bomb": (
+        lambda parts: parts.image(4, mode=JPEG, width=65535, height=65535),
+        "sample 4 .* has too many pixels for its bytes",
+    ),
+    "no height": (lambda parts: parts.image(4, height=0), "sample 4 .* is empty"),
+    "in one table alone": (
+        lambda parts: parts.image(4, data_ptr=1 << 30),
+        "its two tables place its samples differently",
+    ),
+    "a name that ffcv cannot read": (
+        lambda parts: parts.descriptors.__setitem__(3, 0xE9),
+        "the names of its fields are not ASCII",
+    ),
+    "one field": (lambda parts: parts.header.__setitem__("num_fields", 1), "has 1 fields"),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_manifest_that_fits_makes_no_table_true(name: str, copy: Path) -> None:
+    change, reason = FORGERIES[name]
+    path = forged(copy, change)
+    if not reason:
+        beton.check_beton(path)
+        return
+    with pytest.raises((RunError, UsageError), match=reason) as caught:
+        beton.check_beton(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.beton")
+    with pytest.raises(UsageError, match="is not a regular file"):
+        beton.check_beton(tmp_path / "train.beton")
 
 
 def test_unfinished_file_is_recognised(tmp_path: Path) -> None:

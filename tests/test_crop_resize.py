@@ -1,6 +1,7 @@
 """The C kernel against OpenCV and PIL: every scale, odd sources, crops at the borders, damage."""
 
 import io
+import time
 from pathlib import Path
 
 import cv2
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ffcv_imnet.data.decoders import DAMAGES, JPEG
+from ffcv_imnet.data.decoders import DAMAGES, JPEG, fault_of_stored
 from ffcv_imnet.native import build
+from tests.pictures import of_many_scans
 
 library = build.load()
 pytestmark = pytest.mark.skipif(library is None, reason="the crop decoder is not compiled")
@@ -206,6 +208,89 @@ def test_damage_is_noticed_and_leaves_no_pixels() -> None:
     assert "outside the file" in DAMAGES[status]
     # The decoder is as good as new afterwards.
     assert kernel(stored, (200, 300), everything, 64)[0] == 0
+
+
+def test_nothing_outside_the_mapping_is_touched() -> None:
+    """Whatever start, size, picture and crop are said to be: a status, and no pixels."""
+    stored = jpeg(photograph(40, 60))
+    out = np.empty((16, 16, 3), np.uint8)
+
+    def status(start: int, size: int, is_jpeg: bool, *picture: int) -> str:
+        assert library is not None
+        data = np.frombuffer(stored, np.uint8)
+        out[:] = 99
+        number = library.ffcv_imnet_crop_resize(
+            *(data.ctypes.data, len(data), start, size, is_jpeg, *picture),
+            *(out.ctypes.data, 16, 16, False),
+        )
+        assert number == 0 or not out.any()
+        return DAMAGES[number]
+
+    size, whole = len(stored), (40, 60, 0, 0, 40, 60)
+    assert status(0, size, True, *whole) == ""
+    for start, length in (
+        (0, size + 1),
+        (1, size),
+        (size, 1),
+        (-1, 2),
+        (0, 0),
+        (0, -1),
+        (1 << 62, 1 << 62),
+    ):
+        assert "outside the file" in status(start, length, True, *whole), (start, length)
+    for picture in (
+        (65535, 65535, 0, 0, 65535, 65535),
+        (40, 60, 0, 0, 41, 60),
+        (40, 60, 1, 0, 40, 60),
+        (40, 60, -1, 0, 40, 60),
+        (0, 60, 0, 0, 1, 1),
+        (40, 65536, 0, 0, 1, 1),
+    ):
+        assert "outside the file" in status(0, size, False, *picture), picture
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_progressive_jpeg_has_bounds(whole: bool) -> None:
+    stored = jpeg(photograph(64, 64), progressive=True)
+    many, most = of_many_scans(883), of_many_scans(100)
+    # As large as a table may say, in coefficients that would take gigabytes: the header alone.
+    at = stored.index(b"\xff\xc2") + 5
+    huge = stored[:at] + b"\xff\xdc\xff\xdc" + stored[at + 4 :]
+    if whole:
+        assert fault_of_stored(np.frombuffer(stored, np.uint8), True, 64, 64) == 0
+        assert fault_of_stored(np.frombuffer(most, np.uint8), True, 8, 8) == 0
+        fault = fault_of_stored(np.frombuffer(many, np.uint8), True, 8, 8)
+        assert "too many scans" in DAMAGES[fault]
+        fault = fault_of_stored(np.frombuffer(huge, np.uint8), True, 65500, 65500)
+        assert "too much memory" in DAMAGES[fault]
+        return
+    everything = (0, 0, 64, 64)
+    assert kernel(stored, (64, 64), everything, 32)[0] == 0
+    assert kernel(most, (8, 8), (0, 0, 8, 8), 8)[0] == 0
+    assert "too many scans" in DAMAGES[kernel(many, (8, 8), (0, 0, 8, 8), 8)[0]]
+    started = time.monotonic()
+    assert "too much memory" in DAMAGES[kernel(huge, (65500, 65500), (0, 0, 65500, 65500), 32)[0]]
+    assert time.monotonic() - started < 2
+
+
+def test_jpegs_of_other_kinds_are_damaged() -> None:
+    """12 bits and lossless: by the header's marker and precision."""
+    stored = bytearray(jpeg(photograph(64, 64)))
+    at = stored.index(b"\xff\xc0")
+    for marker, precision in ((0xC0, 12), (0xC1, 12), (0xC3, 8), (0xC5, 8)):
+        stored[at + 1], stored[at + 4] = marker, precision
+        status, _ = kernel(bytes(stored), (64, 64), (0, 0, 64, 64), 16)
+        assert DAMAGES[status] == "is damaged", (marker, precision)
+
+
+@pytest.mark.parametrize("size", [(1, 65535), (65535, 1), (2, 65500), (65500, 2)])
+def test_strips_of_the_longest_side(size: tuple[int, int]) -> None:
+    """Four thousand pixels make one: what cutting each product loses adds up to eight levels."""
+    picture = np.resize(np.arange(256, dtype=np.uint8), (*size, 3))
+    modes = [(1, picture.tobytes())] + ([(JPEG, jpeg(picture))] if max(size) <= 65500 else [])
+    for mode, stored in modes:
+        status, ours = kernel(stored, size, (0, 0, *size), 16, mode)
+        assert status == 0 and abs(ours.mean() - picture.mean()) < 9
 
 
 def test_a_library_of_another_source_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
