@@ -41,6 +41,7 @@ from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_imag
 from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
 from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.parallel import one_thread
+from ffcv_imnet.images.pixels import MAX_PIXELS
 from ffcv_imnet.images.remarks import check_classes, check_oddities, notes, oddities
 from ffcv_imnet.images.sources import (
     FOLDERS,
@@ -133,6 +134,9 @@ def build_parser() -> Parser:
     add("--compress_probability", type=in_range(float, 0, 1), default=1.0, metavar="0..1",
         help="this part of the images is stored as JPEG, the rest as raw pixels, which load faster"
         " and take about ten times the space (default: %(default)s)")  # fmt: skip
+    add("--max_pixels", type=in_range(int, 1, 2**40), default=MAX_PIXELS, metavar="N",
+        help="refuse an image of more pixels, which may be a decompression bomb; each worker takes 3 to 12"
+        " bytes a pixel (default: %(default)s)")  # fmt: skip
     add("--num_workers", type=in_range(int, 1), metavar="N",
         help="encoding processes (default: all cores this process may use)")  # fmt: skip
     add("--subset", type=in_range(int, 1), metavar="N",
@@ -235,6 +239,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
         jpeg_quality=options.jpeg_quality,
         compress_probability=options.compress_probability,
         seed=options.seed,
+        max_pixels=options.max_pixels,
     )
     source = find_source(options)
     origin = {
@@ -248,6 +253,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
         chosen = even_subset(source.labels, len(source.classes), options.subset, options.seed)
         source = source.subset(chosen)
     recorded = {**asdict(settings), "subset": options.subset}
+    del recorded["max_pixels"]  # what is stored does not depend on it
     if options.holdout is not None:
         recorded["holdout"] = options.holdout
     return [

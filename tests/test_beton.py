@@ -282,14 +282,11 @@ def forged(copy: Path, change: Callable[[Parts], object]) -> Path:
 FORGERIES: dict[str, tuple[Callable[[Parts], object], str]] = {
     "nothing": (lambda parts: None, ""),
     "raw pixels that are not there": (
-        lambda parts: (
-            parts.image(5, mode=RAW, width=65535, height=65535),
-            parts.place(5, size=1 << 40),
-        ),
+        lambda parts: parts.image(5, mode=RAW, width=65535, height=65535).place(5, size=1 << 40),
         "sample 5 .* lies outside the data",
     ),
     "in the header": (
-        lambda parts: (parts.image(5, mode=RAW, width=8, height=8), parts.place(5, 0, 192)),
+        lambda parts: parts.image(5, mode=RAW, width=8, height=8).place(5, 0, 192),
         "sample 5 .* lies outside the data",
     ),
     "a size that overflows": (

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -17,9 +18,16 @@ from PIL import Image, ImageOps
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.images.encode import PixelSettings, as_jpeg, encode_image
 from ffcv_imnet.images.folder import ImageFolderTree
-from ffcv_imnet.images.pixels import BadImage, decode_rgb, encode_jpeg, shrink, target_size
+from ffcv_imnet.images.pixels import (
+    BadImage,
+    decode_rgb,
+    encode_jpeg,
+    scans_of,
+    shrink,
+    target_size,
+)
 from ffcv_imnet.images.stored import Stored
-from tests.pictures import make_tree, picture, save
+from tests.pictures import make_tree, of_many_scans, picture, save
 
 
 def file_of(image: Image.Image, kind: str, **how: object) -> bytes:
@@ -302,3 +310,58 @@ def test_wrong_folders_are_explained(tmp_path: Path) -> None:
     (tmp_path / "none" / "a").mkdir(parents=True)
     with pytest.raises(UsageError, match="no images in any of the 1 class folders"):
         ImageFolderTree(tmp_path / "none")
+
+
+# ------------------------------------------------------------------- images that are made to hurt
+
+
+def test_a_large_image_is_named_with_the_limit_that_an_option_raises(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/map.png").write_bytes(file_of(Image.new("1", (300, 200)), "PNG"))
+    tree = ImageFolderTree(tmp_path)
+    bad = encode_image(tree, 0, 0, PixelSettings(max_pixels=59_998), 1 << 23)
+    assert not isinstance(bad, Stored)
+    assert bad.reason.startswith("60,000 pixels, more than 59,998: a decompression bomb, or")
+    assert "--max_pixels" in bad.reason
+    assert isinstance(encode_image(tree, 0, 0, PixelSettings(max_pixels=60_000), 1 << 23), Stored)
+    huge = b"P6 65535 65535 255\n" + bytes(100)  # 12 GB
+    with pytest.raises(BadImage, match="4,294,836,225 pixels, more than 178,956,970"):
+        decode_rgb(huge)
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_at_once() -> None:
+    assert decode_rgb(of_many_scans(100)).shape == (8, 8, 3)
+    started = time.monotonic()
+    with pytest.raises(BadImage, match="a JPEG of more than 100 scans"):
+        decode_rgb(of_many_scans(883, side=4000))
+    assert time.monotonic() - started < 1
+    # Scans of a thumbnail and of a film behind the end are not counted.
+    plain = file_of(Image.new("RGB", (8, 8)), "JPEG")
+    inside = b"\xff\xe1\xff\x00" + 100 * b"\xff\xda" + bytes(0xFF00 - 202)
+    assert scans_of(plain[:2] + inside + plain[2:] + 200 * b"\xff\xda\x00\x02") == 1
+
+
+def test_kinds_of_jpeg_and_palette() -> None:
+    grey = Image.fromarray(picture(3)).convert("L")
+    plain = file_of(grey, "JPEG")
+    at = plain.index(b"\xff\xc0")
+    for marker, precision in (
+        (0xC1, 12),
+        (0xC3, 8),
+        (0xC7, 8),
+        (0xCB, 8),
+    ):  # 12 bits, lossless, others
+        other = bytearray(plain)
+        other[at + 1], other[at + 4] = marker, precision
+        with pytest.raises(BadImage):
+            decode_rgb(bytes(other))
+    for damaged in (plain[:-200], plain[:30], plain[:2]):
+        with pytest.raises(BadImage):
+            decode_rgb(damaged)
+    cmyk = file_of(Image.fromarray(picture(3)).convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(decode_rgb(cmyk).astype(int) - picture(3)).mean() < 4
+    few = Image.fromarray(picture(3)).quantize(16)  # a palette
+    for kind in ("PNG", "GIF", "TIFF", "BMP"):
+        assert np.array_equal(decode_rgb(file_of(few, kind)), np.asarray(few.convert("RGB")))
+    with pytest.raises(BadImage, match="a HEIC or AVIF image: heif-convert"):
+        decode_rgb(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")

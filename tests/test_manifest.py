@@ -105,5 +105,5 @@ def test_not_a_file(tmp_path: Path) -> None:
 
 def test_mutated_manifests() -> None:
     """`python -m tests.fuzz manifests` goes on where this stops."""
-    counts = fuzz(cases=1500, seed=int.from_bytes(os.urandom(4)))
+    counts = fuzz(cases=300, seed=int.from_bytes(os.urandom(4)))
     assert counts["accepted"] > 0 and counts["refused"] > 0

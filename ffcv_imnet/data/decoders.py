@@ -209,13 +209,9 @@ def fault_of_jpeg(stored: Any, height: int, width: int) -> int:
                 return OTHER_SIZE
             if np.int64(stored[at + 7]) * 256 + stored[at + 8] != width:
                 return OTHER_SIZE
-            if marker < 0xC2:
-                return 0
-            return (
-                TOO_MUCH
-                if 6 * height * width > MOST_COEFFICIENTS or scans(stored) > MOST_SCANS
-                else 0
-            )
+            count = scans(stored)
+            held = 6 * height * width if count > 1 or marker == 0xC2 else 0  # its coefficients
+            return TOO_MUCH if held > MOST_COEFFICIENTS or count > MOST_SCANS else 0
         at += 2 + np.int64(stored[at + 2]) * 256 + stored[at + 3]
     return DAMAGED
 

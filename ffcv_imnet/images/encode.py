@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.parallel import in_order
-from ffcv_imnet.images.pixels import LONGEST, BadImage, decode_rgb, encode_jpeg, shrink
+from ffcv_imnet.images.pixels import LONGEST, MAX_PIXELS, BadImage, decode_rgb, encode_jpeg, shrink
 from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
 
 
@@ -29,6 +29,7 @@ class PixelSettings:
     jpeg_quality: int = 90
     compress_probability: float = 1.0
     seed: int = 0
+    max_pixels: int = MAX_PIXELS  # of an image that is read; decides only what is refused
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def encode_image(
     """
     try:
         data, label = source.read(index)
-        rgb = decode_rgb(data) if isinstance(data, bytes) else data
+        rgb = decode_rgb(data, settings.max_pixels) if isinstance(data, bytes) else data
         rgb = shrink(rgb, settings.max_resolution, settings.short_side)
         height, width = rgb.shape[:2]
         if max(height, width) > LONGEST:

@@ -7,6 +7,7 @@ since the colour below it is anything, mostly the black of the subject.
 """
 
 import io
+import re
 import warnings
 
 import cv2
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from ffcv_imnet.images import Pixels
+from ffcv_imnet.images.leftovers import HEIF
 
 # Photographs only. Pillow would otherwise run Ghostscript on an EPS that is named .jpg.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
@@ -31,14 +33,19 @@ UPRIGHT = {  # its values, as ImageOps.exif_transpose undoes them
 AVIF, HEIC = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 FULL_SCALES = (1.0, 255.0, 65535.0)  # white, of floating-point grayscale
 LONGEST = 65535  # ffcv stores width and height in 16 bits
+MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte as RGB
+# Of a JPEG: encoders make about ten, libjpeg's at most this many. Each goes over the whole image again,
+# so that a thousand take minutes where the file is small.
+MOST_SCANS = 100
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in the data, 0xff before 0 or a restart is none
 
 
 class BadImage(Exception):
     """This image cannot be stored; the message is the reason in a few words."""
 
 
-def decode_rgb(data: bytes) -> Pixels:
-    """Decode a whole image file.
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode a whole image file, unless its header promises more than `max_pixels`.
 
     Returns:
         (height, width, 3) uint8, RGB, upright.
@@ -48,6 +55,9 @@ def decode_rgb(data: bytes) -> Pixels:
     """
     if not data:
         raise BadImage("the file is empty")
+    if data[:2] == b"\xff\xd8" and scans_of(data) > MOST_SCANS:
+        raise BadImage(f"a JPEG of more than {MOST_SCANS} scans, which is made to take long")
+    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow warns there, and refuses twice as many
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and palettes are ordinary here
@@ -58,11 +68,32 @@ def decode_rgb(data: bytes) -> Pixels:
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (MemoryError, BadImage):
         raise
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d+", str(error))
+        raise BadImage(
+            f"{f'{int(found[0]):,}' if found else 'too many'} pixels, more than {max_pixels:,}: a"
+            " decompression bomb, or a large image that --max_pixels allows"
+        ) from None
     except UnidentifiedImageError:
+        if data[4:12] in HEIF:
+            raise BadImage("a HEIC or AVIF image: heif-convert makes it a JPEG") from None
         raise BadImage(f"not an image ({', '.join(FORMATS)}), or its start is damaged") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadImage(reason) from None
+
+
+def scans_of(data: bytes) -> int:
+    """Scans of a JPEG, without those of a thumbnail; one more than `MOST_SCANS` for any more."""
+    at, count = 2, 0
+    while count <= MOST_SCANS and (found := MARKER.search(data, at)):
+        at, marker = found.end(), data[found.end() - 1]
+        if marker == 0xD9:  # end of image; phones append films
+            break
+        count += marker == 0xDA
+        if marker not in (0x01, 0xD8):
+            at += int.from_bytes(data[at : at + 2], "big")
+    return count
 
 
 def _upright(image: Image.Image) -> Image.Image:

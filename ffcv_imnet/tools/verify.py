@@ -10,6 +10,7 @@ check of images goes on where it stopped.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import io
 import json
@@ -449,7 +450,11 @@ def compare_samples(
             parquet=options.parquet,
             labels=labels,
         )
-    settings = {k: v for k, v in said.settings.items() if k not in ("subset", "holdout")}
+    named = [field.name for field in dataclasses.fields(PixelSettings)]
+    settings = {name: said.settings[name] for name in named if name in said.settings}
+    if any(isinstance(value, str) for value in settings.values()):
+        report.say("BAD", path, "its manifest's settings are text where numbers must be")
+        return
     pixels = PixelSettings(**settings)
     if (count := said.settings.get("subset")) is not None:
         source = source.subset(even_subset(source.labels, len(source.classes), count, pixels.seed))

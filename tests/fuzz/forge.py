@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,22 +61,24 @@ class Parts:
         """Those of a sound file and its manifest."""
         return cls(path.read_bytes(), json.loads(manifest_path(path).read_text()))
 
-    def image(self, sample: int, **fields: int) -> None:
+    def image(self, sample: int, **fields: int) -> Self:
         """Change mode, width, height or data_ptr of a sample."""
         for name, value in fields.items():
             self.metadata["f0"][name][sample] = value
+        return self
 
     def label(self, sample: int, value: int) -> None:
         """Change a label."""
         self.metadata["f1"][sample] = value
 
-    def place(self, sample: int, pointer: int | None = None, size: int | None = None) -> None:
+    def place(self, sample: int, pointer: int | None = None, size: int | None = None) -> Self:
         """Change pointer or size in both tables."""
         if pointer is not None:
             self.metadata["f0"]["data_ptr"][sample] = pointer
             self.allocations["ptr"][sample] = pointer
         if size is not None:
             self.allocations["size"][sample] = size
+        return self
 
     def save(self, path: Path) -> None:
         """Write both files so that they fit each other."""
