@@ -23,7 +23,7 @@ from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import NonFiniteLoss
 from ffcv_imnet.data.bus_error import explain_bus_error
-from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data, class_places
+from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data, class_places, own_target
 from ffcv_imnet.machine.distributed import Interrupted, connect, describe_world, disconnect
 from ffcv_imnet.models.registry import check_arch
 from ffcv_imnet.train.epoch import build_learner, train_epoch
@@ -53,6 +53,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     limit = cost.limit(settings.training, price)
     world = describe_world(settings.training.device)
     train_set, val_set = check_data(settings.data, world)
+    settings = own_target(settings, train_set.classes, world.is_main)
     plans = plan_run(settings, train_set.samples)
 
     # Resuming: last.pt holds the records of the log and how far the epoch after them has come. The

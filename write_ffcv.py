@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
 from ffcv_imnet.core.names import shown
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
@@ -113,17 +114,17 @@ def build_parser() -> Parser:
     add("--holdout", type=part, metavar="0..1",
         help="write both from a set without a validation split: this part of each class for val, copies"
         " of an image on one side, chosen by --seed")  # fmt: skip
-    add("--data_dir", type=Path, action="append", metavar="DIR",
+    add("--data_dir", type=path_of, action="append", metavar="DIR",
         help="holds train/ and val/ (or validation/, valid/, dev/, test/), one folder a class in each, or"
         " Kaggle's layout; several are merged by class (default: data/imagenet)")  # fmt: skip
-    add("--tar", type=Path, metavar="FILE",
+    add("--tar", type=path_of, metavar="FILE",
         help="read ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar in place instead")  # fmt: skip
-    add("--parquet", type=Path, metavar="DIR",
+    add("--parquet", type=path_of, metavar="DIR",
         help="read the Hugging Face hub's SPLIT-*.parquet instead (needs pyarrow)")  # fmt: skip
-    add("--labels", "--val_labels", type=Path, metavar="FILE",
+    add("--labels", "--val_labels", type=path_of, metavar="FILE",
         help="classes of images that lie in no class folders: a CSV, TSV or JSON-lines of file and class,"
         " a text with both on a line, LOC_val_solution.csv or the devkit's .tar.gz")  # fmt: skip
-    add("--out_dir", type=Path, default=Path("data/beton"), metavar="DIR",
+    add("--out_dir", type=path_of, default=Path("data/beton"), metavar="DIR",
         help="where the .beton and its manifest go (default: %(default)s)")  # fmt: skip
     add("--max_resolution", type=side, metavar="PIXELS",
         help="shrink to this longest side; 0: do not (default: 400)")  # fmt: skip

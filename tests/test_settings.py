@@ -74,7 +74,7 @@ def test_later_wins(tmp_path: Path) -> None:
         ("--training.precision=fp8", "one of auto, fp32, bf16, fp16"),
         ("--augmentation.crop_scale=1,0.2", "two numbers"),
         ("--augmentation.crop_scale=0.2", "two numbers"),
-        ("--logging.folder=", "logging.folder must be a text"),
+        ("--logging.folder=", "logging.folder must be a path"),
         ("--lr.lr", "expected one argument"),
         ("stray", "unexpected word 'stray'"),
         ("--config=rn_configs/rn18_16epp.yaml", "(did you mean rn18_16ep.yaml?)"),

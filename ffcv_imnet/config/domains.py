@@ -11,6 +11,7 @@ from fastargs.validation import Checker
 from ffcv_imnet.config.strict_yaml import StrictError, load_yaml
 from ffcv_imnet.core.errors import nearest
 from ffcv_imnet.core.names import quoted
+from ffcv_imnet.core.paths import expanded
 
 MOST_INTEGER = 2**63 - 1
 LONGEST_TEXT = 4096  # characters: no path is longer
@@ -132,6 +133,16 @@ class Text(Checker):
 
     def help(self) -> str:
         return "a text"
+
+
+class PathText(Text):
+    """A file or folder; see `core.paths`."""
+
+    def check(self, value: object) -> str:
+        return expanded(super().check(value))
+
+    def help(self) -> str:
+        return "a path"
 
 
 class Range(Checker):

@@ -29,6 +29,7 @@ from ffcv_imnet.config.schema import (
 from ffcv_imnet.config.strict_yaml import LARGEST, StrictError, dump_yaml, load_yaml
 from ffcv_imnet.core.errors import Parser, UsageError, nearest
 from ffcv_imnet.core.names import quoted
+from ffcv_imnet.core.paths import expanded, path_of
 
 RECIPES = Path(__file__).parents[1] / "rn_configs"  # a link in a checkout, a copy where installed
 
@@ -173,7 +174,7 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
     Raises:
         UsageError: the file is missing, is not YAML or is not a table of settings.
     """
-    file = Path(path)
+    file = path_of(path)
     if not file.exists() and file.parent == Path("rn_configs") and not file.parent.exists():
         file = RECIPES / file.name  # installed, and run from some other folder
     if file.is_dir():
@@ -292,7 +293,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         settings=settings,
         dry_run=arguments.dry_run,
         measure=arguments.measure,
-        resume=arguments.resume,
+        resume=expanded(arguments.resume) if arguments.resume else None,
     )
 
 

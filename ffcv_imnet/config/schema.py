@@ -15,6 +15,7 @@ from ffcv_imnet.config.domains import (
     Choice,
     Number,
     OneOf,
+    PathText,
     Range,
     Stage,
     Stages,
@@ -46,6 +47,10 @@ def _text(default: str, text: str) -> Any:
     return _setting(default, Text(), text)
 
 
+def _path(default: str, text: str) -> Any:
+    return _setting(default, PathText(), text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The network"""
@@ -62,8 +67,8 @@ class Model:
 class Data:
     """Files and their loading"""
 
-    train_dataset: str = _text("data/beton/train.beton", ".beton to train on")
-    val_dataset: str = _text("data/beton/val.beton", ".beton to validate on")
+    train_dataset: str = _path("data/beton/train.beton", ".beton to train on")
+    val_dataset: str = _path("data/beton/val.beton", ".beton to validate on")
     num_workers: int | None = _int(
         None, "decoding threads of one process; default: usable cores over local processes", 1
     )
@@ -170,6 +175,11 @@ class Training:
     compile: bool = _switch(False, "torch.compile, one static graph for each resolution")
     seed: int = _int(0, "of initial weights, order, crops and flips", 0, 2**63 - 1)
     stop_at: float = _float(0.0, "target of top_1 or ema_top_1, a fraction of one; 0: none", 0, 1)
+    stop_at_on: str = _setting(
+        "any",
+        Choice(["any", "imagenet", "imagenette"]),
+        "data set that stop_at is meant for, known by its classes: of another one there is no target",
+    )
     stop_when_reached: bool = _switch(False, "end the run at the target instead of at its epochs")
     checkpoint_minutes: float = _float(
         10.0,
@@ -228,7 +238,7 @@ class Distributed:
 class Logging:
     """The run's folder"""
 
-    folder: str = _text("runs/latest", "RUN: log.jsonl, config.yaml, last.pt, best.pt, classes.txt")
+    folder: str = _path("runs/latest", "RUN: log.jsonl, config.yaml, last.pt, best.pt, classes.txt")
     trackers: tuple[str, ...] = _setting(
         (), Words(["tensorboard", "wandb"]), "that get the log too, in RUN; wandb: offline"
     )

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, Full
 from typing import Any
@@ -37,6 +38,7 @@ from ffcv_imnet.data.beton import (
 )
 from ffcv_imnet.data.decoders import DAMAGES, FLIPS, CropDecoder
 from ffcv_imnet.data.read_ahead import ReadAhead
+from ffcv_imnet.images.imagenet import data_set
 from ffcv_imnet.machine.device import copies_to, make_current
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.machine.host import affinity_cores, usable_cores
@@ -86,6 +88,21 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
                 f"with write_ffcv.py --force"
             )
     return train, val
+
+
+def own_target(settings: Settings, classes: Sequence[str], say: bool = True) -> Settings:
+    """Without a target, said where `say`, if `training.stop_at` is meant for another data set."""
+    training = settings.training
+    if not training.stop_at or training.stop_at_on in ("any", data_set(classes)):
+        return settings
+    if say:
+        print(
+            f"training.stop_at {training.stop_at:g} is for {training.stop_at_on}, which this is not: no target"
+            f" (--training.stop_at_on=any makes it one)",
+            flush=True,
+        )
+    training = replace(training, stop_at=0.0, stop_when_reached=False)
+    return replace(settings, training=training)
 
 
 def class_places(train: Sequence[str], val: Sequence[str]) -> list[int] | None:

@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CLASSES = 1000
+# github.com/fastai/imagenette: ten of them.
+IMAGENETTE = (
+    "n01440764", "n02102040", "n02979186", "n03000684", "n03028079",
+    "n03394916", "n03417042", "n03425413", "n03445777", "n03888257",
+)  # fmt: skip
 
 
 @functools.cache
@@ -19,6 +24,13 @@ def imagenet_names() -> dict[str, str]:
     names = dict(line.split(" ", 1) for line in text.splitlines())
     assert len(names) == CLASSES
     return names
+
+
+def data_set(classes: Sequence[str]) -> str:
+    """imagenet or imagenette, where these are its classes; else an empty string."""
+    if tuple(classes) == IMAGENETTE:
+        return "imagenette"
+    return "imagenet" if tuple(classes) == tuple(imagenet_names()) else ""
 
 
 def readable(name: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.names import fault_of, quoted
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
@@ -48,8 +49,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UsageError, also where a manifest is there already."""
     parser = ToolParser("adopt", __doc__)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="FILE", help=".beton or .ffcv, of one data set")
-    add("--classes", type=Path, metavar="FILE",
+    add("paths", nargs="+", type=path_of, metavar="FILE", help=".beton or .ffcv, of one data set")
+    add("--classes", type=path_of, metavar="FILE",
         help="names of the classes, one a line in the order of their numbers, or the manifest (.json) of"
         " a file of the same classes (default: ImageNet's ids where its counts fit, else numbers)")  # fmt: skip
     add("--keep_damaged", action="store_true",

@@ -40,6 +40,7 @@ from ffcv_imnet.core import provenance
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.optional import is_there
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
@@ -70,8 +71,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("what", choices=["loader", "step", "train"])
     add, cores = parser.add_argument, usable_cores()
     add("--config", action="append", help="train: a recipe; may be given several times")
-    add("--beton", type=Path, help="loader: the .beton that is loaded")
-    add("--data_dir", type=Path, help="its images as a folder a class; default: those it stores")
+    add("--beton", type=path_of, help="loader: the .beton that is loaded")
+    add("--data_dir", type=path_of, help="its images as a folder a class; default: those it stores")
     pixels, some = in_range(int, 1, 4096), in_range(int, 1)
     add("--resolution", type=pixels, nargs="+", default=[128, 160, 192], metavar="PX")
     add("--batch_size", type=some, default=512, metavar="N")
@@ -86,7 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="step: default: what the device computes natively; the public step takes the first")  # fmt: skip
     parser.add_device()
     add("--loaders", nargs="+", choices=list(PEERS), help="default: all that are installed")
-    add("--json", type=Path, help="where the rows go")
+    add("--json", type=path_of, help="where the rows go")
     options = parser.parse_args(argv)
     if options.what == "train" and not options.config:
         raise UsageError("benchmark train needs --config, a recipe")

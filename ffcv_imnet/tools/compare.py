@@ -19,6 +19,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.report.statistics import epochs_to, p_value, score, seconds_to, spread
 from ffcv_imnet.tools import ToolParser
 
@@ -149,11 +150,11 @@ def plot(a: Side, b: Side, target: float | None, path: Path) -> None:
 def main(argv: list[str]) -> int:
     """Print the table and write the picture."""
     parser = ToolParser("compare", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders or logs")
-    parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="RUN")
+    parser.add_argument("runs", nargs="+", type=path_of, metavar="RUN", help="folders or logs")
+    parser.add_argument("--against", nargs="+", type=path_of, required=True, metavar="RUN")
     parser.add_argument("--target", type=float, metavar="TOP_1", help="a fraction of one")
     parser.add_argument("--names", nargs=2, default=("new", "old"), metavar=("NEW", "OLD"))
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the curves")
+    parser.add_argument("--out", type=path_of, metavar="FILE.png", help="the curves")
     options = parser.parse_args(argv)
     if options.target is not None and not 0 < options.target < 1:
         raise UsageError(f"--target {options.target:g} must lie between 0 and 1, such as 0.65")

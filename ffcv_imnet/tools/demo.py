@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.log import read_log
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.images.synthetic import CLASSES, write_tree
 from ffcv_imnet.tools import ToolParser
@@ -57,7 +58,7 @@ def show_log(path: Path) -> None:
 def main(argv: list[str]) -> int:
     """Everything. Exit status 0 if the network learned, 1 if it did not or a step failed."""
     parser = ToolParser("demo", __doc__)
-    parser.add_argument("--out_dir", type=Path, default=Path("data/demo"), metavar="DIR",
+    parser.add_argument("--out_dir", type=path_of, default=Path("data/demo"), metavar="DIR",
                         help="where all of it goes (default: %(default)s)")  # fmt: skip
     parser.add_device()
     options = parser.parse_args(argv)

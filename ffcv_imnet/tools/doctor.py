@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ffcv_imnet.core import provenance
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.images.forecast import available_memory
 from ffcv_imnet.machine import checks
 from ffcv_imnet.machine import device as devices
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     """Print the page. Exit status 0, or 1 if training would fail."""
     parser = ToolParser("doctor", __doc__)
     parser.add_device()
-    parser.add_argument("--dir", type=Path, default=Path(), metavar="DIR",
+    parser.add_argument("--dir", type=path_of, default=Path(), metavar="DIR",
                         help="where data and runs lie: its disk is measured (default: here)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(argv)

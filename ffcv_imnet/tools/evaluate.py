@@ -23,6 +23,7 @@ from ffcv_imnet.config import parsing
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import UsageError, in_range
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.folder_loader import FolderLoader
 from ffcv_imnet.data.loader import ValLoader, workers_of
@@ -54,7 +55,7 @@ def parser() -> ToolParser:
     options = ToolParser("evaluate", __doc__)
     add = options.add_argument
     add_options(options)
-    add("--data", type=Path, required=True, help="a .beton, or a folder with a folder a class")
+    add("--data", type=path_of, required=True, help="a .beton, or a folder with a folder a class")
     add(
         "--resolution", type=SIDE, nargs="+", metavar="PX", help="one or several sides of the input"
     )
@@ -68,7 +69,7 @@ def parser() -> ToolParser:
         help=f"over all processes; default: the run's or {BATCH}")  # fmt: skip
     options.add_device()
     add("--num_workers", type=in_range(int, 1), metavar="N", help="decoding threads of one process")
-    add("--out", type=Path, metavar="FILE.json", help="write all numbers as JSON")
+    add("--out", type=path_of, metavar="FILE.json", help="write all numbers as JSON")
     return options
 
 

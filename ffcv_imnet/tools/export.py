@@ -24,6 +24,7 @@ from torch import Tensor
 from ffcv_imnet.core.atomic import atomic_write, partial_path, rename, written
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
 from ffcv_imnet.core.optional import EXPORT, require
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.data.beton import check_beton, read_image, read_tables
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.evaluate.weights import (
@@ -55,8 +56,12 @@ def parser() -> ToolParser:
     options = ToolParser("export", __doc__)
     add = options.add_argument
     add_options(options)
-    add("--out", type=Path, required=True, metavar="MODEL.onnx", help="what to write")
-    add("--data", type=Path, help="photographs to compare on: .beton or folder; default: generated")
+    add("--out", type=path_of, required=True, metavar="MODEL.onnx", help="what to write")
+    add(
+        "--data",
+        type=path_of,
+        help="photographs to compare on: .beton or folder; default: generated",
+    )
     add("--photos", type=in_range(int, 1), default=256, metavar="N",
         help="at most so many (default: %(default)s)")  # fmt: skip
     add("--opset", type=in_range(int, OPSETS[0], OPSETS[-1]), default=13,

@@ -14,14 +14,15 @@ import yaml
 from ffcv_imnet.config.migrate import Migrated, migrate
 from ffcv_imnet.config.parsing import leaves, load, read_config
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.tools import ToolParser
 
 
 def main(argv: list[str]) -> int:
     """Exit status 0 if the recipe is written, and is one that training takes."""
     parser = ToolParser("migrate", __doc__)
-    parser.add_argument("config", type=Path, metavar="FILE", help="its YAML")
-    parser.add_argument("--out", type=Path, metavar="FILE",
+    parser.add_argument("config", type=path_of, metavar="FILE", help="its YAML")
+    parser.add_argument("--out", type=path_of, metavar="FILE",
                         help="the recipe (default: beside it, ending in .migrated.yaml)")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     options = parser.parse_args(argv)

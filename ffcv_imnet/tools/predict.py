@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.images import Pixels
 from ffcv_imnet.images.imagenet import readable
@@ -45,10 +46,10 @@ def main(argv: list[str]) -> int:
     """Print a table for each photograph. Exit status 0, or 1 if one of them cannot be read."""
     parser = ToolParser("predict", __doc__)
     add = parser.add_argument
-    add("photos", type=Path, nargs="+", metavar="PHOTO")
+    add("photos", type=path_of, nargs="+", metavar="PHOTO")
     add_options(parser)
     add("--resolution", type=in_range(int, 8, 4096), metavar="PX", help="side of the input")
-    add("--out", type=Path, metavar="FILE.png", help="picture of photographs and guesses")
+    add("--out", type=path_of, metavar="FILE.png", help="picture of photographs and guesses")
     options = parser.parse_args(argv)
     out: Path | None = options.out
     if out is not None and (out.suffix.lower() != ".png" or not out.parent.is_dir()):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.atomic import drop_cached, rename
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.images.labels import read_labels
@@ -75,11 +76,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UsageError where it cannot be carried out."""
     parser = ToolParser("prepare", __doc__)
     add = parser.add_argument
-    add("--train_tar", type=Path, metavar="FILE", help="the tar of one tar a class")
-    add("--val_tar", type=Path, metavar="FILE", help="the flat tar")
-    add("--val_labels", type=Path, metavar="FILE",
+    add("--train_tar", type=path_of, metavar="FILE", help="the tar of one tar a class")
+    add("--val_tar", type=path_of, metavar="FILE", help="the flat tar")
+    add("--val_labels", type=path_of, metavar="FILE",
         help="LOC_val_solution.csv, the devkit's .tar.gz, or a text with an image and a class a line")  # fmt: skip
-    add("--out_dir", type=Path, default=Path("data/imagenet"), metavar="DIR",
+    add("--out_dir", type=path_of, default=Path("data/imagenet"), metavar="DIR",
         help="gets train/ and val/ (default: %(default)s)")  # fmt: skip
     add("--delete_tars", action="store_true",
         help="delete each tar after its every file was compared with the unpacked one")  # fmt: skip

@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.tools import ToolParser
 
@@ -57,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UsageError."""
     parser = ToolParser("rehearse", __doc__)
     add = parser.add_argument
-    add("--dir", type=Path, required=True, metavar="DIR", help="an empty or new folder; 6 GB")
+    add("--dir", type=path_of, required=True, metavar="DIR", help="an empty or new folder; 6 GB")
     add("--images", type=int, default=1_281_167, metavar="N", help="(default: %(default)s)")
     add("--val_images", type=int, default=50_000, metavar="N", help="(default: %(default)s)")
     add("--classes", type=int, default=1000, metavar="N", help="(default: %(default)s)")

@@ -21,6 +21,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, read_run, target
 from ffcv_imnet.tools import ToolParser
 
@@ -229,11 +230,16 @@ def _judge(group: Group, photographs: int) -> "Judged | str":
 def main(argv: list[str]) -> int:
     """Print each run's table and write the picture or the page."""
     parser = ToolParser("report", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder or log")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=".png or .html; default: RUN/curve.png, or LOG.png"
+        "runs", nargs="+", type=path_of, metavar="RUN", help="a run's folder or log"
     )
-    parser.add_argument("--png", type=Path, metavar="DIR", help="the page's charts as PNGs too")
+    parser.add_argument(
+        "--out",
+        type=path_of,
+        metavar="FILE",
+        help=".png or .html; default: RUN/curve.png, or LOG.png",
+    )
+    parser.add_argument("--png", type=path_of, metavar="DIR", help="the page's charts as PNGs too")
     parser.add_argument("--photographs", type=int, default=24, metavar="N",
                         help="wrong predictions shown; 0: judge nothing (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)

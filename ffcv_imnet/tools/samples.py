@@ -21,6 +21,7 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import EpochPlan, plan_run
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import check_beton, read_tables
 from ffcv_imnet.data.loader import TrainLoader
@@ -39,13 +40,13 @@ def main(argv: list[str]) -> int:
     parser = ToolParser("samples", __doc__)
     add = parser.add_argument
     add("--config", action="append", default=[], metavar="FILE", help="of the run; repeatable")
-    add("--beton", type=Path, metavar="FILE", help="default: the config's data.train_dataset")
+    add("--beton", type=path_of, metavar="FILE", help="default: the config's data.train_dataset")
     add("--photographs", type=int, default=4, metavar="N", help="default: %(default)s")
     add("--epochs", type=int, default=3, metavar="N",
         help="at most, of each resolution (default: %(default)s)")  # fmt: skip
     add(
         "--out",
-        type=Path,
+        type=path_of,
         default=Path("samples.png"),
         metavar="FILE.png",
         help="default: %(default)s",

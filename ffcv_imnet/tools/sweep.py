@@ -29,6 +29,7 @@ from ffcv_imnet.config.schema import differences, to_dict
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.report.statistics import Spread, score, spread
 from ffcv_imnet.tools import ToolParser
 
@@ -163,8 +164,10 @@ def table(runs: list[Run]) -> str:
 def main(argv: list[str]) -> int:
     """Make the runs that are missing, then print and write OUT/table.txt."""
     parser = ToolParser("sweep", __doc__)
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs go")
+    parser.add_argument("sweep", type=path_of, metavar="SWEEP.yaml")
+    parser.add_argument(
+        "--out", type=path_of, required=True, metavar="DIR", help="where the runs go"
+    )
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args(argv)
     runs = read_sweep(options.sweep, options.out)

@@ -29,6 +29,7 @@ from PIL import Image
 
 from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
@@ -132,16 +133,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UsageError."""
     parser = ToolParser("verify", __doc__)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH",
+    add("paths", nargs="+", type=path_of, metavar="PATH",
         help="a tar; a folder with train/ and val/, or one of the two; a .beton, a .parquet, or a folder"
         " of either")  # fmt: skip
     add("--md5", action="store_true", help="checksum of the official archives (reads all of them)")
-    add("--labels", "--val_labels", type=Path, metavar="FILE",
+    add("--labels", "--val_labels", type=path_of, metavar="FILE",
         help="of images that lie in no class folders (of a flat tar: of validation)")  # fmt: skip
-    add("--data_dir", type=Path, action="append", metavar="DIR",
+    add("--data_dir", type=path_of, action="append", metavar="DIR",
         help="compare samples of a .beton with this tree or Kaggle layout that it was written from")  # fmt: skip
-    add("--tar", type=Path, metavar="FILE", help="the same with the tar that it was written from")
-    add("--parquet", type=Path, metavar="DIR", help="the same with the shards it was written from")
+    add(
+        "--tar", type=path_of, metavar="FILE", help="the same with the tar that it was written from"
+    )
+    add(
+        "--parquet",
+        type=path_of,
+        metavar="DIR",
+        help="the same with the shards it was written from",
+    )
     add("--imagenet", action="store_true",
         help=f"demand ImageNet's numbers (else from {NEARLY} classes on that are named like its own)")  # fmt: skip
     add("--no_decode", action="store_true", help="do not decode the images")

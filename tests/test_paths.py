@@ -1,0 +1,57 @@
+"""Paths as people write them, and a target that is meant for other data."""
+
+from pathlib import Path
+
+import pytest
+
+import write_ffcv
+from ffcv_imnet.config.parsing import load, parse
+from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.paths import expanded
+from ffcv_imnet.data.loader import own_target
+from ffcv_imnet.images.imagenet import IMAGENETTE, imagenet_names
+from ffcv_imnet.tools import adopt
+
+
+def test_home_and_variables_are_expanded_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("BIG_DISK", f"{tmp_path}/big")
+    assert expanded("~/x") == expanded("$HOME/x") == expanded("${HOME}/x") == f"{tmp_path}/x"
+    assert expanded("s3://a/$b") == "s3://a/$b" and expanded("a~b") == "a~b"
+    with pytest.raises(UsageError, match=r"^\$NONE/x: there is no environment variable NONE$"):
+        expanded("$NONE/x")
+    with pytest.raises(UsageError, match=r"no user nobody_here; a file is ./~nobody_here"):
+        expanded("~nobody_here/x")
+    monkeypatch.chdir(tmp_path)
+    Path("$NONE").touch()
+    assert expanded("$NONE") == "$NONE"
+
+    Path("c.yaml").write_text("data: {train_dataset: ~/t.beton, val_dataset: $BIG_DISK/v.beton}\n")
+    command = parse(["--config=~/c.yaml", "--logging.folder=~/run", "--resume=~/last.pt"])
+    data = command.settings.data
+    assert (data.train_dataset, data.val_dataset) == (
+        f"{tmp_path}/t.beton",
+        f"{tmp_path}/big/v.beton",
+    )
+    assert command.settings.logging.folder == f"{tmp_path}/run"
+    assert command.resume == f"{tmp_path}/last.pt"
+    options = write_ffcv.parse(["--split=val", "--data_dir=~/d", "--out_dir=$BIG_DISK/b"])
+    assert options.data_dir == [tmp_path / "d"] and options.out_dir == tmp_path / "big" / "b"
+    assert adopt.parse(["~/x.ffcv"]).paths == [tmp_path / "x.ffcv"]
+    for tool in Path(adopt.__file__).parent.glob("*.py"):
+        assert "type=Path" not in tool.read_text(), f"{tool}: type=path_of expands"
+
+
+def test_a_target_is_not_held_against_other_data(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1] / "rn_configs"
+    settings = load(root / "imagenette_5ep.yaml")
+    assert own_target(settings, IMAGENETTE) == settings and settings.training.stop_at == 0.85
+    assert own_target(settings, ("cat", "dog")).training.stop_at == 0
+    assert "0.85 is for imagenette, which this is not" in capsys.readouterr().out
+    imagenet = load(root / "rn18_16ep.yaml")
+    assert own_target(imagenet, tuple(imagenet_names())).training.stop_at == 0.65
+    assert own_target(imagenet, IMAGENETTE, say=False).training.stop_at == 0
+    own = load(root / "rn18_16ep.yaml", training__stop_at_on="any")
+    assert own_target(own, ("cat", "dog")) == own and not capsys.readouterr().out
