@@ -23,6 +23,7 @@ SAME_STEPS = (
     IMAGENET / 1024 * 64
 )  # images at batch 64 for as many steps an epoch as the recipes make
 DRAWS = 2_000  # of the noise, for the intervals, which are 90 %
+MARGIN = 0.01  # of top-1: so far the ends of part A's brackets fall, as in plan.bracket
 LEVEL = 0.005  # of top-1: no difference that a recipe would notice
 ASSUMED_NOISE = 0.006  # of top-1 from seed to seed, until at least three runs have been repeated
 Marks = dict[float, list[list[float]]]  # learning rate -> each seed's last top-1 on both halves
@@ -38,7 +39,7 @@ class Optimum:
     best: float  # the learning rate of the best point
     level: tuple[float, float]  # the learning rates tried that are within `LEVEL` of the best
     value: float  # top-1 on the half that it was not chosen on, both ways
-    open: str  # "right", "left" or "": where the best has no neighbour
+    open: str  # sides on which the bracket is not closed
 
 
 def cells_of(rows: dict[Run, dict[str, Any]]) -> dict[Run, Marks]:
@@ -75,28 +76,38 @@ def peak(lrs: np.ndarray, values: np.ndarray) -> float:
     return float(np.clip(-b / (2 * a), x[0], x[-1])) if a < 0 else float(np.log2(lrs[place]))
 
 
-def optimum(marks: Marks, noise: float) -> Optimum:
-    """Where the best learning rate is, with the interval that seed-to-seed noise leaves."""
+def optimum(marks: Marks, noise: float, margin: float = 0.0) -> Optimum:
+    """Where the best learning rate is, with the interval that seed-to-seed noise leaves.
+
+    The bracket is open on a side that does not fall by `margin` of top-1 below the best.
+    """
     lrs = np.array(sorted(marks))
     halves = np.array([np.mean(marks[lr], axis=0) for lr in lrs])
     values = halves.mean(axis=1)
     place = int(values.argmax())
-    side = "right" if place == len(lrs) - 1 else "left" if place == 0 else ""
+    ends = {"left": 0, "right": len(lrs) - 1}
+    sides = [s for s, end in ends.items() if place == end or values[place] - values[end] < margin]
     spread = noise / np.sqrt([len(marks[lr]) for lr in lrs])
     draws = np.random.default_rng(0).normal(values, spread, (DRAWS, len(lrs)))
     low, high = np.percentile([peak(lrs, draw) for draw in draws], (5, 95))
     crossed = (halves[halves[:, 0].argmax(), 1] + halves[halves[:, 1].argmax(), 0]) / 2
     level = lrs[values > values.max() - LEVEL]
-    at = None if side or len(lrs) < 3 else 2.0 ** peak(lrs, values)
+    at = None if sides or len(lrs) < 3 else 2.0 ** peak(lrs, values)
     return Optimum(
-        at, 2.0**low, 2.0**high, float(lrs[place]), (level[0], level[-1]), float(crossed), side
+        at,
+        2.0**low,
+        2.0**high,
+        float(lrs[place]),
+        (float(level[0]), float(level[-1])),
+        float(crossed),
+        " and ".join(sides),
     )
 
 
 def span(found: Optimum) -> str:
     """The optimum for a table."""
     if found.lr is None:
-        return f"open to the {found.open}: {found.best:g} so far"
+        return f"open to the {found.open}: best tried {found.best:g}"
     return f"{found.lr:.3g} ({found.low:.2g} to {found.high:.2g})"
 
 
@@ -114,7 +125,7 @@ def transfer(cells: dict[Run, Marks], rows: dict[Run, Any], noise: float) -> str
     for run, marks in cells.items():
         if run.optimizer != "muon" or run.images != plan.BASE.images:
             continue
-        found = optimum(marks, noise)
+        found = optimum(marks, noise, MARGIN)
         at_best = [
             row
             for r, row in rows.items()
@@ -178,7 +189,7 @@ def slopes(cells: dict[Run, Marks], noise: float) -> str:
                 "width",
             ):
                 runs = along(cells, base, axis)
-                found = [(AXES[axis][1](run), optimum(cells[run], noise)) for run in runs]
+                found = [(AXES[axis][1](run), optimum(cells[run], noise, MARGIN)) for run in runs]
                 closed = [(x, o) for x, o in found if o.lr is not None]
                 if len(closed) < 2:
                     continue
@@ -195,6 +206,8 @@ def slopes(cells: dict[Run, Marks], noise: float) -> str:
                     [rule, net, axis, places, f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"]
                 )
     headers = ["rule", "network", "axis", "optima", "exponent (90 %)"]
+    if not table:
+        return "No axis has two closed brackets."
     return tabulate(table, headers, tablefmt="pipe", disable_numparse=True)
 
 
@@ -432,7 +445,7 @@ def main() -> None:
         "What is done": f"{len(rows)} runs, {behind:.1f} CPU-hours. Top-1 from seed to seed: "
         f"{100 * noise:.2f} points ({how}).\n\n{missing(rows)}",
         "A: the best learning rate": transfer(cells, rows, noise),
-        "A: how it moves": slopes(cells, noise) or "No axis has two closed brackets.",
+        "A: how it moves": slopes(cells, noise),
         "B: the lead against the number of images": lead(cells, noise, options.out)
         + "\n\n(* the bracket is not closed)",
         "C: rivals": rivals(cells, rows),
