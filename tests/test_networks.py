@@ -81,7 +81,7 @@ def test_the_table_of_networks(
 
 def test_recorded_top_1_is_the_mean_over_seeds_of_one_recipe(tmp_path: Path) -> None:
     def keep(folder: str, top_1: float, seed: int, lr: float, **options: object) -> None:
-        settings = {
+        settings: dict[str, dict[str, Any]] = {
             "model": {"arch": "slim13", **options},
             "training": {"seed": seed},
             "lr": {"lr": lr},

@@ -89,3 +89,42 @@ def test_a_file_that_is_no_log(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RunError, match=r"log\.jsonl: not a log: it is no text"):
         records.read_log(tmp_path)
+
+
+HEADER_LINE, EPOCH_LINE = records.to_line(HEADER), records.to_line(EPOCH)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (EPOCH_LINE, "its first line is no header"),
+        (
+            HEADER_LINE + EPOCH_LINE.replace('"top_1": 0.5', '"top_1": 66.2'),
+            "top_1, which is a frac",
+        ),
+        (HEADER_LINE + EPOCH_LINE.replace('"epoch": 0', '"epoch": "0"'), "has '0' as its epoch"),
+        (
+            HEADER_LINE + EPOCH_LINE.replace('"lr": 0.1', '"lr": NaN'),
+            "it has NaN, which is no number",
+        ),
+        (HEADER_LINE + EPOCH_LINE.replace('"lr": 0.1', '"lr": 1e999'), "has inf as its lr"),
+        (HEADER_LINE + EPOCH_LINE.replace('"lr": 0.1', '"lr": true'), "has True as its lr"),
+        (HEADER_LINE + EPOCH_LINE.replace('"lr"', '"rate"'), "has no lr"),
+        (
+            HEADER_LINE + EPOCH_LINE.replace('"lr"', '"mood": 1, "lr"'),
+            "has the unknown field 'mood'",
+        ),
+        (HEADER_LINE + '{"type": ["epoch"]}\n', "it is of none of the types"),
+        (HEADER_LINE + "[" * 100_000 + "\n", "it is not JSON"),
+        (HEADER_LINE.replace('{"lr": 0.5}', "0.5"), "as its settings"),
+        (HEADER_LINE.replace('{"samples": 3}', "[]"), "as its manifests"),
+        ('{"epoch": 1, "accuracy": 71.3}\n', "not a run's log"),
+    ],
+)
+def test_a_foreign_log_is_one_sentence(text: str, says: str, tmp_path: Path) -> None:
+    """Percent for fractions drew 6600 %, and types were believed."""
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises((RunError, UsageError)) as error:
+        records.read_log(tmp_path)
+    assert says in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.atomic import link
 from ffcv_imnet.core.errors import RunError, UsageError, run_main
 from ffcv_imnet.core.log import Epoch, Log, read_log
+from ffcv_imnet.data.beton import Manifest, manifest_path
 from ffcv_imnet.data.loader import epoch_order
 from ffcv_imnet.machine.device import choose_precision
 from ffcv_imnet.machine.distributed import Interrupted
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.checkpoint import Trained
-from ffcv_imnet.train.run_dir import RunFolder
+from ffcv_imnet.train.run_dir import RunFolder, open_run
 from tests.conftest import SmallData
 from tests.test_data import damage
 
@@ -101,7 +102,7 @@ def test_the_log(whole: Path) -> None:
     (header,) = log.headers
     assert header.settings["training"]["epochs"] == 3
     assert header.manifests["val"]["samples"] == 33
-    assert header.manifests["train"]["content_checksum"].startswith("sha256:")
+    assert str(header.manifests["train"]["content_checksum"]).startswith("sha256:")
     assert header.versions["torch"] == torch.__version__.split("+")[0]
     assert [epoch.resolution for epoch in log.epochs] == [32, 32, 64]
     for epoch in log.epochs:
@@ -190,6 +191,61 @@ def test_stopped_in_validation_trains_nothing_twice(
     assert run(settings, "auto") == 0
     assert trained == [1, 2]
     assert results(read_log(tmp_path / "run")) == results(read_log(whole))
+
+
+FOREIGN: dict[str, Callable[[dict[str, Any]], object]] = {
+    "has no run": lambda state: state.pop("run"),
+    "as its run": lambda state: state.update(run=[1]),
+    "has no settings in its run": lambda state: state["run"].pop("settings"),
+    "as its settings in its run": lambda state: state["run"].update(settings={"lr": 1}),
+    "as its data in its run": lambda state: state["run"].update(data=["train"]),
+    "in its classes": lambda state: state["run"].update(classes=["a", "a"]),
+    "has a record 1 that is none": lambda state: state["run"]["records"].__setitem__(1, "epoch"),
+    "as its records in its run": lambda state: state["run"].update(records={"epoch": 1}),
+    "has the unknown field 'step' in its trained": lambda state: state["run"].update(
+        trained={"step": 1}
+    ),
+    "as its steps in its trained": lambda state: state["run"].update(trained={"steps": "1"}),
+    "as its elapsed_seconds in its run": lambda state: state["run"].update(elapsed_seconds="1"),
+    "weights that are not tensors": lambda state: state["model"].update({"conv.weight": [1.0]}),
+    "an optimizer without its groups": lambda state: state.update(optimizer={"state": {}}),
+    "whose settings are not plain": lambda state: state["optimizer"]["param_groups"][0].update(
+        lr=["fast"]
+    ),
+    "an optimizer's state that is none": lambda state: state["optimizer"].update(state={0: 1}),
+    "as its torch_rng": lambda state: state.update(torch_rng=[1, 2]),
+}
+
+
+def test_what_is_no_checkpoint_of_this_project_gives_way_to_the_one_before(
+    whole: Path, small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sound files of torch.save, whose content is another program's."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = small.settings(folder, **FULL)
+    data = [Manifest.load(manifest_path(path)) for path in (small.train, small.val)]
+    epochs = len(open_run(small.settings(whole, **FULL), "auto", *data).epochs)
+    for says, spoil in FOREIGN.items():
+        state = checkpoint.load(whole / "last.pt")
+        spoil(state)
+        torch.save(state, folder / "last.pt")
+        with pytest.raises(RunError, match=f"last.pt: not a checkpoint of this project, .*{says}"):
+            open_run(settings, "auto", *data)
+    shutil.copy(whole / "previous.pt", folder)
+    for other in ([1, 2], {"format": 1}, torch.zeros(3)):
+        torch.save(other, folder / "last.pt")
+        found = open_run(settings, "auto", *data)
+        assert found.damaged and len(found.epochs) in (epochs - 1, epochs)
+        said = capsys.readouterr().err
+        assert "last.pt: not a checkpoint of this project" in said and "previous.pt" in said
+    found.start(
+        read_log(whole).headers[0]
+    )  # killed here, the run still has something to go on from
+    found.release()
+    assert not (folder / "last.pt").exists()
+    again = open_run(settings, "auto", *data)
+    assert len(again.epochs) == len(found.epochs) and again.state is not None
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 from ffcv_imnet.core.atomic import atomic_write, force, open_named
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
+from ffcv_imnet.core.typed import fault_of_fields
 
+LARGEST = 256 << 20  # bytes of a log: 100,000 epochs have a fifth of it
 LOG = "log.jsonl"  # its name in a run's folder
 
 
@@ -22,8 +24,10 @@ class Header:
 
     TYPE: ClassVar[str] = "header"
 
-    settings: dict[str, Any]  # every setting, resolved, by section
-    manifests: dict[str, dict[str, Any]]  # train, val: path, samples, classes, content_checksum
+    settings: dict[str, dict[str, Any]]  # every setting, resolved, by section
+    manifests: dict[
+        str, dict[str, str | int | None]
+    ]  # train, val: path, samples, classes, content_checksum
     versions: dict[str, str]  # python, torch, torchvision, ffcv, numba, numpy
     device: str  # name of the accelerator or of the processor
     precision: str  # fp32, bf16 or fp16: what `auto` came to
@@ -147,10 +151,15 @@ def to_dict(record: Record | Reached) -> dict[str, Any]:
     return out
 
 
-def from_dict(values: dict[str, Any]) -> Record:
-    """The inverse of `to_dict`. Raises TypeError or KeyError when `values` is not a record."""
-    values = dict(values)
-    kind = _TYPES[values.pop("type")]
+def from_dict(values: Any) -> Record:
+    """The inverse of `to_dict`. Raises ValueError, in words, when `values` is not a record."""
+    named = values.get("type") if isinstance(values, dict) else None
+    kind = _TYPES.get(named) if isinstance(named, str) else None
+    if kind is None:
+        raise ValueError(f"it is of none of the types {', '.join(_TYPES)}")
+    values = {key: value for key, value in values.items() if key != "type"}
+    if fault := fault_of_fields(kind, values):
+        raise ValueError(f"it {fault}")
     if kind is Summary and "reached" in values:
         values["reached"] = Reached(**values["reached"])
     return kind(**values)
@@ -188,6 +197,10 @@ def rewrite(path: Path, records: list[Record]) -> None:
         file.write("".join(to_line(record) for record in records))
 
 
+def _no_number(name: str) -> float:
+    raise ValueError(f"it has {name}, which is no number of JSON")
+
+
 def read_log(path: Path) -> Log:
     """The records of a log.
 
@@ -202,25 +215,30 @@ def read_log(path: Path) -> Log:
     if not path.is_file():
         raise UsageError(f"{path}: no such log; a run's folder holds {LOG}")
     log = Log()
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise UsageError(f"{path}: not a run's log: it has more than {LARGEST >> 20} MB")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise RunError(f"{path}: not a log: it is no text") from None
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # the last is empty, or was cut off
         try:
-            record = from_dict(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record = from_dict(json.loads(line, parse_constant=_no_number))
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if type(error) is ValueError else "it is not JSON"
             if number == 1:
                 raise UsageError(
-                    f"{path}: not a run's log: its first line is no record; where the run's checkpoint is at "
-                    f"hand, --resume auto writes the log again"
+                    f"{path}: not a run's log: its first line is no record ({reason}); where the run's "
+                    f"checkpoint is at hand, --resume auto writes the log again"
                 ) from error
             raise RunError(
-                f"{path}, line {number}: not a record of this log; where its checkpoint is at hand, "
-                f"--resume auto writes the log again"
+                f"{path}, line {number}: not a record of this log ({reason}); where its checkpoint is at "
+                f"hand, --resume auto writes the log again"
             ) from error
+        if number == 1 and not isinstance(record, Header):
+            raise UsageError(f"{path}: not a run's log: its first line is no header")
         if isinstance(record, Header):
             log.headers.append(record)
         elif isinstance(record, Epoch):

@@ -162,6 +162,17 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def random_state(device: torch.device) -> torch.Tensor | None:
+    """Of the accelerator's own generator, for a checkpoint; None on a CPU, whose generator is torch's."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(device: torch.device, state: torch.Tensor | None) -> None:
+    """The inverse. A state of another kind of device, or none, changes nothing."""
+    if device.type == "cuda" and state is not None:
+        torch.cuda.set_rng_state(state, device)
+
+
 def room(device: torch.device) -> int:
     """Bytes free on an accelerator, with what this process has already."""
     torch.cuda.empty_cache()

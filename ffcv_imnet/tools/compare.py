@@ -34,13 +34,18 @@ class Side:
     logs: tuple[Log, ...]
 
     @property
-    def seeds(self) -> list[int]:
+    def seeds(self) -> list[int | None]:
         """`training.seed` of each run."""
-        return [int(log.headers[0].settings["training"]["seed"]) for log in self.logs]
+        return [_seed(log) for log in self.logs]
 
     def values(self, measure: Callable[[Log], float | None]) -> list[float]:
         """One a run, without the runs that have none."""
         return [value for log in self.logs if (value := measure(log)) is not None]
+
+
+def _seed(log: Log) -> int | None:
+    seed = log.headers[0].settings.get("training", {}).get("seed")
+    return seed if type(seed) is int else None
 
 
 def read_side(name: str, paths: list[Path]) -> Side:
@@ -50,7 +55,9 @@ def read_side(name: str, paths: list[Path]) -> Side:
         log = read_log(path)
         if not log.headers or not log.epochs:
             raise RunError(f"{path}: no epoch has been logged yet")
-        seed = int(log.headers[0].settings["training"]["seed"])
+        seed = _seed(log)
+        if seed is None:
+            raise RunError(f"{path}: its header does not say training.seed")
         if seed in logs:
             raise UsageError(f"{path}: seed {seed} stands twice among the runs of {name}")
         logs[seed] = log

@@ -2,7 +2,7 @@
 
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from ffcv_imnet.core import log
 from ffcv_imnet.core.atomic import NotWritten, drop_cached, link, partial_path, rename, written
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
+from ffcv_imnet.core.names import fault_of_all
+from ffcv_imnet.core.typed import fault_of_fields, is_value
+from ffcv_imnet.machine import device
 from ffcv_imnet.machine.device import DTYPES
 
 FORMAT = 1
@@ -54,6 +58,35 @@ class Trained:
     late: bool = False  # ended early by a limit of hours or dollars
 
 
+_PLAIN = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `state_of` gives."""
+
+    format: int
+    run: dict[str, Any]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, bool | int | float | None]
+    ema: dict[str, Any] | None
+    torch_rng: torch.Tensor
+    device_rng: torch.Tensor | None = None  # older checkpoints lack it
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What `run_dir` keeps in it; older checkpoints lack the last two."""
+
+    settings: dict[str, dict[str, Any]]
+    data: dict[str, str]
+    classes: list[str]
+    records: list[Any]
+    trained: dict[str, Any] = field(default_factory=dict)
+    elapsed_seconds: float = 0.0
+
+
 def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:
     """Everything that going on needs. Crops and order need nothing: they follow from epoch and step.
 
@@ -68,6 +101,8 @@ def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:
         "scaler": learner.scaler.state_dict(),
         "ema": learner.ema.state_dict() if learner.ema is not None else None,
         "torch_rng": torch.get_rng_state(),
+        # What dropout draws from on an accelerator; of the process that saves.
+        "device_rng": device.random_state(_device_of(learner)),
     }
 
 
@@ -81,10 +116,15 @@ def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
         if learner.ema is not None:
             learner.ema.load_state_dict(state["ema"])
         torch.set_rng_state(state["torch_rng"])
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        device.set_random_state(_device_of(learner), state.get("device_rng"))
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path}: the checkpoint does not fit this network: {reason_of(error)}"
         ) from error
+
+
+def _device_of(learner: Learner) -> torch.device:
+    return next(learner.model.parameters()).device
 
 
 def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:
@@ -138,9 +178,53 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check_format(state: Any, path: Path) -> None:
-    """Raises RunError if what `read` gave is no checkpoint of this project."""
+    """Raises RunError if what `read` gave is no checkpoint of this project: the one check of all that
+    is believed afterwards, save whether the tensors fit the network."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise RunError(f"{path}: not a checkpoint of this project (format {FORMAT})")
+    if fault := _fault_of(state):
+        raise RunError(f"{path}: not a checkpoint of this project, it {fault}")
+
+
+def _fault_of(state: dict[str, Any]) -> str | None:
+    if fault := fault_of_fields(_State, state):
+        return fault
+    run, ema = state["run"], state["ema"]
+    if fault := fault_of_fields(_Run, run):
+        return f"{fault} in its run"
+    if fault := fault_of_all(run["classes"]):
+        return f"{fault} in its classes"
+    for number, record in enumerate(run["records"]):
+        try:
+            log.from_dict(record)
+        except ValueError as error:
+            return f"has a record {number} that is none: {error}"
+    if fault := fault_of_fields(Trained, run.get("trained", {})):
+        return f"{fault} in its trained"
+    if not _are_tensors(state["model"]) or not (ema is None or _are_tensors(ema)):
+        return "has weights that are not tensors"
+    return _fault_of_optimizer(state["optimizer"])
+
+
+def _are_tensors(values: dict[str, Any]) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in values.values())
+
+
+def _fault_of_optimizer(state: dict[str, Any]) -> str | None:
+    groups, held = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, list) or not isinstance(held, dict):
+        return "has an optimizer without its groups or its state"
+    for group in groups:
+        if not isinstance(group, dict) or not is_value(group.get("params"), list[int]):
+            return "has an optimizer's group that is none"
+        if not all(is_value(v, _PLAIN) for k, v in group.items() if k != "params"):
+            return "has an optimizer's group whose settings are not plain"
+    for kept in held.values():
+        if not isinstance(kept, dict) or not all(
+            isinstance(value, torch.Tensor) or is_value(value, _PLAIN) for value in kept.values()
+        ):
+            return "has an optimizer's state that is none"
+    return None
 
 
 def read(path: Path) -> Any:

@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -402,9 +403,7 @@ def open_run(
     if source is None:
         return run
 
-    run.state = _load(source)
-    if run.state is None:
-        run.state, run.damaged = checkpoint.load(source.with_name(PREVIOUS)), True
+    run.state, run.damaged = _load(source)
     saved = run.state["run"]
     if differ := differences(to_dict(settings), saved["settings"]):
         raise UsageError(
@@ -422,20 +421,21 @@ def open_run(
     return run
 
 
-def _load(source: Path) -> dict[str, Any] | None:
-    """`source`'s state; None, said, if it is a damaged last.pt and previous.pt is whole.
+def _load(source: Path) -> tuple[dict[str, Any], bool]:
+    """`source`'s state and False; previous.pt's and True, said, if last.pt is damaged or foreign.
 
-    Without that the message names best.pt, where it is another file.
+    Where that is no better the message names best.pt, if it is another file.
     """
     previous, best = source.with_name(PREVIOUS), source.with_name(BEST)
     try:
-        return checkpoint.load(source)
-    except RunError as error:
+        return checkpoint.load(source), False
+    except (RunError, UsageError) as error:
         if source.name != LAST:
             raise
-        if previous.is_file() and checkpoint.damage_of(previous) is None:
+        with suppress(RunError, UsageError):
+            state = checkpoint.load(previous)
             print(f"{error}: going on from {previous}, the one before", file=sys.stderr)
-            return None
+            return state, True
         if not best.is_file() or best.samefile(source):
             raise RunError(f"{error}; start again in another logging.folder") from error
         raise RunError(f"{error}; --resume {best} goes on from the best epoch") from error
