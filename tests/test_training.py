@@ -24,7 +24,7 @@ from ffcv_imnet.core.log import Epoch, Log, read_log
 from ffcv_imnet.data.beton import Manifest, manifest_path
 from ffcv_imnet.data.loader import epoch_order
 from ffcv_imnet.machine.device import choose_precision
-from ffcv_imnet.machine.distributed import Interrupted
+from ffcv_imnet.machine.distributed import Interrupted, World
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.checkpoint import Trained
 from ffcv_imnet.train.run_dir import RunFolder, open_run
@@ -224,27 +224,30 @@ def test_what_is_no_checkpoint_of_this_project_gives_way_to_the_one_before(
     folder = tmp_path / "run"
     folder.mkdir()
     settings = small.settings(folder, **FULL)
-    data = [Manifest.load(manifest_path(path)) for path in (small.train, small.val)]
-    epochs = len(open_run(small.settings(whole, **FULL), "auto", *data).epochs)
+    train, val = (Manifest.load(manifest_path(path)) for path in (small.train, small.val))
+
+    def opened(settings: Settings) -> RunFolder:
+        world = World(0, 1, 0, 1, torch.device("cpu"))
+        return open_run(settings, "auto", train, val, world, time.perf_counter())
+
+    epochs = len(opened(small.settings(whole, **FULL)).epochs)
     for says, spoil in FOREIGN.items():
         state = checkpoint.load(whole / "last.pt")
         spoil(state)
         torch.save(state, folder / "last.pt")
         with pytest.raises(RunError, match=f"last.pt: not a checkpoint of this project, .*{says}"):
-            open_run(settings, "auto", *data)
+            opened(settings)
     shutil.copy(whole / "previous.pt", folder)
     for other in ([1, 2], {"format": 1}, torch.zeros(3)):
         torch.save(other, folder / "last.pt")
-        found = open_run(settings, "auto", *data)
+        found = opened(settings)
         assert found.damaged and len(found.epochs) in (epochs - 1, epochs)
         said = capsys.readouterr().err
         assert "last.pt: not a checkpoint of this project" in said and "previous.pt" in said
-    found.start(
-        read_log(whole).headers[0]
-    )  # killed here, the run still has something to go on from
+    found._write_start()  # killed here, the run still has something to go on from
     found.release()
     assert not (folder / "last.pt").exists()
-    again = open_run(settings, "auto", *data)
+    again = opened(settings)
     assert len(again.epochs) == len(found.epochs) and again.state is not None
 
 

@@ -410,7 +410,7 @@ def open_run(
             f"--resume: {source} was made under other settings ({'; '.join(differ)}); give the same "
             f"ones, or start afresh in another logging.folder"
         )
-    changed = [split for split in data if data[split] != saved["data"][split]]
+    changed = [split for split in data if data[split] != saved["data"].get(split)]
     if changed or list(run.classes) != saved["classes"]:
         which = " and ".join(changed) or "classes"
         raise UsageError(f"--resume: {source} was made from other data ({which} differ)")
