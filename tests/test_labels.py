@@ -1,15 +1,17 @@
 """Labels of flat validation images, in each of the three forms."""
 
 import base64
+import gzip
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from ffcv_imnet.core.errors import RunError, UsageError
-from ffcv_imnet.images.labels import all_labelled, labels_of, read_labels, read_mat
+from ffcv_imnet.images.labels import all_labelled, labels_of, read_labels
 
 # scipy.io.savemat's own: three synsets in the devkit's order, which is not that of the wnids.
 MAT = base64.b64decode(
@@ -54,11 +56,36 @@ def test_damaged_devkit(tmp_path: Path) -> None:
         read_labels(path)
 
 
-def test_mat_fields() -> None:
-    (synsets,) = read_mat(MAT)
-    assert synsets.name == "synsets"
-    assert [int(m.values[0]) for m in synsets.fields["ILSVRC2012_ID"]] == [1, 2, 3]
-    assert bytes(synsets.fields["words"][1].values.astype(np.uint8)) == b"tench, Tinca tinca"
+def packed(*members: tuple[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def test_bombs_in_a_devkit_are_one_sentence(tmp_path: Path) -> None:
+    """A pax header of gigabytes, and a variable of meta.mat that inflates to as much."""
+    path = tmp_path / "devkit.tar.gz"
+    pax = tarfile.TarInfo("pax")
+    pax.type, pax.size = tarfile.XHDTYPE, 5 << 30
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(pax.tobuf())
+        for _ in range(70):
+            file.write(bytes(1 << 20))
+    with pytest.raises(UsageError, match=r"devkit\.tar\.gz unpacks to more than 64 MB"):
+        read_labels(path)
+    stream = zlib.compress(bytes(9 << 20))
+    mat = MAT[:128] + struct.pack("<II", 15, len(stream)) + stream
+    with pytest.raises(UsageError, match=r"meta\.mat unpacks to more than 8 MB"):
+        read_labels(devkit(path, mat))
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, 6
+    path.write_bytes(gzip.compress((info.tobuf() + b"6 a=b\n".ljust(512, b"\0")) * 3000))
+    with pytest.raises(UsageError, match=r"devkit\.tar\.gz"):
+        read_labels(path)
 
 
 KAGGLE = """ImageId,PredictionString

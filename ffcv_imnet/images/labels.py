@@ -5,23 +5,26 @@ Read are tables (`label_table.py`; Kaggle's `LOC_val_solution.csv` is one) and I
 have an order of their own, and taking them for labels is the classic way to an accuracy of 0.1 %.
 """
 
+import gzip
 import io
 import struct
 import sys
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.io import loadmat
 
-from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.images.label_table import Rows, read_table
 
-LARGEST = 1 << 26  # bytes of one of the devkit's files; the real ones have 0.3 MB
+LARGEST = 64 << 20  # bytes that the devkit unpacks to; the real one has a few MB
+LARGEST_MAT = 8 << 20  # bytes of a variable in meta.mat; the real one has 1 MB
+COMPRESSED = 15  # the type of such a variable
 VAL_NAME = "ILSVRC2012_val_{:08d}"  # the n-th line of the devkit's ground truth is this image's
 
 
@@ -96,14 +99,26 @@ def _read_devkit(path: Path) -> dict[str, str]:
     wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
     held: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        # Unpacked as a whole first: what it expands to is bounded here and nowhere else.
+        with gzip.open(path) as packed:
+            data = packed.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise UsageError(f"{path} unpacks to more than {LARGEST >> 20} MB: it is no devkit")
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
-                if name in wanted and member.isreg() and member.size <= LARGEST:
-                    file = archive.extractfile(member)
-                    held[name] = file.read() if file else b""
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} is no devkit, or is cut off: {error}") from None
+                file = archive.extractfile(member) if name in wanted and member.isreg() else None
+                if file is not None:
+                    held[name] = file.read()
+    except (
+        tarfile.TarError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise UsageError(f"{path} is no devkit, or is cut off: {reason_of(error)}") from None
     for name in wanted:
         if name not in held:
             raise UsageError(f"{path} has no {name}: it is not ILSVRC2012_devkit_t12.tar.gz")
@@ -111,99 +126,39 @@ def _read_devkit(path: Path) -> dict[str, str]:
         wnids = _synsets(held["meta.mat"])
         truth = [int(line) for line in held[wanted[1]].split()]
         return {VAL_NAME.format(n): wnids[synset] for n, synset in enumerate(truth, 1)}
-    except (ValueError, KeyError, IndexError, struct.error, zlib.error, RecursionError) as error:
-        raise UsageError(f"{path}: its meta.mat and ground truth do not agree ({error})") from None
+    except (LookupError, ValueError) as error:
+        what = quoted(reason_of(error))
+        raise UsageError(f"{path}: its meta.mat and ground truth do not agree ({what})") from None
 
 
 def _synsets(mat: bytes) -> dict[int, str]:
-    """wnid by ILSVRC2012_ID, from the struct array `synsets`."""
-    for variable in read_mat(mat):
-        if variable.name == "synsets":
-            numbers, wnids = variable.fields["ILSVRC2012_ID"], variable.fields["WNID"]
-            return {
-                int(n.values[0]): bytes(w.values.astype(np.uint8)).decode("ascii").strip()
-                for n, w in zip(numbers, wnids, strict=True)
-            }
-    raise ValueError("meta.mat has no synsets")
+    """wnid by ILSVRC2012_ID, from the struct array `synsets`. Raises ValueError, KeyError."""
+    _check_expansion(mat)
+    try:
+        held = loadmat(io.BytesIO(mat), variable_names=["synsets"], simplify_cells=True)
+        rows = np.atleast_1d(held["synsets"])
+        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]).strip() for row in rows}
+    except Exception as error:  # scipy has a dozen kinds for a damaged file
+        raise ValueError(f"meta.mat: {reason_of(error)}") from None
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A variable of a MATLAB file: numbers or characters, or a struct array by field."""
+def _check_expansion(mat: bytes) -> None:
+    """Raises ValueError for a level 5 .mat file whose compressed variables are bombs.
 
-    name: str
-    values: NDArray[np.generic]
-    fields: dict[str, list["Matrix"]]
-
-
-# MATLAB's "MAT-File Format", level 5: types of data elements and classes of arrays.
-TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8",
-         16: "u1", 17: "u2", 18: "u4"}  # fmt: skip
-MATRIX, COMPRESSED = 14, 15
-CELL, STRUCT, OBJECT, SPARSE = 1, 2, 3, 5
-
-
-def read_mat(data: bytes) -> list[Matrix]:
-    """The variables of a level 5 .mat file: numeric, character and struct arrays.
-
-    Raises:
-        ValueError, struct.error, IndexError, zlib.error: it is damaged or holds something else.
+    MathWorks' "MAT-File Format": a header of 128 bytes, then elements of a type, a size and data.
     """
-    if len(data) < 128 or data[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
-        raise ValueError("not a level 5 .mat file")
-    order = "<" if data[126:128] == b"IM" else ">"
-    file, found = io.BytesIO(data[128:]), []
-    while file.tell() < len(data) - 128:
-        kind, body = _element(file, order)
+    if len(mat) < 128 or mat[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
+        raise ValueError("meta.mat is no level 5 .mat file")
+    order, at = ("<" if mat[126:128] == b"IM" else ">"), 128
+    while at + 8 <= len(mat):
+        kind, size = struct.unpack_from(order + "II", mat, at)
         if kind == COMPRESSED:
-            kind, body = _element(io.BytesIO(_inflate(body)), order)
-        if kind == MATRIX:
-            found.append(_matrix(body, order))
-    return found
-
-
-def _inflate(data: bytes) -> bytes:
-    stream = zlib.decompressobj()
-    plain = stream.decompress(data, LARGEST)
-    if stream.unconsumed_tail:
-        raise ValueError("too large")
-    return plain
-
-
-def _element(file: io.BytesIO, order: str) -> tuple[int, bytes]:
-    """The type and the bytes of the next data element; small ones hold both in eight bytes."""
-    tag = file.read(8)
-    kind, size = struct.unpack(order + "II", tag)
-    if kind >> 16:
-        return kind & 0xFFFF, tag[4 : 4 + (kind >> 16)]
-    body = file.read(size)
-    if len(body) < size:
-        raise ValueError("cut off")
-    if kind != COMPRESSED:
-        file.seek(-size % 8, io.SEEK_CUR)
-    return kind, body
-
-
-def _values(file: io.BytesIO, order: str) -> NDArray[np.generic]:
-    kind, body = _element(file, order)
-    return np.frombuffer(body, np.dtype(order + TYPES[kind]))
-
-
-def _matrix(body: bytes, order: str) -> Matrix:
-    if not body:  # an empty field of a struct
-        return Matrix("", np.empty(0), {})
-    file = io.BytesIO(body)
-    flags, shape = _values(file, order), _values(file, order)
-    name = _values(file, order).tobytes().decode("ascii")
-    kind = int(flags[0]) & 0xFF
-    if kind in (CELL, OBJECT, SPARSE):
-        raise ValueError(f"arrays of class {kind} are not read")
-    if kind != STRUCT:
-        return Matrix(name, _values(file, order), {})
-    width = int(_values(file, order)[0])
-    keys = np.frombuffer(_values(file, order).tobytes(), f"S{width}")
-    fields: dict[str, list[Matrix]] = {key.decode("ascii"): [] for key in keys.tolist()}
-    for _ in range(int(np.prod(shape.astype(np.int64)))):
-        for values in fields.values():
-            values.append(_matrix(_element(file, order)[1], order))
-    return Matrix(name, np.empty(0), fields)
+            try:
+                plain = zlib.decompressobj().decompress(
+                    mat[at + 8 : at + 8 + size], LARGEST_MAT + 1
+                )
+            except zlib.error as error:
+                raise ValueError(f"meta.mat: {error}") from None
+            if len(plain) > LARGEST_MAT:
+                raise ValueError(f"meta.mat unpacks to more than {LARGEST_MAT >> 20} MB")
+        at += 8 + size

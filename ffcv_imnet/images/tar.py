@@ -31,7 +31,8 @@ BATCH = 4096  # headers checked at a time: 2 MB
 END = bytes(BLOCK)
 RECORD = 20 * BLOCK  # filled up with zeros; the two blocks of the end may lie in two records
 TAIL = 1 << 20  # zeros that may follow the end of the file's own tar
-LONGEST_NAME = 1 << 16  # bytes of a GNU or pax header that are read
+LARGEST_HEADER = 1 << 16  # bytes of a GNU or pax header that are read
+LONGEST_NAME = 512  # bytes; the index gives every name the room of the longest
 FORMAT = 1  # of the cached index
 SPOT_CHECKS = 32  # headers read again when a cached index is loaded
 FOREIGN = {  # what some downloads are instead, by their first bytes
@@ -103,12 +104,14 @@ def scan_tar(descriptor: int, where: str, start: int, end: int, outer: bool) -> 
             if header == END:
                 _check_tail(descriptor, position, end, TAIL if outer else RECORD + BLOCK)
                 break
-            try:
-                size = int(header[124:135], 8)
-                plain = header[156] in b"0\0" and not scan.pending and header[124] < 128
-            except ValueError:
-                plain = False
-            if plain:
+            digits = header[124:135]
+            # int() alone would take a sign, spaces and underscores: a negative size never ends.
+            plain = digits.isdigit() and header[156] in b"0\0" and not scan.pending
+            if plain and header[135] in b"\0 ":
+                try:
+                    size = int(digits, 8)
+                except ValueError:
+                    raise _Stop(f"the header at byte {position:,} is damaged") from None
                 data = position + block_size
                 position = data + (size + 511 & -512)
                 scan.add(header, data, size)
@@ -154,11 +157,11 @@ class _Scanner:
 
     def add(self, header: bytes, data: int, size: int) -> None:
         """One regular file, whose `size` bytes begin at `data`."""
+        if len(self.headers) >= BATCH:  # before and not after: `cut` may take the newest back
+            self.flush()
         self.headers.append(header)
         self.offsets.append(data)
         self.sizes.append(size)
-        if len(self.headers) == BATCH:
-            self.flush()
 
     def flush(self) -> None:
         """Check what was collected. Raises _Stop at the first damaged header."""
@@ -210,7 +213,7 @@ class _Scanner:
         size = _number(header[124:136], position)
         data = position + BLOCK
         if kind in b"LKxg" and kind:
-            if size > LONGEST_NAME:
+            if size > LARGEST_HEADER:
                 raise RunError(f"{self.where}: the name of a member takes {size:,} bytes: refused")
             if data + size > end:
                 raise _Stop("it ends inside a header")
@@ -218,9 +221,9 @@ class _Scanner:
             return data + (size + 511 & -512)
         size = _decimal(self.pending["size"], position) if "size" in self.pending else size
         if kind in (b"0", b"\0", b"7"):
-            self.long_names[len(self.headers)] = name
             self.pending = {}
             self.add(header, data, size)
+            self.long_names[len(self.headers) - 1] = name
             return data + (size + 511 & -512)
         self.pending = {}
         said = os.fsdecode(safe_name(name, self.where))
@@ -243,16 +246,11 @@ class _Scanner:
 
     def cut(self, end: int, outer: bool) -> None:
         """The member added last reaches beyond `end`. Raises _Stop, or RunError in an inner tar."""
-        if not self.headers:  # it was just checked and stored
-            last = self.parts[-1]
-            self.parts[-1] = last.chosen(np.arange(len(last.names) - 1))
-            name, size, data = bytes(last.names[-1]), int(last.sizes[-1]), int(last.offsets[-1])
-        else:
-            header, data, size = self.headers.pop(), self.offsets.pop(), self.sizes.pop()
-            name = self.long_names.pop(len(self.headers), b"") or _short_name(header)
-            self.flush()
-            if not _checksums_match(np.frombuffer(header, np.uint8).reshape(1, BLOCK))[0]:
-                raise _Stop(f"the header at byte {data - BLOCK:,} is damaged")
+        header, data, size = self.headers.pop(), self.offsets.pop(), self.sizes.pop()
+        name = self.long_names.pop(len(self.headers), b"") or _short_name(header)
+        self.flush()
+        if not _checksums_match(np.frombuffer(header, np.uint8).reshape(1, BLOCK))[0]:
+            raise _Stop(f"the header at byte {data - BLOCK:,} is damaged")
         said = f"the member {os.fsdecode(safe_name(name, self.where))!r} claims {size:,} bytes"
         if not outer:
             raise RunError(f"{self.where}: {said}, more than the archive that it is in: refused")
@@ -289,12 +287,12 @@ def _short_name(header: bytes) -> bytes:
 
 def _number(text: bytes, position: int) -> int:
     """A size: octal, or since GNU tar 1.13 binary behind a first byte of 128."""
-    if text[0] == 128:
+    if text[0] == 128:  # (255: a negative one)
         return int.from_bytes(text[1:], "big")
-    try:
-        return int(text.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        raise _Stop(f"the header at byte {position:,} is damaged") from None
+    digits = text.split(b"\0", 1)[0].strip(b" ") or b"0"
+    if digits.strip(b"01234567"):
+        raise _Stop(f"the header at byte {position:,} is damaged")
+    return int(digits, 8)
 
 
 def _decimal(text: bytes, position: int) -> int:
@@ -308,7 +306,11 @@ def _pax_records(text: bytes, where: str) -> dict[str, bytes]:
     said = {}
     while text:
         length, _, rest = text.partition(b" ")
-        if not length.isdigit() or not len(length) + 2 < int(length) <= len(text):
+        if (
+            not length.isdigit()
+            or len(length) > 6
+            or not len(length) + 2 < int(length) <= len(text)
+        ):
             raise RunError(f"{where}: it has a damaged pax header")
         key, _, value = rest[: int(length) - len(length) - 1].removesuffix(b"\n").partition(b"=")
         said[key.decode("utf-8", "replace")] = value
@@ -322,6 +324,8 @@ def safe_name(name: bytes, where: str) -> bytes:
     Raises:
         RunError: it would lie elsewhere, or is no name.
     """
+    if len(name) > LONGEST_NAME:
+        raise RunError(f"{where}: the name of a member has {len(name):,} bytes: refused")
     parts = name.split(b"/")
     shown = os.fsdecode(name)
     if name.startswith(b"/"):
