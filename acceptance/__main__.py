@@ -71,12 +71,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--stage", action="append", metavar="STAGE[/PART]", help=", ".join(plan.STAGES))
     add("--all", action="store_true", help="all stages, each until it is finished")
-    add("--minutes", type=in_range(float, 0.01, 600), default=9.0, metavar="M",
-        help="after which a stage stops (default: %(default)g)")  # fmt: skip
-    add("--bundle", type=Path, default=Path(os.environ.get("BUNDLE", "bundle")), metavar="DIR",
-        help="what acceptance/bundle.sh made (default: $BUNDLE, else bundle)")  # fmt: skip
-    add("--archive", type=Path, metavar="FILE.tar.gz",
-        help="results of earlier calls come from here and go here: for a machine that forgets")  # fmt: skip
+    add(
+        "--minutes",
+        type=in_range(float, 0.01, 600),
+        default=9.0,
+        metavar="M",
+        help="after which a stage stops (default: %(default)g)",
+    )
+    add(
+        "--bundle",
+        type=Path,
+        default=Path(os.environ.get("BUNDLE", "bundle")),
+        metavar="DIR",
+        help="what acceptance/bundle.sh made (default: $BUNDLE, else bundle)",
+    )
+    add(
+        "--archive",
+        type=Path,
+        metavar="FILE.tar.gz",
+        help="results of earlier calls come from here and go here: for a machine that forgets",
+    )
     add("--rehearse", action="store_true", help="on a CPU, with small sizes")
     add("--smallest", action="store_true", help="with --rehearse: with the smallest")
     parser.refuse_unknown(argv)
@@ -175,9 +189,13 @@ def run(
     started = time.monotonic()
     with out.open("wb") as standard, err.open("wb") as errors:
         process = subprocess.Popen(
-            command, stdout=standard, stderr=errors, stdin=subprocess.DEVNULL, start_new_session=True,
+            command,
+            stdout=standard,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
             env=environment,
-        )  # fmt: skip
+        )
         try:
             process.wait(seconds)
             timed_out = False

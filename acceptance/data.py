@@ -7,18 +7,18 @@ DIR/work/photos (the bundle's full-size photographs at 400 px, else generated), 
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.errors import Parser, RunError, run_main
-from ffcv_imnet.data.beton import BetonWriter, Manifest, manifest_path, read_tables
+from ffcv_imnet.data.beton import BetonWriter, read_tables
 from ffcv_imnet.images import synthetic
 from ffcv_imnet.images.stored import Stored
 from ffcv_imnet.machine import host
@@ -53,11 +53,14 @@ def make(work: Path, options: argparse.Namespace) -> None:
         if subprocess.run([sys.executable, *command]).returncode:
             raise RunError("write_ffcv.py failed; its message stands above")
     for name in ("imagenette", "photos"):
-        given = options.bundle / name
-        source = given if (given / "train.beton").is_file() else work / "shapes"
         shutil.rmtree(work / name, ignore_errors=True)
-        shutil.copytree(source, work / name)
-        print(f"{name}: {source}")
+        packed = options.bundle / f"{name}.tar.gz"
+        if packed.is_file():
+            with tarfile.open(packed) as file:
+                file.extractall(work / name, filter="data")
+        else:
+            shutil.copytree(work / "shapes", work / name)
+        print(f"{name}: {packed if packed.is_file() else 'generated images'}")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -87,17 +90,18 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def repeated(source: Path, target: Path, samples: int) -> Path:
-    """A .beton, and its manifest, of at least `samples` samples: those of `source` over and over.
+    """A .beton of at least `samples` samples: those of `source` over and over, their bytes once.
 
-    The bytes of an image stand in it once, so that a short file keeps many cores busy.
+    So a short file keeps many cores busy. Loaders read it; training refuses it, as its samples overlap.
     """
-    if target.is_file() and manifest_path(target).is_file():
+    if target.is_file():
         return target
     tables = read_tables(source)
     n = len(tables.labels)
     times = -(-samples // n)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as images, target.open("wb") as file:
+    partial = target.with_suffix(".partial")
+    with source.open("rb") as images, partial.open("wb") as file:
         writer = BetonWriter(file, n * times)
         for i in range(n):
             images.seek(int(tables.pointers[i]))
@@ -109,16 +113,8 @@ def repeated(source: Path, target: Path, samples: int) -> Path:
             writer.metadata[rows] = writer.metadata[:n]
             writer.allocations[rows] = writer.allocations[:n]
         writer.samples = n * times
-        checksum = writer.finish()
-    said = Manifest.load(manifest_path(source))
-    counts = tuple(count * times for count in said.class_counts)
-    dataclasses.replace(
-        said,
-        samples=n * times,
-        class_counts=counts,
-        bytes=target.stat().st_size,
-        tables_checksum=checksum,
-    ).save(manifest_path(target))
+        writer.finish()
+    partial.replace(target)
     return target
 
 

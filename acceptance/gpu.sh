@@ -20,5 +20,5 @@ if ! "$python" -c 'import ffcv, fastargs' 2>/dev/null && compgen -G "$BUNDLE/whe
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 "$python" -m ffcv_imnet.native.build --check 2>/dev/null || "$python" -m ffcv_imnet.native.build 2>/dev/null ||
-    cp "$BUNDLE"/native/*.so ffcv_imnet/native/ 2>/dev/null || true # the stage environment says if none works
+    cp "$BUNDLE"/native/*.so* ffcv_imnet/native/ 2>/dev/null || true # the stage environment says if none works
 exec "$python" -m acceptance "$@"

@@ -39,17 +39,51 @@ class Size:
 
 
 FULL = Size(
-    "full", "cuda", RECIPES, ("bf16", "fp16"), ("resnet18", "resnet50"), (128, 160, 192),
-    (128, 160, 192, 224), (), 512, 5, 30.0, 60_000,
-)  # fmt: skip
+    "full",
+    "cuda",
+    RECIPES,
+    ("bf16", "fp16"),
+    ("resnet18", "resnet50"),
+    (128, 160, 192),
+    (128, 160, 192, 224),
+    (),
+    512,
+    5,
+    30.0,
+    60_000,
+)
 REHEARSAL = Size(
-    "rehearsal", "cpu", RECIPES, ("bf16", "fp16"), ("resnet18",), (32, 48), (32, 48), ("public", "sgd", "muon"),
-    8, 2, 1.0, 256, 32, 2,
-)  # fmt: skip
+    "rehearsal",
+    "cpu",
+    RECIPES,
+    ("bf16", "fp16"),
+    ("resnet18",),
+    (32, 48),
+    (32, 48),
+    ("public", "sgd", "muon"),
+    8,
+    2,
+    1.0,
+    256,
+    32,
+    2,
+)
 SMALLEST = Size(
-    "smallest rehearsal", "cpu", ("rn18_8ep",), ("fp16",), ("resnet18",), (32,), (32,), ("public", "muon"), 4, 1,
-    0.1, 64, 32, 1,
-)  # fmt: skip
+    "smallest rehearsal",
+    "cpu",
+    ("rn18_8ep",),
+    ("fp16",),
+    ("resnet18",),
+    (32,),
+    (32,),
+    ("public", "muon"),
+    4,
+    1,
+    0.1,
+    64,
+    32,
+    1,
+)
 
 
 @dataclass(frozen=True)
@@ -95,27 +129,48 @@ class Place:
         )
 
     @property
-    def imagenette(self) -> Path | None:
-        """The bundle's Imagenette, if it has one."""
-        folder = self.bundle / "imagenette"
-        return folder if (folder / "val.beton").is_file() else None
+    def on_gpu(self) -> bool:
+        """Whether the goals hold: a rehearsal on a CPU has none."""
+        return self.size.device == "cuda"
+
+    @property
+    def has_imagenette(self) -> bool:
+        """Whether the bundle has Imagenette; generated images stand in for it otherwise."""
+        return (self.bundle / "imagenette.tar.gz").is_file()
 
 
 def parts(place: Place) -> list[Part]:
     """All of them, in order."""
     return [
-        *environment(place), *smoke(place), *survive(place), *step(place), *loader(place),
-        *imagenette(place), *profile(place),
-    ]  # fmt: skip
+        *environment(place),
+        *smoke(place),
+        *survive(place),
+        *step(place),
+        *loader(place),
+        *imagenette(place),
+        *profile(place),
+    ]
 
 
 def environment(place: Place) -> list[Part]:
     """Versions, the doctor, the decoder, the tests that need a card."""
     return [
-        Part("environment", "doctor", ("-m", "ffcv_imnet", "doctor", "--json"), 120, checks.doctor),
-        Part("environment", "decoder", ("-m", "ffcv_imnet.native.build", "--check"), 60, checks.decoder),
+        Part(
+            "environment",
+            "doctor",
+            ("-m", "ffcv_imnet", "doctor", f"--device={place.size.device}"),
+            120,
+            checks.doctor,
+        ),
+        Part(
+            "environment",
+            "decoder",
+            ("-m", "ffcv_imnet.native.build", "--check"),
+            60,
+            checks.decoder,
+        ),
         Part("environment", "tests", ("-m", "pytest", "-q", "-m", "gpu"), 420, checks.tests, True),
-    ]  # fmt: skip
+    ]
 
 
 def smoke(place: Place) -> list[Part]:
@@ -147,7 +202,7 @@ def smoke(place: Place) -> list[Part]:
     found.append(
         Part("smoke", "rn18_10ep_compiled", (*compiled, *_small(place)), 400, checks.smoke, True)
     )
-    return found  # fmt: skip
+    return found
 
 
 def survive(place: Place) -> list[Part]:
@@ -155,8 +210,15 @@ def survive(place: Place) -> list[Part]:
     work = ("--work", str(place.work), *_small(place))
     return [
         Part("survive", "resume", ("-m", "acceptance.smoke", "resume", *work), 300, checks.resume),
-        Part("survive", "memory", ("-m", "acceptance.smoke", "memory", *work), 300, checks.memory, True),
-    ]  # fmt: skip
+        Part(
+            "survive",
+            "memory",
+            ("-m", "acceptance.smoke", "memory", *work),
+            300,
+            checks.memory,
+            True,
+        ),
+    ]
 
 
 def _small(place: Place) -> tuple[str, ...]:
@@ -189,15 +251,16 @@ def step(place: Place) -> list[Part]:
             ]
             words += ["--steps", *size.steps] if size.steps else []
             words += ["--json", str(place.json(f"step.{key}"))]
-            goal = 1.4 if (arch, side) == ("resnet18", min(size.resolutions)) else None
+            first = (arch, side) == ("resnet18", min(size.resolutions))
+            goal = checks.STEP_GOAL if first and place.on_gpu else None
             found.append(Part("step", key, tuple(words), 500, checks.step(goal)))
-    return found  # fmt: skip
+    return found
 
 
 def loader(place: Place) -> list[Part]:
     """The loader against stock FFCV, DALI and libjpeg-turbo, by number of cores."""
     size, cores, found = place.size, len(os.sched_getaffinity(0)), []
-    counts = sorted({1, cores // 4, cores} - {0}) if size.device == "cuda" else [1]
+    counts = sorted({1, cores // 4, cores} - {0}) if place.on_gpu else [1]
     for workers in counts:
         key = f"cores_{workers}"
         words = [
@@ -214,10 +277,10 @@ def loader(place: Place) -> list[Part]:
             "--batch_size",
             str(min(512, size.samples // 4)),
         ]
-        words += ["--rehearse"] if size.device == "cpu" else []
+        words += ["--rehearse"] if not place.on_gpu else []
         words += ["--rounds", str(min(3, size.rounds)), "--json", str(place.json(f"loader.{key}"))]
-        found.append(Part("loader", key, tuple(words), 500, checks.loader(workers)))
-    return found  # fmt: skip
+        found.append(Part("loader", key, tuple(words), 500, checks.loader(workers, place.on_gpu)))
+    return found
 
 
 def imagenette(place: Place) -> list[Part]:
@@ -235,15 +298,17 @@ def imagenette(place: Place) -> list[Part]:
             "--training.batch_size=16",
         ]
         words += ["--resolution.start_ramp=0", "--resolution.end_ramp=0", "--lr.lr_peak_epoch=0.5"]
-    real = place.imagenette is not None and place.size.device == "cuda"
-    return [Part("imagenette", "five_epochs", tuple(words), 500, checks.imagenette(run, folder, real))]  # fmt: skip
+    real = place.has_imagenette and place.on_gpu
+    return [
+        Part("imagenette", "five_epochs", tuple(words), 500, checks.imagenette(run, folder, real))
+    ]
 
 
 def profile(place: Place) -> list[Part]:
     """torch.profiler over the training loop with the real loader; what compiling changes."""
     size, found = place.size, []
     for arch in size.archs:
-        for mode in ("eager", "compiled") if size.device == "cuda" else ("eager",):
+        for mode in ("eager", "compiled") if place.on_gpu else ("eager",):
             key = f"{arch}_{mode}"
             words = [
                 "-m",
@@ -263,11 +328,13 @@ def profile(place: Place) -> list[Part]:
             ]
             words += [
                 "--steps",
-                "60" if size.device == "cuda" else "4",
+                "60" if place.on_gpu else "4",
                 "--json",
                 str(place.json(f"profile.{key}")),
             ]
             words += ["--trace", str(place.out / "json" / f"profile.{key}.trace.json.gz")]
             words += ["--compile"] if mode == "compiled" else []
-            found.append(Part("profile", key, tuple(words), 240, checks.profile(arch, size.device)))
-    return found  # fmt: skip
+            found.append(
+                Part("profile", key, tuple(words), 240, checks.profile(arch, place.on_gpu))
+            )
+    return found

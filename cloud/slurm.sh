@@ -21,7 +21,7 @@ PATH="$PWD/.venv/bin:$PATH"
 config=${CONFIG:-rn_configs/rn50_16ep.yaml}
 run=${RUN:-runs/$(basename "$config" .yaml)-$SLURM_JOB_ID} # the number stays when the job is queued again
 
-python -m ffcv_imnet doctor || exit 1
+python -m ffcv_imnet doctor --device=cuda || exit 1
 
 # torchrun is not started by srun: srun answers SIGTERM by killing its tasks at once. B: above has SLURM signal this
 # script alone; torchrun hands SIGTERM on, and training ends after the step in hand, with a checkpoint.

@@ -76,7 +76,12 @@ def test_versions_are_pinned_and_the_doctor_comes_before_the_money() -> None:
         assert image.startswith("skypilot:custom-"), path
         if path in TRAINING:
             assert image.endswith("-cuda13"), path
-            assert task(path)["setup"].split("#")[0].strip().endswith("-m ffcv_imnet doctor"), path
+            assert (
+                task(path)["setup"]
+                .split("#")[0]
+                .strip()
+                .endswith("-m ffcv_imnet doctor --device=cuda")
+            ), path
             assert task(path)["setup"].startswith("set -e\n"), path
 
 
@@ -108,7 +113,7 @@ def test_slurm_goes_on_after_its_time_limit(asked: str, tmp_path: Path) -> None:
     command = ["bash", str(Path("cloud/slurm.sh").resolve()), "--training.max_hours=8"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     first, second, *rest = done.stdout.splitlines()
-    assert first == "python -m ffcv_imnet doctor"
+    assert first == "python -m ffcv_imnet doctor --device=cuda"
     words = shlex.split(second)
     assert "--nproc_per_node=8" in words
     settings = parse(words[words.index("train_imagenet.py") + 1 :])

@@ -1,0 +1,278 @@
+"""The first hour on a GPU: its driver with parts of milliseconds, what it reads from numbers, its data and bundle."""
+
+import json
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import acceptance.__main__ as driver
+from acceptance import bundle, checks, data, plan, profile, smoke
+from acceptance.plan import FULL, REHEARSAL, SMALLEST, Part, Place, Size
+from acceptance.record import Check, Outcome, Result, judge
+from ffcv_imnet.config.parsing import load, parse
+from ffcv_imnet.config.schedules import plan_run
+from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.data.beton import read_tables
+from ffcv_imnet.data.loader import TrainLoader
+from ffcv_imnet.machine.distributed import World
+from tests.conftest import SmallData
+
+SAYS = "import sys; print('said', open(sys.argv[1], 'a').write('x')); sys.exit(int(sys.argv[2]))"
+
+
+def by_status(outcome: Outcome) -> list[Check]:
+    """A part's check in these tests."""
+    return [checks.ended(outcome), Check("a | in its words", outcome.said.strip())]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command, over three parts: one that ends well, one that fails, one that sleeps."""
+    seen = tmp_path / "seen"
+
+    def parts(place: Place) -> list[Part]:
+        good = ("-S", "-c", SAYS, str(seen), "0")
+        bad = ("-S", "-c", SAYS, str(seen), "3")
+        slow = ("-S", "-c", "import time; time.sleep(60)")
+        return [
+            Part("smoke", "good", good, 60, by_status),
+            Part("smoke", "bad", bad, 60, by_status),
+            Part("step", "slow", slow, 1, by_status),
+            Part("step", "gpu", slow, 1, by_status, gpu_only=True),
+        ]
+
+    monkeypatch.setattr(plan, "parts", parts)
+    monkeypatch.setattr(driver, "prepare", lambda place: None)
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(
+            sys, "argv", ["gpu.sh", "--out", str(tmp_path / "out"), "--rehearse", *words]
+        )
+        return driver.main()
+
+    call.out, call.seen = tmp_path / "out", seen  # type: ignore[attr-defined]
+    return call
+
+
+def test_parts_run_once_and_the_report_says_what_they_found(run: Any) -> None:
+    assert run("--stage", "smoke/good") == 0
+    assert run("--stage", "smoke") == 1  # `bad` failed; `good` is not run again
+    assert run("--all") == 1
+    assert run.seen.read_text() == "xx"
+    report = (run.out / "report.md").read_text()
+    assert "| PASS | smoke/good | ends well | exit status 0 | exit status 0 |" in report
+    assert "| FAIL | smoke/bad | ends well | exit status 3 | exit status 0 |" in report
+    assert "| FAIL | step/slow | ends well | killed after 1 s | exit status 0 |" in report
+    assert "| SKIP | step/gpu | needs a GPU | not run |" in report
+    assert "|  | smoke/good | a \\| in its words | said 1 |" in report
+    assert "1 PASS, 2 FAIL, 1 SKIP; 0 parts left" in report and "nothing about a GPU" in report
+    (run.out / "results/smoke.good.json").unlink()  # as if it had been killed
+    assert run("--stage", "smoke/good") == 0 and run.seen.read_text() == "xxx"
+
+
+def test_a_stage_ends_in_time_and_goes_on_at_the_next_call(run: Any) -> None:
+    """Killed by the stage's end and not by its own limit: no result, and exit status 75."""
+    assert run("--stage", "step", "--minutes", "0.01") == 75
+    assert not list((run.out / "results").glob("step.slow*"))
+    assert "4 parts left" in (run.out / "report.md").read_text()
+
+
+def test_results_travel_in_an_archive(run: Any, tmp_path: Path) -> None:
+    archive = tmp_path / "results.tar.gz"
+    assert run("--stage", "smoke/good", "--archive", str(archive)) == 0
+    run.out.rename(tmp_path / "first machine")
+    assert run("--stage", "smoke/good", "--archive", str(archive)) == 0
+    assert run.seen.read_text() == "x"
+
+
+def test_mistakes(run: Any) -> None:
+    with pytest.raises(UsageError, match=r"no stage is called 'stop' \(did you mean step\?\)"):
+        run("--stage", "stop")
+    with pytest.raises(UsageError, match=r"give --all, or --stage"):
+        run()
+
+
+def test_numbers_that_cannot_be_read_fail(run: Any) -> None:
+    part = Part("step", "x", (), 1, checks.step(1.4))
+    (check,) = driver.read(part, Outcome(0, 1.0, {"rows": [{}]}))
+    assert check.verdict == "FAIL" and "KeyError" in check.measured
+
+
+# ---- the parts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [FULL, REHEARSAL, SMALLEST], ids=lambda size: size.name)
+def test_the_commands_are_ones_that_our_programs_take(size: Size, tmp_path: Path) -> None:
+    from ffcv_imnet.tools import benchmark
+
+    place = Place(tmp_path, tmp_path, size)
+    (tmp_path / "json").mkdir()
+    parts = plan.parts(place)
+    assert tuple(dict.fromkeys(part.stage for part in parts)) == plan.STAGES
+    assert len({part.key for part in parts}) == len(parts)
+    for part in parts:
+        assert 0 < part.limit <= 540, f"{part.key}: a stage has nine minutes"
+        words = list(part.command)
+        if words[0] == "train_imagenet.py":
+            settings = parse(words[1:]).settings
+            assert settings.training.device == size.device
+        elif words[:3] == ["-m", "ffcv_imnet", "benchmark"]:
+            assert benchmark.parse(words[3:]).json == place.json(part.key)
+        else:
+            assert words[0] == "-m"
+    goals = [part for part in parts if part.key == f"step.resnet18_{size.resolutions[0]}"]
+    assert len(goals) == 1
+
+
+@pytest.mark.parametrize("recipe", plan.RECIPES)
+def test_recipes_are_shortened_to_an_epoch_of_each_stage(recipe: str) -> None:
+    settings = load(f"rn_configs/{recipe}.yaml")
+    sides = {p.resolution for p in plan_run(settings, 10_000)}
+    short = smoke.shortened(settings, None, 256)
+    assert {p.resolution for p in plan_run(short, 10_000)} == sides
+    assert short.training.epochs == len(sides) <= 3
+    tiny = smoke.shortened(settings, 32, 16)
+    assert {p.resolution for p in plan_run(tiny, 10_000)} == {32}
+    assert tiny.validation.resolution == 32
+
+
+# ---- what is read -------------------------------------------------------------------------------
+
+
+def verdicts(found: list[Check]) -> dict[str, str]:
+    """By what was checked."""
+    return {check.what: check.verdict for check in found}
+
+
+def test_step_goal() -> None:
+    def row(step: str, ratio: float) -> dict[str, Any]:
+        return {"step": step, "precision": "bf16", "images_per_second": 1.0, "spread": 0.1,
+                "ratio_to_public": ratio, "optimizer_share": 0.1, "warm_up_seconds": 1.0}  # fmt: skip
+
+    for ratio, verdict in ((1.41, "PASS"), (1.39, "FAIL")):
+        rows = [row("public", 1.0), row("sgd", 1.1), row("muon compiled", ratio)]
+        *_, last = checks.step(1.4)(Outcome(0, 1.0, {"rows": rows}))
+        assert (last.verdict, last.goal) == (verdict, ">= 1.4")
+        assert last.measured == f"{ratio} (muon compiled bf16)"
+    assert all(
+        check.verdict != "FAIL" for check in checks.step(None)(Outcome(0, 1.0, {"rows": rows}))
+    )
+
+
+def test_imagenette_goals(tmp_path: Path) -> None:
+    epoch = {"type": "epoch", "train_seconds": 8.0, "val_seconds": 1.0, "loader_seconds": 0.1}
+    (tmp_path / "train.json").write_text('{"settings": {"max_resolution": 144}}')
+
+    def found(top_1: float, seconds: float, real: bool = True) -> list[Check]:
+        summary = {"type": "summary", "best_top_1": top_1, "elapsed_seconds": seconds}
+        lines = [json.dumps(row) for row in (epoch, epoch, summary)]
+        (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+        return checks.imagenette(tmp_path, tmp_path, real)(Outcome(0, 1.0))
+
+    good = found(0.8845, 59.0)
+    assert [check.verdict for check in good] == ["PASS"] * 4
+    assert "here 144 px" in good[1].goal and good[3].measured == "1.2%"
+    assert [check.verdict for check in found(0.8699, 61.0)] == ["PASS", "FAIL", "FAIL", "PASS"]
+    assert [check.verdict for check in found(0.1, 600.0, False)] == ["PASS", *["INFO"] * 3]
+    assert (
+        checks.imagenette(tmp_path / "none", tmp_path, True)(Outcome(1, 1.0))[0].verdict == "FAIL"
+    )
+
+
+def test_memory_and_resume_verdicts() -> None:
+    said = {"message": "error: ... 24 would fit", "fits": 24, "fits_status": 0}
+    assert set(verdicts(checks.memory(Outcome(0, 1.0, said))).values()) == {"PASS"}
+    assert "FAIL" in verdicts(checks.memory(Outcome(0, 1.0, {**said, "fits_status": 1}))).values()
+    assert "FAIL" in verdicts(checks.memory(Outcome(0, 1.0, {"message": "CUDA error"}))).values()
+    went = {
+        "term_status": 143,
+        "epochs": [0, 1],
+        "wanted": [0, 1],
+        "top_1": 0.5,
+        "plain_top_1": 0.5,
+    }
+    assert "FAIL" not in verdicts(checks.resume(Outcome(0, 1.0, went))).values()
+    assert "FAIL" in verdicts(checks.resume(Outcome(0, 1.0, {**went, "epochs": [0, 0]}))).values()
+
+
+def test_a_trace_by_hand() -> None:
+    """Two updates of three launches each; one of two copies on the stream that computes, one pageable."""
+
+    def event(cat: str, name: str, ts: float, dur: float, **args: Any) -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    events = [
+        event("kernel", "conv", 0, 40, stream=7),
+        event("kernel", "conv", 20, 40, stream=7),  # overlaps: busy from 0 to 60
+        event("kernel", "other", 80, 20, stream=9),  # and from 80 to 100
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1, 5, stream=9, bytes=1 << 24),
+        event("gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 2, 5, stream=7, bytes=1 << 24),
+        event(
+            "gpu_memcpy", "Memcpy HtoD (Pageable -> Device)", 2, 5, stream=7, bytes=64
+        ),  # a scalar
+        event("cuda_runtime", "cudaLaunchKernel", 5, 1),  # of the forward pass
+    ]
+    for start in (100, 200):
+        events.append(event("user_annotation", "Optimizer.step#Muon.step", start, 50))
+        events += [event("cuda_runtime", "cuLaunchKernelEx", start + i, 1) for i in (1, 2, 3)]
+        events.append(event("cpu_op", "aten::mul", start + 4, 1))
+    said = profile.seen(events)
+    assert said == {"copies": 2, "pinned_copies": 1, "copies_beside_compute": 1, "optimizer_launches": 3,
+                    "optimizer_operations": 1, "busy_share": 0.8}  # fmt: skip
+    whole = {"images_per_second": 1.0, "loader_share": 0.019, "compile_seconds": 0.0, **said}
+    found = verdicts(checks.profile("resnet18", True)(Outcome(0, 1.0, whole)))
+    assert found["training waits for the loader"] == "PASS"
+    assert found["copies to the GPU on a stream of their own"] == "FAIL"
+    assert found["Muon's kernel launches a step"] == "PASS"
+    assert profile.seen([])["busy_share"] == 0
+
+
+def test_judge() -> None:
+    assert judge("a", "1", "2", True) == Check("a", "1", "2", "PASS")
+    result = Result("step", "x", "python", 0, 1.0, "now", [judge("a", "1", "2", False)])
+    assert result.checks[0].verdict == "FAIL"
+
+
+# ---- data and bundle ----------------------------------------------------------------------------
+
+
+def test_a_file_in_which_images_repeat(small: SmallData, tmp_path: Path) -> None:
+    """The loader reads it; sample n + i has the pixels of sample i, and the file has them once."""
+    path = data.repeated(small.train, tmp_path / "many" / "train.beton", 250)
+    assert len(read_tables(path).labels) == 300
+    assert path.stat().st_size < 1.1 * small.train.stat().st_size
+    settings = small.settings(
+        tmp_path, augmentation__crop_scale="[1, 1]", augmentation__flip="none"
+    )
+    settings = replace(settings, data=replace(settings.data, train_dataset=str(path)))
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    loader = TrainLoader(str(path), 300, settings, world)
+    first = plan_run(settings, 300)[0]
+    batches = [images.clone() for images, _ in loader.epoch(first, only=np.arange(300)[3::100])]
+    assert torch.equal(batches[0][0], batches[0][1]) and torch.equal(batches[0][0], batches[0][2])
+
+
+def test_the_bundle_is_weighed(
+    small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = bundle.parse(["--no_wheels", "--out", str(tmp_path / "bundle")])
+    assert (options.imagenette_px, options.imagenette_quality) == (128, 65)
+    bundle.betons(small.train.parent, tmp_path / "bundle/imagenette.tar.gz", 144, 75)
+    assert bundle.weigh(tmp_path / "bundle", 64) == 0
+    said = json.loads((tmp_path / "bundle/bundle.json").read_text())
+    assert 0 < said["files"]["imagenette.tar.gz"] < small.train.stat().st_size / 10  # no zeros
+    place = Place(tmp_path, tmp_path / "bundle", FULL)
+    assert place.has_imagenette and not Place(tmp_path, tmp_path, FULL).has_imagenette
+    with tarfile.open(tmp_path / "bundle/imagenette.tar.gz") as file:
+        assert set(file.getnames()) == {"train.beton", "train.json", "val.beton", "val.json"}
+    with pytest.raises(RunError, match=r"MiB, more than 0.01: take a smaller --imagenette_px"):
+        bundle.weigh(tmp_path / "bundle", 0.01)
+    with pytest.raises(UsageError, match="holds neither train/ nor"):
+        bundle.betons(tmp_path / "bundle", tmp_path / "other.tar.gz", 144, 75)
+    assert bundle.pin("ffcv").startswith("ffcv==") and bundle.pin("no-such") == "no-such"
