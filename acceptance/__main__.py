@@ -12,6 +12,7 @@ failed, 2 the command is wrong, 75 parts are left: call it again.
 
 import argparse
 import datetime
+import math
 import os
 import shlex
 import signal
@@ -46,8 +47,7 @@ def main() -> int:
     try:
         for stage in dict.fromkeys(part.stage for part in wanted):
             of_stage = [part for part in wanted if part.stage == stage]
-            while not run_stage(of_stage, known, place, 60 * options.minutes) and options.all:
-                pass
+            run_stage(of_stage, known, place, math.inf if options.all else 60 * options.minutes)
     finally:
         results = finish(known, place)
         if options.archive:
@@ -239,7 +239,7 @@ def prepare(place: Place) -> None:
     out, err = logs / "data.out", logs / "data.err"
     words = ["-m", "acceptance.data", "--out", str(place.out), "--bundle", str(place.bundle)]
     words += ["--device", place.size.device]
-    words += ["--train_per_class", "400" if place.size.device == "cuda" else "16"]
+    words += ["--train_per_class", "400" if place.on_gpu else "4"]
     code, _, _ = run([sys.executable, *words], out, err, 500, place)
     if code:
         raise UsageError(

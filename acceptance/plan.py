@@ -5,7 +5,7 @@ A part is one command of this project with a limit in seconds and a function tha
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acceptance import checks
@@ -15,6 +15,7 @@ RECIPES = (
     *("imagenette_5ep", "demo", "rn18_16ep", "rn18_10ep", "rn18_8ep"),
     *("rn50_16ep", "rn50_6ep", "rn50_5ep"),
 )
+LONGEST = 500  # seconds of a part; a stage has 540
 STAGES = ("environment", "smoke", "survive", "step", "loader", "imagenette", "profile")
 
 
@@ -141,7 +142,7 @@ class Place:
 
 def parts(place: Place) -> list[Part]:
     """All of them, in order."""
-    return [
+    found = [
         *environment(place),
         *smoke(place),
         *survive(place),
@@ -150,6 +151,8 @@ def parts(place: Place) -> list[Part]:
         *imagenette(place),
         *profile(place),
     ]
+    # A rehearsal's machine may be busy: it gets the time that a stage has.
+    return found if place.on_gpu else [replace(part, limit=LONGEST) for part in found]
 
 
 def environment(place: Place) -> list[Part]:
@@ -295,7 +298,7 @@ def imagenette(place: Place) -> list[Part]:
         words += [
             f"--validation.resolution={side}",
             f"--training.epochs={epochs}",
-            "--training.batch_size=16",
+            "--training.batch_size=8",
         ]
         words += ["--resolution.start_ramp=0", "--resolution.end_ramp=0", "--lr.lr_peak_epoch=0.5"]
     real = place.has_imagenette and place.on_gpu
