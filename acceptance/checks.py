@@ -208,8 +208,8 @@ def imagenette(run: Path, data: Path, real: bool) -> Callable[[Outcome], list[Ch
     return check
 
 
-def profile(arch: str, on_gpu: bool) -> Callable[[Outcome], list[Check]]:
-    """What torch.profiler saw."""
+def profile(arch: str, on_gpu: bool, own_stream: bool) -> Callable[[Outcome], list[Check]]:
+    """What torch.profiler saw. `own_stream`: copies are to have one, and not what that is compared with."""
 
     def check(outcome: Outcome) -> list[Check]:
         found = [ended(outcome)]
@@ -235,8 +235,8 @@ def profile(arch: str, on_gpu: bool) -> Callable[[Outcome], list[Check]]:
                 judge(
                     "copies to the GPU on a stream of their own",
                     f"{own} of {said['copies']}",
-                    "all",
-                    0 < said["copies"] == own,
+                    "all" if own_stream else "none: to compare",
+                    (0 < said["copies"] == own) == own_stream,
                 ),
                 judge(
                     "copies from pinned memory",

@@ -3,13 +3,13 @@
 A part is one command of this project with a limit in seconds and a function that reads what it left.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acceptance import checks
 from acceptance.record import Check, Outcome
+from ffcv_imnet.machine.host import usable_cores
 
 RECIPES = (
     *("imagenette_5ep", "demo", "rn18_16ep", "rn18_10ep", "rn18_8ep"),
@@ -262,7 +262,7 @@ def step(place: Place) -> list[Part]:
 
 def loader(place: Place) -> list[Part]:
     """The loader against stock FFCV, DALI and libjpeg-turbo, by number of cores."""
-    size, cores, found = place.size, len(os.sched_getaffinity(0)), []
+    size, cores, found = place.size, usable_cores(), []
     counts = sorted({1, cores // 4, cores} - {0}) if place.on_gpu else [1]
     for workers in counts:
         key = f"cores_{workers}"
@@ -311,7 +311,7 @@ def profile(place: Place) -> list[Part]:
     """torch.profiler over the training loop with the real loader; what compiling changes."""
     size, found = place.size, []
     for arch in size.archs:
-        for mode in ("eager", "compiled") if place.on_gpu else ("eager",):
+        for mode in ("eager", "compiled", "one_stream") if place.on_gpu else ("eager",):
             key = f"{arch}_{mode}"
             words = [
                 "-m",
@@ -336,8 +336,14 @@ def profile(place: Place) -> list[Part]:
                 str(place.json(f"profile.{key}")),
             ]
             words += ["--trace", str(place.out / "json" / f"profile.{key}.trace.json.gz")]
-            words += ["--compile"] if mode == "compiled" else []
+            words += {"compiled": ["--compile"], "one_stream": ["--one_stream"]}.get(mode, [])
             found.append(
-                Part("profile", key, tuple(words), 240, checks.profile(arch, place.on_gpu))
+                Part(
+                    "profile",
+                    key,
+                    tuple(words),
+                    240,
+                    checks.profile(arch, place.on_gpu, mode != "one_stream"),
+                )
             )
     return found

@@ -22,6 +22,7 @@ from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import Parser, run_main
 from ffcv_imnet.data.beton import read_tables
 from ffcv_imnet.data.loader import TrainLoader
+from ffcv_imnet.machine import device as devices
 from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect
 from ffcv_imnet.train.checkpoint import Learner, Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
@@ -35,6 +36,8 @@ Event = dict[str, Any]
 def main() -> int:
     """Warm up, time `--steps` steps, profile a few more."""
     options = parse()
+    if options.one_stream:
+        copy_on_the_computing_stream()
     world = describe_world(options.device)
     connect(world)
     needed = options.batch_size * (options.steps + PROFILED)
@@ -78,9 +81,21 @@ def parse() -> argparse.Namespace:
     add("--batch_size", type=int, default=1024)
     add("--steps", type=int, default=60)
     add("--compile", action="store_true")
+    add("--one_stream", action="store_true", help="batches are copied on the stream that computes")
     add("--json", type=Path, required=True)
     add("--trace", type=Path, required=True)
     return parser.parse_args()
+
+
+def copy_on_the_computing_stream() -> None:
+    """The other half of a comparison: what training would be without a stream for the copies."""
+
+    class OneStream(devices.Copies):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.side = self.compute
+
+    setattr(devices, "Copies", OneStream)  # noqa: B010  (`copies_to` looks it up there)
 
 
 def settings_of(options: argparse.Namespace, path: str) -> Settings:

@@ -226,10 +226,12 @@ def test_a_trace_by_hand() -> None:
     assert said == {"copies": 2, "pinned_copies": 1, "copies_beside_compute": 1, "optimizer_launches": 3,
                     "optimizer_operations": 1, "busy_share": 0.8}  # fmt: skip
     whole = {"images_per_second": 1.0, "loader_share": 0.019, "compile_seconds": 0.0, **said}
-    found = verdicts(checks.profile("resnet18", True)(Outcome(0, 1.0, whole)))
+    found = verdicts(checks.profile("resnet18", True, True)(Outcome(0, 1.0, whole)))
     assert found["training waits for the loader"] == "PASS"
     assert found["copies to the GPU on a stream of their own"] == "FAIL"
     assert found["Muon's kernel launches a step"] == "PASS"
+    compared = verdicts(checks.profile("resnet18", True, False)(Outcome(0, 1.0, whole)))
+    assert compared["copies to the GPU on a stream of their own"] == "PASS"  # it has none, as asked
     assert profile.seen([])["busy_share"] == 0
 
 

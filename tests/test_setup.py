@@ -154,7 +154,7 @@ def test_every_import_is_declared() -> None:
     groups = [group for name, group in project().items() if name != "dev"]
     names = [canonicalize_name(r.name) for group in groups for r in group]
     runtime = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
-    declared_here = {PACKAGE, *SCRIPTS, "tests"}
+    declared_here = {PACKAGE, *SCRIPTS, "tests", "acceptance"}
     for path in sources():
         # packaging comes with pytest
         extra = {"pytest", "packaging", "conftest"} if "tests" in path.parts else set()
