@@ -1,12 +1,16 @@
 """Optimizers and averages of weights against references and by hand."""
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import Settings
@@ -232,6 +236,64 @@ def test_momenta_start_at_zero_after_a_state_without_them() -> None:
         momenta = [m for state in optimizer.state.values() for m in state.values()]
         assert len(momenta) == len(list(model.parameters())) and not any(m.any() for m in momenta)
         assert names == {key for state in optimizer.state.values() for key in state}
+
+
+# Calls of the dispatcher that a GPU makes no kernel for.
+FREE = {
+    "view", "_unsafe_view", "transpose", "t", "diagonal", "unsqueeze", "detach", "select", "slice", "permute",
+    "as_strided", "empty", "empty_like", "new_empty", "alias", "split", "split_with_sizes", "expand",
+    "promote_types",
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that a GPU would be given: one for each call, but for those in `FREE`. Lists of tensors go
+    in pieces (MultiTensorApply.cuh): so many tensors, by how many lists there are, and 320 blocks of 65,536 elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = op._schema.name.split("::")[1]
+        if op.namespace == "aten" and name not in FREE:
+            self.kinds[name] += self.pieces(args) if name.startswith(("_foreach", "_fused")) else 1
+        return op(*args, **(kwargs or {}))
+
+    def pieces(self, args: tuple[Any, ...]) -> int:
+        lists = [a for a in args if isinstance(a, list) and a and isinstance(a[0], Tensor)]
+        blocks = sum(math.ceil(t.numel() / 65536) for t in lists[0])
+        tensors = {1: 110, 2: 64, 3: 48}[len(lists)]
+        return max(math.ceil(len(lists[0]) / tensors), math.ceil(blocks / 320))
+
+
+@pytest.mark.parametrize(("arch", "most"), [("resnet18", 120), ("resnet50", 200)])
+def test_launches_of_muon_and_of_the_average(arch: str, most: int) -> None:
+    """With five iterations, in fp16, under a scale. 412 and 796 when each kernel and each shape had its own."""
+    settings = muon(model__arch=arch)
+    with torch.device("meta"):  # no time for random weights
+        model = build_model(settings, 1000).to(memory_format=torch.channels_last)
+    model.to_empty(device="cpu")
+    optimizer = build_optimizer(model, settings, "fp16")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step = Launches()
+    optimizer.register_step_pre_hook(lambda *_: step.__enter__() and None)
+    optimizer.register_step_post_hook(lambda *_: step.__exit__(None, None, None))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert most / 2 < step.kinds.total() <= most, step.kinds
+    average = build_average(model, 0.9)
+    assert average is not None
+    average.update_parameters(model)  # the first copies
+    with Launches() as moved:
+        average.update_parameters(model)
+    # The count of updates is read and raised on the host.
+    assert set(moved.kinds) == {"_foreach_lerp_", "_foreach_copy_", "_local_scalar_dense", "add_"}
+    assert moved.kinds.total() <= 8
 
 
 def test_muon_resumes() -> None:
