@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from ffcv_imnet.images import Pixels
-from ffcv_imnet.images.leftovers import HEIF
 
 # Photographs only. Pillow would otherwise run Ghostscript on an EPS that is named .jpg.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
@@ -75,8 +74,6 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
             " decompression bomb, or a large image that --max_pixels allows"
         ) from None
     except UnidentifiedImageError:
-        if data[4:12] in HEIF:
-            raise BadImage("a HEIC or AVIF image: heif-convert makes it a JPEG") from None
         raise BadImage(f"not an image ({', '.join(FORMATS)}), or its start is damaged") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
