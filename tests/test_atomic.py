@@ -1,16 +1,21 @@
 """A file has its final name only when it is whole and on the disk; whoever is in the way is named."""
 
 import errno
+import fcntl
 import os
+import pty
 import resource
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from ffcv_imnet.core import progress
 from ffcv_imnet.core.atomic import NotWritten, atomic_write, drop_cached, force, link, make_folder
 from ffcv_imnet.core.errors import said_of
 
@@ -163,3 +168,19 @@ def test_a_reader_that_goes_is_no_error_and_another_pipe_is() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "error: Broken pipe\n")
+
+
+def test_a_terminal_of_no_width_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some CI and `script` make one: tqdm draws nothing there, so neither bar nor lines were seen."""
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+        for columns, drawn in ((0, False), (80, True)):
+            fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            with progress.Progress(10, "epoch 3") as shown:
+                assert (shown.bar is not None) == drawn
+                shown.update(5)
+            said = os.read(leader, 4096).decode()
+            assert "5/10" in said or drawn
+    os.close(leader)

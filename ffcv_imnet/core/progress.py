@@ -1,5 +1,6 @@
 """Progress of anything long: a tqdm bar on a terminal, a plain line now and then elsewhere."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -7,6 +8,14 @@ from types import TracebackType
 from tqdm import tqdm
 
 LINE_EVERY = 30.0  # seconds between plain lines; a log file of a day's run stays readable
+
+
+def _is_terminal() -> bool:
+    """Whether a bar can be drawn: a pseudo-terminal of no width (some CI, `script`) shows nothing of it."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 class Progress:
@@ -27,7 +36,7 @@ class Progress:
         self.done = self.initial = initial
         self.note = ""
         self.started = self.printed = time.monotonic()
-        terminal = enabled and sys.stderr.isatty()
+        terminal = enabled and _is_terminal()
         self.bar = (
             tqdm(total=total, desc=what, unit=f" {unit}", leave=False, initial=initial)
             if terminal

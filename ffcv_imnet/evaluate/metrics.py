@@ -64,11 +64,11 @@ def judge(
     }
     done = 0
     for logits, labels in forward(model, loader, world, dtype, tta=tta, what=what):
-        count = int((labels != PADDING).sum())
-        mine = (done + torch.arange(count, device=device)) * world.size + world.rank
+        real = (labels != PADDING).nonzero()[:, 0]  # wherever the padding stands
+        mine = (done + real) * world.size + world.rank
         for view in views:
-            rows[view][mine] = _rows(logits[view][:count], outputs[labels[:count]])
-        done += count
+            rows[view][mine] = _rows(logits[view][real], outputs[labels[real]])
+        done += len(labels)
     return {view: _outcomes(world.sum(rows[view]).cpu().numpy(), what) for view in views}
 
 

@@ -37,7 +37,7 @@ from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_image
 from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.kaggle import images_of
-from ffcv_imnet.images.parallel import in_order
+from ffcv_imnet.images.parallel import CHUNK, in_order
 from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
 from ffcv_imnet.images.remarks import check_classes, notes, oddities
@@ -375,7 +375,7 @@ def check_images(path: Path, source: ImageSource, num_workers: int, report: Repo
         ):
             for chunk in chunks:
                 looks += chunk
-                count = min(16, len(source) - done)
+                count = min(CHUNK, len(source) - done)
                 done += count
                 progress.update(count)
                 if time.monotonic() - saved > SAVE_EVERY:

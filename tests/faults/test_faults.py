@@ -29,6 +29,7 @@ from ffcv_imnet.train.failures import fitting_batch
 from ffcv_imnet.train.heartbeat import Heartbeat
 from ffcv_imnet.train.run_dir import RunFolder
 from tests.conftest import SmallData
+from tests.faults import replay
 from tests.faults.outside import copy_of
 from tests.test_atomic import largest_file
 from tests.test_training import run
@@ -271,3 +272,18 @@ def test_the_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os.getpid(),
     )
     Heartbeat(tmp_path / "no/such/folder").beat("training", 0, 1)  # nobody's failure
+
+
+# ---- power cuts ---------------------------------------------------------------------------------
+
+
+def test_a_power_cut_loses_nothing_that_was_announced(small: SmallData, tmp_path: Path) -> None:
+    """A few dozen prefixes of what `python -m tests.faults.replay` plays a thousand of."""
+    settings = small.settings(tmp_path / "run", training__checkpoint_minutes=1e-9)
+    events = replay.record(settings)
+    assert [event[1] for event in events if event[0] == "announce"] == [0, 1]
+    counts = replay.check(events, settings, small, 40)
+    assert set(counts) == set(replay.VARIANTS) and sum(counts.values()) == 120
+    # The same run on a disk that keeps nothing but what it was made to, and a folder never was.
+    unforced = [event for event in events if event[0] != "fsync folder"]
+    assert any("LOST" in what for what in replay.check(unforced, settings, small, 40))

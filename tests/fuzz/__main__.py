@@ -2,6 +2,7 @@
 
 python -m tests.fuzz tables --seconds 3600 --sanitize
 python -m tests.fuzz manifests --cases 80000
+python -m tests.fuzz settings --cases 24000
 
 `--sanitize` compiles the decoder under gcc's address and undefined-behaviour sanitizers, which end the
 process at the first access that is wrong. Exit status 0: nothing crashed, hung or was accepted wrongly.
@@ -25,7 +26,7 @@ FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-saniti
 def main() -> int:
     """Parse, start anew under the sanitizers if asked, fuzz."""
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
-    parser.add_argument("what", choices=["tables", "manifests"])
+    parser.add_argument("what", choices=["tables", "manifests", "settings"])
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--cases", type=int, default=80_000, help="of manifests")
     parser.add_argument("--seed", type=int, default=0)
@@ -36,7 +37,11 @@ def main() -> int:
         start_sanitized()
     if PLACE in os.environ:
         take(Path(os.environ[PLACE]))
-    if options.what == "manifests":
+    if options.what == "settings":
+        from tests.fuzz.settings import fuzz as fuzz_settings
+
+        counts: dict[str, int] = fuzz_settings(options.cases, options.seed)
+    elif options.what == "manifests":
         from tests.fuzz.manifests import fuzz as fuzz_manifests
 
         counts = fuzz_manifests(options.cases, options.seed)
