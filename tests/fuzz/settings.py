@@ -88,7 +88,8 @@ def outcome(path: Path, data: bytes) -> str:
         said = "read"
     except UsageError as error:
         message = str(error).replace(str(path), "")
-        said = "refused" if "\n" not in message and len(message) < LINE else "refused at length"
+        most = 20 * LINE if "unknown settings" in message else LINE  # it names up to twenty of them
+        said = "refused" if "\n" not in message and len(message) < most else "refused at length"
     except Exception as error:
         said = f"traceback: {type(error).__name__}"
     return said if time.perf_counter() - started < PATIENCE else f"{said}, too late"
