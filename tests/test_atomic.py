@@ -184,3 +184,13 @@ def test_a_terminal_of_no_width_gets_lines(monkeypatch: pytest.MonkeyPatch) -> N
             said = os.read(leader, 4096).decode()
             assert "5/10" in said or drawn
     os.close(leader)
+
+
+def test_too_little_memory_for_the_imports_is_one_sentence() -> None:
+    code = "from ffcv_imnet.core.errors import run_main\ndef main():\n    raise {}\nrun_main(main)"
+    for error in ("MemoryError", "ImportError('libtorch.so: failed to map segment')"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(error)], capture_output=True, text=True
+        )
+        assert done.returncode == 1 and done.stderr.startswith("error: out of memory")
+        assert done.stderr.count("\n") == 1

@@ -176,6 +176,11 @@ def run_main(main: Callable[[], int | None]) -> None:
             flush=True,
         )
         sys.exit(1)
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map" not in str(error):
+            raise
+        print("error: out of memory: raise the limit (ulimit -v) or free some", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
