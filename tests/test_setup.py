@@ -212,6 +212,21 @@ def test_who_may_import_what() -> None:
             assert "tools" not in ours(path), f"{path.relative_to(ROOT)} imports a tool"
 
 
+@pytest.mark.parametrize(
+    ("words", "home"),
+    [
+        (r"torch\.cuda\b", "machine/device.py"),  # what only a GPU runs is read in one place
+        (r"cpu_count|sched_getaffinity", "machine/host.py"),  # a quota is not forgotten
+        (r"find_spec", "core/optional.py"),  # half a package is none
+    ],
+)
+def test_what_stands_in_one_file(words: str, home: str) -> None:
+    for path in sources():
+        if "tests" not in path.parts and path != ROOT / PACKAGE / home:
+            found = re.findall(words, path.read_text(encoding="utf-8"))
+            assert not found, f"{path.relative_to(ROOT)} has {found}: {home}"
+
+
 def test_core_and_config_run_without_torch_and_ffcv() -> None:
     """Imported for real, in a Python that has neither."""
     import subprocess

@@ -1,7 +1,6 @@
 """An ImageFolder tree: one folder a class, the photographs inside, as torchvision reads it."""
 
 import hashlib
-import importlib.util
 import os
 import stat
 import sys
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.names import fault_of, quoted, shown
+from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.images import leftovers
 from ffcv_imnet.images.leftovers import Left
 
@@ -25,7 +25,7 @@ HEIC = (b".heic", b".heif", b".hif")
 EXTENSIONS = (
     *(b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp"),
     *(b".jfif", b".jpe", b".avif"),
-    *(HEIC if importlib.util.find_spec("pillow_heif") else ()),
+    *(HEIC if is_there("pillow_heif") else ()),
 )
 
 

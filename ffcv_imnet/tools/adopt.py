@@ -10,7 +10,6 @@ same classes, so give both. The files themselves are only read.
 
 import argparse
 import datetime
-import os
 import re
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names, read_labels
 from ffcv_imnet.images.stored import RAW
+from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.tools import ToolParser
 
 IMAGENET = {1_281_167, 50_000}  # images of its two splits
@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         " a file of the same classes (default: ImageNet's ids where its counts fit, else numbers)")  # fmt: skip
     add("--keep_damaged", action="store_true",
         help="adopt a file in which images do not decode; train on it with --data.on_damaged=skip")  # fmt: skip
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     add("--num_workers", type=in_range(int, 1, cores), metavar="N", default=cores,
         help="decoding processes (default: all cores)")  # fmt: skip
     add("--force", action="store_true", help="replace a manifest that is there")
