@@ -10,7 +10,9 @@ from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.names import fault_of, quoted, shown
 from ffcv_imnet.images.flat import FlatFolder
 from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.imagenet import write_labels
 from ffcv_imnet.images.remarks import check_classes, notes, oddities
+from ffcv_imnet.report.html import escape
 
 
 def tree(root: Path, *files: str) -> Path:
@@ -226,3 +228,10 @@ def test_a_class_twice_in_another_kind_of_source(root: Path) -> None:
     source.classes = ("cat", "cat")
     with pytest.raises(UsageError, match="has 'cat' twice"):
         check_classes(source)
+
+
+def test_pages_and_label_files_escape_what_a_line_does_not_show() -> None:
+    """Of logs and checkpoints that were not made here; our own have no such names."""
+    name = "<b>two\nlines\u202e\x1b"
+    assert escape(name) == r"&lt;b&gt;two\nlines\u202e\x1b"
+    assert write_labels([name, "cat"]).splitlines() == [r"<b>two\nlines\u202e\x1b", "cat"]

@@ -9,6 +9,8 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from ffcv_imnet.core.names import shown
+
 CLASSES = 1000
 # github.com/fastai/imagenette: ten of them.
 IMAGENETTE = (
@@ -41,7 +43,7 @@ def readable(name: str) -> str:
 
 def write_labels(classes: Sequence[str]) -> str:
     """The text of a labels.txt: `readable` class names, one a line, in index order."""
-    return "".join(f"{readable(name)}\n" for name in classes)
+    return "".join(f"{shown(readable(name))}\n" for name in classes)
 
 
 def read_labels(text: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from ffcv_imnet.core.names import shown as on_one_line
 from ffcv_imnet.report.runs import Group, Series, duration, reached, series, target, time_spent
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -333,6 +334,7 @@ def where_time_went(groups: Sequence[Group]) -> Chart:
 
 
 def _cut(text: str, length: int) -> str:
+    text = on_one_line(text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -364,7 +366,7 @@ def class_bars(
                 for row, value in zip(rows, lengths, strict=True):
                     axes.text(value + 0.01, row, f"{100 * value:.0f} %", va="center", fontsize=10)
             axes.scatter(lengths, rows, s=90, color=colour, gid=f"class{number}", zorder=4)
-            tips[f"class{number}"] = [f"{names[i]}: {values[i]:.1%}" for i in order]
+            tips[f"class{number}"] = [f"{on_one_line(names[i])}: {values[i]:.1%}" for i in order]
         axes.set_yticks(range(len(order)), [_cut(names[i], 16 if narrow else 28) for i in order])
         axes.tick_params(axis="y", labelcolor=palette.ink)
         axes.set(xlim=(0, 1.08), ylim=(len(order) - 0.4, -0.6), xticks=[0, 0.25, 0.5, 0.75, 1])

@@ -6,10 +6,11 @@ file, a folder's name or a class's name passes `escape`.
 
 import base64
 import datetime
+import html
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 
+from ffcv_imnet.core.names import shown
 from ffcv_imnet.report import charts
 from ffcv_imnet.report.charts import DARK, LIGHT, Chart, Palette
 from ffcv_imnet.report.evaluation import Judged
@@ -28,6 +29,11 @@ from ffcv_imnet.report.runs import (
 
 WORST = 12  # classes of the matrix
 BARS = 24  # classes of the bars; all of them if there are no more
+
+
+def escape(text: str) -> str:
+    """One line of HTML text: its own characters, and what could not be shown there, escaped."""
+    return html.escape(shown(text))
 
 
 def write_page(
@@ -265,7 +271,7 @@ def _sheet(group: Group, judged: Judged, several: bool) -> str:
 def _epochs(tables: Sequence[tuple[str, str]]) -> str:
     folded = "".join(
         f"<details><summary>{escape(name)}</summary>"
-        f'<pre class="scroll">{escape(text)}</pre></details>'
+        f'<pre class="scroll">{html.escape(text)}</pre></details>'
         for name, text in tables
     )
     return _section("Every epoch", "", folded)
