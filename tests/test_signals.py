@@ -2,6 +2,7 @@
 
 import os
 import signal
+import termios
 import time
 from collections.abc import Iterator
 
@@ -87,6 +88,7 @@ def test_tools_end_in_their_orderly_way(number: signal.Signals) -> None:
 def test_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its other end is closed: writing to it is an error, which must not cost the checkpoint."""
     ours, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
     with os.fdopen(terminal, "w", buffering=1) as stream:
         monkeypatch.setattr("sys.stderr", stream)
         progress = Progress(1000, "epoch 0")
