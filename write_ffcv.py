@@ -1,4 +1,4 @@
-"""Photographs to a .beton for FFCV, with a manifest beside it: one command a split.
+"""Images to a .beton for FFCV, with a manifest beside it: one command a split.
 
 The recipe: find the images; say what will be written and whether it fits; decode, shrink and
 encode them in worker processes; lay the file out in order under a temporary name; verify it; put
@@ -104,7 +104,7 @@ def build_parser() -> Parser:
         prog="write_ffcv.py",
         description="Write an ImageFolder tree (DATA_DIR/SPLIT/<class>/*.jpg), Kaggle's layout,\n"
         "ImageNet's tars or parquet shards as OUT_DIR/SPLIT.beton for FFCV, at reduced\n"
-        "resolution, with its manifest OUT_DIR/SPLIT.json. The same photographs are\n"
+        "resolution, with its manifest OUT_DIR/SPLIT.json. The same images are\n"
         "stored alike, whichever way they come.",
         epilog=EXAMPLE_COMMANDS,
         hint=" (--help lists the options)",
@@ -336,7 +336,7 @@ def differences(job: Job, said: beton.Manifest) -> list[str]:
     ]
     if said.source.get("fingerprint") != job.origin["fingerprint"]:
         found.append(
-            "the source images are others, were modified, or copied without their times (`cp -a`"
+            "the source images have changed, or were copied without their times (`cp -a`"
             " keeps them)"
         )
     if said.skipped and not job.skip_bad:

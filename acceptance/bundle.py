@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--photos",
         type=Path,
         metavar="DIR",
-        help="holds train/: full-size photographs for the loader's benchmark, 100 are enough",
+        help="holds train/: full-size images for the loader's benchmark, 100 are enough",
     )
     add("--photos_px", type=pixels, default=400, metavar="PX", help="(default: %(default)s)")
     quality = in_range(int, 1, 100)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from acceptance.record import Check, Outcome, judge
+from acceptance.record import Check, Outcome, verdict
 
 # The goals of the project on a GPU, and what Imagenette's recipe reached on a CPU: five seeds,
 # records/2026-11-23_slim13, stored at 224 px.
@@ -17,8 +17,8 @@ LAUNCH_GOALS = {"resnet18": 120, "resnet50": 200}  # of Muon's update, a step
 def ended(outcome: Outcome, what: str = "ends well") -> Check:
     """Whether the command did what it was asked to."""
     if outcome.timed_out:
-        return judge(what, f"killed after {outcome.seconds:.0f} s", "exit status 0", False)
-    return judge(what, f"exit status {outcome.status}", "exit status 0", outcome.status == 0)
+        return verdict(what, f"killed after {outcome.seconds:.0f} s", "exit status 0", False)
+    return verdict(what, f"exit status {outcome.status}", "exit status 0", outcome.status == 0)
 
 
 def doctor(outcome: Outcome) -> list[Check]:
@@ -36,7 +36,7 @@ def tests(outcome: Outcome) -> list[Check]:
     lines = [line for line in outcome.said.splitlines() if line.strip()]
     last = lines[-1].strip("= ") if lines else "no output"
     return [
-        judge("the tests that need a GPU (pytest -m gpu)", last, "all pass", outcome.status == 0)
+        verdict("the tests that need a GPU (pytest -m gpu)", last, "all pass", outcome.status == 0)
     ]
 
 
@@ -46,7 +46,7 @@ def smoke(outcome: Outcome) -> list[Check]:
     if isinstance(outcome.data, dict) and "precision" in outcome.data:  # it trained to its end
         said = outcome.data
         found.append(
-            judge(
+            verdict(
                 "trains on the device and in the type asked for, to a finite loss",
                 f"{said['device']}, {said['precision']}, losses {said['first_loss']:.2f} to {said['last_loss']:.2f}",
                 said["asked"],
@@ -66,13 +66,13 @@ def resume(outcome: Outcome) -> list[Check]:
     if isinstance(outcome.data, dict):
         said = outcome.data
         found += [
-            judge(
+            verdict(
                 "SIGTERM within an epoch ends with a checkpoint",
                 f"exit status {said['term_status']}",
                 "143",
                 said["term_status"] == 143,
             ),
-            judge(
+            verdict(
                 "goes on after SIGTERM and after kill -9: every epoch once",
                 f"epochs {said['epochs']}",
                 f"{said['wanted']}",
@@ -93,7 +93,7 @@ def memory(outcome: Outcome) -> list[Check]:
         said = outcome.data
         advice = said.get("fits")
         found.append(
-            judge(
+            verdict(
                 "out of memory names a batch that would fit",
                 said["message"],
                 "a number",
@@ -103,7 +103,7 @@ def memory(outcome: Outcome) -> list[Check]:
         if advice:
             status = said["fits_status"]
             found.append(
-                judge(
+                verdict(
                     f"and that batch, {advice}, trains", f"exit status {status}", "0", status == 0
                 )
             )
@@ -130,7 +130,7 @@ def step(goal: float | None) -> Callable[[Outcome], list[Check]]:
         if goal is not None and ratios:
             best = max(ratios, key=lambda kind: ratios[kind])
             found.append(
-                judge(
+                verdict(
                     "the fastest of our steps over ffcv-imagenet's",
                     f"{ratios[best]:.2f} ({best})",
                     f">= {goal:g}",
@@ -158,7 +158,9 @@ def loader(workers: int, on_gpu: bool) -> Callable[[Outcome], list[Check]]:
             ours, stock = of_side.get("ffcv_imnet"), of_side.get("ffcv")
             if ours and stock and on_gpu:
                 ratio = ours.get("ratio_to_stock", 0.0)
-                found.append(judge(f"{side} px, over stock FFCV", f"{ratio:.2f}", "> 1", ratio > 1))
+                found.append(
+                    verdict(f"{side} px, over stock FFCV", f"{ratio:.2f}", "> 1", ratio > 1)
+                )
         return found
 
     return check
@@ -184,14 +186,16 @@ def imagenette(run: Path, data: Path, real: bool) -> Callable[[Outcome], list[Ch
         )
         took += f"{sum(e['val_seconds'] for e in epochs):.0f}, first batch {epochs[0].get('loader_start_seconds', 0):.0f}"
         lines = [
-            judge(
+            verdict(
                 "top-1 after five epochs of Imagenette",
                 f"{top_1:.2%}",
                 expected,
                 low <= top_1 <= high,
             ),
-            judge("time of the whole run", took, f"< {SECONDS_GOAL:.0f} s", seconds < SECONDS_GOAL),
-            judge(
+            verdict(
+                "time of the whole run", took, f"< {SECONDS_GOAL:.0f} s", seconds < SECONDS_GOAL
+            ),
+            verdict(
                 "training waits for the loader",
                 f"{wait:.1%}",
                 f"< {WAIT_GOAL:.0%}",
@@ -219,7 +223,7 @@ def profile(arch: str, on_gpu: bool, own_stream: bool) -> Callable[[Outcome], li
         wait = said["loader_share"]
         lines = [
             Check("training, the real loader", f"{said['images_per_second']:,.0f} images/s"),
-            judge(
+            verdict(
                 "training waits for the loader",
                 f"{wait:.1%}",
                 f"< {WAIT_GOAL:.0%}",
@@ -232,19 +236,19 @@ def profile(arch: str, on_gpu: bool, own_stream: bool) -> Callable[[Outcome], li
             launches, goal = said["optimizer_launches"], LAUNCH_GOALS[arch]
             own = said["copies_beside_compute"]
             lines += [
-                judge(
+                verdict(
                     "copies to the GPU on a stream of their own",
                     f"{own} of {said['copies']}",
                     "all" if own_stream else "none: to compare",
                     (0 < said["copies"] == own) == own_stream,
                 ),
-                judge(
+                verdict(
                     "copies from pinned memory",
                     f"{said['pinned_copies']} of {said['copies']}",
                     "all",
                     0 < said["copies"] == said["pinned_copies"],
                 ),
-                judge(
+                verdict(
                     "Muon's kernel launches a step",
                     f"{launches:.0f}",
                     f"<= {goal}",

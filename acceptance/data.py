@@ -3,7 +3,7 @@
     python -m acceptance.data --out DIR --bundle BUNDLE
 
 makes DIR/work/shapes (generated), DIR/work/imagenette (the bundle's, else generated) and
-DIR/work/photos (the bundle's full-size photographs at 400 px, else generated), and DIR/machine.json.
+DIR/work/photos (the bundle's full-size images at 400 px, else generated), and DIR/machine.json.
 """
 
 import argparse

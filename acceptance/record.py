@@ -18,7 +18,7 @@ class Check:
     verdict: Verdict = "INFO"
 
 
-def judge(what: str, measured: str, goal: str, passed: bool) -> Check:
+def verdict(what: str, measured: str, goal: str, passed: bool) -> Check:
     """A line that passes or fails."""
     return Check(what, measured, goal, "PASS" if passed else "FAIL")
 

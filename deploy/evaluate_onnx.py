@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def decode(data: bytes) -> Image.Image:
-    """A photograph upright and in RGB, whatever its kind: 16-bit and floating-point grayscale scaled to 8
+    """An image upright and in RGB, whatever its kind: 16-bit and floating-point grayscale scaled to 8
     bits, what is transparent laid on white."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -281,7 +281,7 @@ def read_labels(path: str) -> List[str]:
     return [found.group(1) if found else line for line, found in zip(lines, matches)]
 
 
-def list_photographs(root: str, labels: List[str]) -> List[Tuple[str, int]]:
+def list_images(root: str, labels: List[str]) -> List[Tuple[str, int]]:
     """Paths with the network's output for their class, folder by folder."""
     if not os.path.isdir(root):
         raise Failure("--data %s: no such folder" % root, 2)
@@ -303,19 +303,17 @@ def list_photographs(root: str, labels: List[str]) -> List[Tuple[str, int]]:
                 if file.lower().endswith(EXTENSIONS)
             ]
     if not found:
-        raise Failure("%s: no photographs; expected %s/<class>/*.jpg" % (root, root), 2)
+        raise Failure("%s: no images; expected %s/<class>/*.jpg" % (root, root), 2)
     return found
 
 
 def load(path: str, side: int, crop_ratio: float, interpolation: str) -> Array:
-    """One photograph, (side, side, 3) uint8."""
+    """One image, (side, side, 3) uint8."""
     try:
         with open(path, "rb") as file:
             return preprocess(file.read(), side, crop_ratio, interpolation)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise Failure(
-            "%s: the photograph cannot be read (%s)" % (path, first_line(error))
-        ) from error
+        raise Failure("%s: the image cannot be read (%s)" % (path, first_line(error))) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -330,9 +328,9 @@ def first_line(error: BaseException) -> str:
 
 
 def evaluate(
-    model: Any, photographs: List[Tuple[str, int]], batch: int, options: Tuple[int, float, str]
+    model: Any, images: List[Tuple[str, int]], batch: int, options: Tuple[int, float, str]
 ) -> Dict[str, float]:
-    """Counts, losses and times over all photographs; the last batch is filled up with black."""
+    """Counts, losses and times over all images; the last batch is filled up with black."""
     side = options[0]
     warm_up = np.zeros((batch, 3, side, side), model.dtype)
     for _ in range(5):  # clocks rise, memory is allocated
@@ -341,8 +339,8 @@ def evaluate(
     loss = decoding = 0.0
     seconds = []  # type: List[float]
     started = shown = time.perf_counter()
-    for start in range(0, len(photographs), batch):
-        part = photographs[start : start + batch]
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
         asked = time.perf_counter()
         pixels = np.zeros((batch, 3, side, side), model.dtype)
         for slot, (path, _) in enumerate(part):
@@ -363,8 +361,8 @@ def evaluate(
         loss += float((norm - logits[np.arange(len(part)), labels]).sum())
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
-            print("%d of %d photographs" % (start + len(part), len(photographs)), file=sys.stderr)
-    count = len(photographs)
+            print("%d of %d images" % (start + len(part), len(images)), file=sys.stderr)
+    count = len(images)
     spent = time.perf_counter() - started
     result = {
         "images": count, "top_1": first / count, "top_5": five / count, "loss": loss / count,
@@ -389,9 +387,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="model.onnx, or an engine of trtexec")
-    parser.add_argument(
-        "--data", required=True, help="a folder with a folder of photographs a class"
-    )
+    parser.add_argument("--data", required=True, help="a folder with a folder of images a class")
     parser.add_argument("--labels", help="default: labels.txt beside the model")
     parser.add_argument(
         "--crop_ratio",
@@ -403,7 +399,7 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--batch", type=in_range(int, 1), help="of a dynamic model (default: 1)")
     parser.add_argument("--provider", help="of ONNX Runtime, for instance CPUExecutionProvider")
     parser.add_argument(
-        "--limit", type=in_range(int, 1), help="only every k-th photograph, so many in all"
+        "--limit", type=in_range(int, 1), help="only every k-th image, so many in all"
     )
     parser.add_argument("--json", help="write the numbers to this file too")
     options = parser.parse_args(argv)
@@ -421,10 +417,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     options = parse(argv)
     labels_path = options.labels or os.path.join(os.path.dirname(options.model), "labels.txt")
     labels = read_labels(labels_path)
-    photographs = list_photographs(options.data, labels)
-    if options.limit and options.limit < len(photographs):
+    images = list_images(options.data, labels)
+    if options.limit and options.limit < len(images):
         chosen = range(options.limit)
-        photographs = [photographs[i * len(photographs) // options.limit] for i in chosen]
+        images = [images[i * len(images) // options.limit] for i in chosen]
     is_onnx = options.model.endswith(".onnx")
     model = OnnxModel(options.model, options.provider) if is_onnx else EngineModel(options.model)  # type: Any
     if len(model.shape) != 4 or model.shape[1] != 3:
@@ -444,7 +440,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             % (options.model, outputs, labels_path, len(labels)),
             2,
         )
-    result = evaluate(model, photographs, batch, (side, crop_ratio, interpolation))
+    result = evaluate(model, images, batch, (side, crop_ratio, interpolation))
     print(
         "%s: %s, batch %d, %s\npixels: shorter side to %d px (%s), centre %d px"
         % (options.model, model.runs_on, batch, model.dtype, max(side, round(side / crop_ratio)),

@@ -1,1 +1,1 @@
-"""From photographs to a trained ImageNet classifier: FFCV files, FFCV loaders, short recipes."""
+"""From images to a trained ImageNet classifier: FFCV files, FFCV loaders, short recipes."""

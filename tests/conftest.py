@@ -17,7 +17,7 @@ from ffcv_imnet.images import synthetic as shapes
 
 @dataclass(frozen=True)
 class SmallData:
-    """100 training and 33 validation pictures of ten classes: neither fills its last batch."""
+    """100 training and 33 validation images of ten classes: neither fills its last batch."""
 
     train: Path
     val: Path

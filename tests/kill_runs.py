@@ -1,4 +1,4 @@
-"""Kill every way of reading the photographs at three moments, run it again, compare what came out.
+"""Kill every way of reading the images at three moments, run it again, compare what came out.
 
 python -m tests.kill_runs --train_tar ILSVRC2012_img_train.tar --val_tar ILSVRC2012_img_val.tar \\
     --val_labels LOC_val_solution.csv --dir /big/disk/kills
@@ -31,7 +31,7 @@ MOMENTS = (0.2, 0.5, 0.8)
 
 @dataclass(frozen=True)
 class Way:
-    """One way from the photographs to a result in a folder."""
+    """One way from the images to a result in a folder."""
 
     name: str
     command: tuple[str, ...]  # --out_dir is added

@@ -192,7 +192,7 @@ def by_kaggle(given: argparse.Namespace, work: Path) -> None:
 
 
 def make_kaggle_zip(given: argparse.Namespace) -> None:
-    """The same photographs as Kaggle packs them."""
+    """The same images as Kaggle packs them."""
     from ffcv_imnet.images.labels import read_labels
     from ffcv_imnet.images.tar import TarArchive
 

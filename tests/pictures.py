@@ -1,4 +1,4 @@
-"""Generated photographs for the tests of the writer, and sources that misbehave."""
+"""Generated images for the tests of the writer, and sources that misbehave."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def make_tree(root: Path, counts: tuple[int, ...] = (5, 4, 6), split: str = "tra
 
 
 def make_slow_tree(root: Path, count: int = 200) -> Path:
-    """A tree of one big picture under many names, one of them in a second class: seconds of work,
+    """A tree of one big image under many names, one of them in a second class: seconds of work,
     an instant to make."""
     first = root / "train" / "a" / "0.jpg"
     save(first, picture(0, 1200, 1200))

@@ -1,4 +1,4 @@
-"""One checkpoint, judged and differentiated by one process and by 2, 3 and 4 gloo processes.
+"""One checkpoint, evaluated and differentiated by one process and by 2, 3 and 4 gloo processes.
 
     python -m tests.ranks DIR        DIR/config.yaml and DIR/run/last.pt -> DIR/SIZE.pt for each size
 
@@ -38,7 +38,7 @@ def found_by(world: World, settings: Settings, path: Path) -> dict[str, Any]:
     learner = build_learner(settings, len(train_set.classes), world)
     checkpoint.restore(learner, checkpoint.load(path), path)
     val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world)
-    judged = evaluate(learner.judge, val_loader, world, learner.dtype)
+    evaluated = evaluate(learner.eval_forward, val_loader, world, learner.dtype)
     learner.model.train()
     for module in learner.model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -49,7 +49,7 @@ def found_by(world: World, settings: Settings, path: Path) -> dict[str, Any]:
     F.cross_entropy(learner.forward(images), labels).backward()
     gradients = [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
     batches.close()
-    return {"metrics": vars(judged), "gradients": gradients, "batch": len(labels)}
+    return {"metrics": vars(evaluated), "gradients": gradients, "batch": len(labels)}
 
 
 def rank(number: int, folder: Path, settings: Settings, ports: dict[int, int]) -> None:

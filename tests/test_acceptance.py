@@ -14,7 +14,7 @@ import torch
 import acceptance.__main__ as driver
 from acceptance import bundle, checks, data, plan, profile, smoke
 from acceptance.plan import FULL, REHEARSAL, SMALLEST, Part, Place, Size
-from acceptance.record import Check, Outcome, Result, judge
+from acceptance.record import Check, Outcome, Result, evaluate
 from ffcv_imnet.config.parsing import load, parse
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core.errors import RunError, UsageError
@@ -236,8 +236,8 @@ def test_a_trace_by_hand() -> None:
 
 
 def test_judge() -> None:
-    assert judge("a", "1", "2", True) == Check("a", "1", "2", "PASS")
-    result = Result("step", "x", "python", 0, 1.0, "now", [judge("a", "1", "2", False)])
+    assert evaluate("a", "1", "2", True) == Check("a", "1", "2", "PASS")
+    result = Result("step", "x", "python", 0, 1.0, "now", [evaluate("a", "1", "2", False)])
     assert result.checks[0].verdict == "FAIL"
 
 

@@ -22,7 +22,7 @@ CLASSES = 3
 
 
 class Numbered:
-    """Sample i: picture i, of varying size, class i modulo `CLASSES`; in the order of the fields."""
+    """Sample i: image i, of varying size, class i modulo `CLASSES`; in the order of the fields."""
 
     def __init__(self, count: int, label_first: bool = False) -> None:
         self.count, self.label_first = count, label_first

@@ -178,15 +178,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         "not a .beton of version",
     ),
     "half-written": (lambda path: edit(path, 16, bytes(8)), RunError, "half-written"),
-    "cut off": (
+    "truncated": (
         lambda path: os.truncate(path, path.stat().st_size - 24),
         RunError,
-        "cut off: it has .* bytes and its header says",
+        "truncated: it has .* bytes and its header says",
     ),
-    "cut off by one byte": (
+    "truncated by one byte": (
         lambda path: os.truncate(path, path.stat().st_size - 1),
         RunError,
-        "cut off",
+        "truncated",
     ),
     "longer": (lambda path: edit(path, path.stat().st_size, b"x"), RunError, "too long"),
     "other label": (lambda path: flip(path, 24 + 2 * 1041 + 16), RunError, "tables .* are not"),
@@ -201,7 +201,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         RunError,
         "does not count the samples",
     ),
-    "manifest cut off": (
+    "manifest truncated": (
         lambda path: os.truncate(beton.manifest_path(path), 50),
         RunError,
         "manifest .* cannot be read",

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(library is None, reason="the crop decoder is not
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+def image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth colours, sharp edges and some noise, as a camera gives them."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
@@ -94,7 +94,7 @@ KINDS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_part_is_decoded_as_the_whole(kind: str) -> None:
     """Where nothing is resized the pixels are PIL's, exactly: also beside the crop's borders."""
-    stored = jpeg(photograph(131, 197), **KINDS[kind])  # type: ignore[arg-type]
+    stored = jpeg(image(131, 197), **KINDS[kind])  # type: ignore[arg-type]
     whole = opened(stored).astype(int)
     for side in (1, 5, 16, 33, 131):
         for top in (0, 1, 15, 16, 17, 131 - side):
@@ -108,10 +108,10 @@ def test_a_part_is_decoded_as_the_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("shrunk", [1, 2, 4, 8])
 def test_resizing_at_every_scale(shrunk: int) -> None:
-    """Near the area of the whole picture's pixels, and no further from PIL's filter than that is."""
+    """Near the area of the whole image's pixels, and no further from PIL's filter than that is."""
     off, ours_off_pil, area_off_pil = [], [], []
     for seed in range(4):
-        stored = jpeg(photograph(400, 300, seed))
+        stored = jpeg(image(400, 300, seed))
         whole = opened(stored)
         for box in [(3, 5, 389, 290), (0, 0, 300, 300), (101, 37, 299, 263)]:
             side = int(min(box[2:]) / shrunk / 1.3)
@@ -136,7 +136,7 @@ def test_raw_pixels_are_opencvs(size: tuple[int, int], side: int) -> None:
 
     Where hundreds of rows make one, cutting each product to 16 bits adds up to a second level.
     """
-    picture = photograph(*size)
+    picture = image(*size)
     bound = 2 if max(size) > 60 * side else 1
     for box in boxes(*size, seed=side):
         status, ours = kernel(picture.tobytes(), size, box, side, mode=1)
@@ -148,7 +148,7 @@ def test_raw_pixels_are_opencvs(size: tuple[int, int], side: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_odd_jpegs_decode(size: tuple[int, int]) -> None:
-    stored = jpeg(photograph(*size))
+    stored = jpeg(image(*size))
     for box in boxes(*size, seed=3):
         status, ours = kernel(stored, size, box, 32)
         assert status == 0
@@ -167,7 +167,7 @@ def test_white_stays_white_and_black_black() -> None:
 
 def test_whole_numbers_of_pixels_agree_with_pil() -> None:
     """Where 2, 3 or 5 pixels make one, PIL's BOX is the same area."""
-    picture = photograph(320, 500)
+    picture = image(320, 500)
     for by in (2, 3, 5):
         box, side = (7, 11, 60 * by, 60 * by), 60
         _, ours = kernel(picture.tobytes(), (320, 500), box, side, mode=1)
@@ -175,9 +175,9 @@ def test_whole_numbers_of_pixels_agree_with_pil() -> None:
 
 
 def test_validation_crops_agree_with_pil() -> None:
-    """The README's number: central crops of 400 px pictures to 256 and 224 px."""
+    """The README's number: central crops of 400 px images to 256 and 224 px."""
     for seed in range(3):
-        stored = jpeg(photograph(300, 400, seed))
+        stored = jpeg(image(300, 400, seed))
         for side in (224, 256):
             box = (19, 69, 262, 262)
             _, ours = kernel(stored, (300, 400), box, side)
@@ -187,11 +187,11 @@ def test_validation_crops_agree_with_pil() -> None:
 
 
 def test_damage_is_noticed_and_leaves_no_pixels() -> None:
-    stored = jpeg(photograph(200, 300))
+    stored = jpeg(image(200, 300))
     everything = (0, 0, 200, 300)
     middle = len(stored) // 2
     cases = {
-        "cut off": stored[:middle],
+        "truncated": stored[:middle],
         "no header": bytes(100) + stored[100:],
         "a hole": stored[:middle] + bytes(400) + stored[middle + 400 :],
         "empty": stored[:2],
@@ -202,7 +202,7 @@ def test_damage_is_noticed_and_leaves_no_pixels() -> None:
         assert DAMAGES[status] == "is damaged" and not pixels.any(), name
     status, _ = kernel(stored, (300, 200), (0, 0, 200, 200), 64)
     assert "another size" in DAMAGES[status]
-    status, _ = kernel(jpeg(photograph(64, 64), mode="CMYK"), (64, 64), (0, 0, 64, 64), 16)
+    status, _ = kernel(jpeg(image(64, 64), mode="CMYK"), (64, 64), (0, 0, 64, 64), 16)
     assert "neither grey nor RGB" in DAMAGES[status]
     status, _ = kernel(bytes(10), (64, 64), (0, 0, 64, 64), 16, mode=1)
     assert "outside the file" in DAMAGES[status]
@@ -211,8 +211,8 @@ def test_damage_is_noticed_and_leaves_no_pixels() -> None:
 
 
 def test_nothing_outside_the_mapping_is_touched() -> None:
-    """Whatever start, size, picture and crop are said to be: a status, and no pixels."""
-    stored = jpeg(photograph(40, 60))
+    """Whatever start, size, image and crop are said to be: a status, and no pixels."""
+    stored = jpeg(image(40, 60))
     out = np.empty((16, 16, 3), np.uint8)
 
     def status(start: int, size: int, is_jpeg: bool, *picture: int) -> str:
@@ -251,7 +251,7 @@ def test_nothing_outside_the_mapping_is_touched() -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_progressive_jpeg_has_bounds(whole: bool) -> None:
-    stored = jpeg(photograph(64, 64), progressive=True)
+    stored = jpeg(image(64, 64), progressive=True)
     many, most = of_many_scans(883), of_many_scans(100)
     # As large as a table may say, in coefficients that would take gigabytes: the header alone.
     at = stored.index(b"\xff\xc2") + 5
@@ -275,7 +275,7 @@ def test_a_progressive_jpeg_has_bounds(whole: bool) -> None:
 
 def test_jpegs_of_other_kinds_are_damaged() -> None:
     """12 bits and lossless: by the header's marker and precision."""
-    stored = bytearray(jpeg(photograph(64, 64)))
+    stored = bytearray(jpeg(image(64, 64)))
     at = stored.index(b"\xff\xc0")
     for marker, precision in ((0xC0, 12), (0xC1, 12), (0xC3, 8), (0xC5, 8)):
         stored[at + 1], stored[at + 4] = marker, precision

@@ -1,4 +1,4 @@
-"""Loaders: the same batches everywhere, every picture once, an error instead of a hang."""
+"""Loaders: the same batches everywhere, every image once, an error instead of a hang."""
 
 import dataclasses
 import threading
@@ -129,7 +129,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> SmallData:
     return SmallData(root / "train.beton", root / "val.beton", 20, 10)
 
 
-def stored_picture(path: Path, sample: int) -> np.ndarray:
+def stored_image(path: Path, sample: int) -> np.ndarray:
     tables = read_tables(path)
     height, width = int(tables.heights[sample]), int(tables.widths[sample])
     offset = int(tables.pointers[sample])
@@ -148,7 +148,7 @@ def test_pixels_are_the_crop_resized_and_mirrored(
     images = next(iter(loader.epoch(plan)))[0]
     scale, ratio = (np.array(pair) for pair in ((0.08, 1.0), (0.75, 4 / 3)))
     for slot, sample in enumerate(data.epoch_order(20, 5, 1)):
-        picture = stored_picture(raw.train, sample)
+        picture = stored_image(raw.train, sample)
         height, width, _ = picture.shape
         top, left, h, w = decoders.random_crop(height, width, 5, 1, sample, scale, ratio)
         crop = picture[top : top + h, left : left + w].astype(np.float32)
@@ -164,7 +164,7 @@ def test_pixels_are_the_crop_resized_and_mirrored(
         assert np.abs(images[slot].permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
-def test_validation_counts_every_picture_once(small: SmallData, tmp_path: Path) -> None:
+def test_validation_counts_every_image_once(small: SmallData, tmp_path: Path) -> None:
     for size in (1, 2, 4):
         labels = []
         for rank in range(size):
@@ -184,7 +184,7 @@ def test_a_last_batch_of_one(small: SmallData, tmp_path: Path) -> None:
     assert counts == [32, 1]
 
 
-def test_more_processes_than_pictures(small: SmallData, tmp_path: Path) -> None:
+def test_more_processes_than_images(small: SmallData, tmp_path: Path) -> None:
     loader = data.ValLoader(str(small.val), 3, small.settings(tmp_path), world(3, 4))
     assert list(loader.batches()) == []
 
@@ -231,7 +231,7 @@ def test_one_changed_pixel_is_refused_if_asked(raw: SmallData, tmp_path: Path) -
     changed = dataclasses.replace(raw, train=path)
     data.check_data(changed.settings(tmp_path).data)
     data.check_data(raw.settings(tmp_path, data__verify=True).data)
-    with pytest.raises(RunError, match=r"train.beton: its pictures or labels are not those of"):
+    with pytest.raises(RunError, match=r"train.beton: its images or labels are not those of"):
         data.check_data(changed.settings(tmp_path, data__verify=True).data)
 
 
@@ -265,11 +265,11 @@ def test_a_damaged_jpeg_may_be_skipped_and_is_counted(
                 assert torch.equal(ours[0][slot], theirs[0][slot])
 
 
-def test_a_batch_without_a_picture_ends_the_run(small: SmallData, tmp_path: Path) -> None:
+def test_a_batch_without_a_image_ends_the_run(small: SmallData, tmp_path: Path) -> None:
     sample = int(data.epoch_order(100, 0, 1)[3])
     damaged = damage(small, tmp_path, sample)
     options = {"data__on_damaged": "skip", "training__batch_size": 1}
-    with pytest.raises(RunError, match="all 1 pictures of a training batch are damaged"):
+    with pytest.raises(RunError, match="all 1 images of a training batch are damaged"):
         train_batches(damaged.settings(tmp_path, **options), damaged)
 
 
@@ -307,7 +307,7 @@ def test_alternating_flips_show_both_sides(small: SmallData, tmp_path: Path) -> 
             tmp_path, augmentation__flip="alternating", augmentation__crop_scale=(1.0, 1.0)
         )
         loader = data.TrainLoader(str(small.train), 100, settings, ALONE)
-        loader.decoder.control["random"] = 0  # the whole picture: what differs is the flip
+        loader.decoder.control["random"] = 0  # the whole image: what differs is the flip
         loader.decoder.control["central"] = 1.0
         plan = dataclasses.replace(plan_run(settings, 100)[0], epoch=epoch)
         order = data.epoch_order(100, 0, epoch)

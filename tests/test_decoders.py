@@ -83,7 +83,7 @@ def test_crops_lie_inside_and_cover_the_range() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 400), (400, 1), (1, 1), (2, 3)])
-def test_odd_pictures_still_give_a_box(size: tuple[int, int]) -> None:
+def test_odd_images_still_give_a_box(size: tuple[int, int]) -> None:
     for sample in range(50):
         box = d.random_crop(*size, 0, 0, sample, np.array([0.08, 1.0]), np.array([0.75, 4 / 3]))
         for top, left, h, w in (box, d.central_crop(*size, 0.875)):

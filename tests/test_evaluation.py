@@ -31,7 +31,7 @@ def test_fewer_than_five_classes() -> None:
 
 
 def plain_loop(model: nn.Module, loader: data.ValLoader) -> Metrics:
-    """One picture at a time."""
+    """One image at a time."""
     model.eval()
     losses, first, five, tta_first, tta_five = [], 0, 0, 0, 0
     with torch.no_grad():

@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         "opset: '99'": (UsageError, [*out, "--opset", "99"]),
         "name an .onnx file": (UsageError, [*out[:2], "--out", str(tmp_path / "x.pb")]),
         "in a folder that exists": (UsageError, [*out[:2], "--out", str(tmp_path / "no/x.onnx")]),
-        "bad.jpg: the photograph cannot be read": (
+        "bad.jpg: the image cannot be read": (
             RunError,
             [*out, "--data", str(tmp_path / "tree")],
         ),

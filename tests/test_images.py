@@ -100,7 +100,7 @@ def test_stored_within_the_bound_of_jpeg(kind: str, tmp_path: Path) -> None:
     right = decode_rgb(KINDS[kind])
     assert (raw.height, raw.width) == (jpeg.height, jpeg.width) == right.shape[:2]
     assert raw.data == right.tobytes()
-    # Mean absolute error: smooth pictures lose 2.5 of 256 levels at most; dithered ones (palette,
+    # Mean absolute error: smooth images lose 2.5 of 256 levels at most; dithered ones (palette,
     # one bit) are all edges, whose colour JPEG halves.
     error = np.abs(decode_rgb(jpeg.data).astype(int) - right).mean()
     dithered = kind.startswith(("palette", "one bit"))

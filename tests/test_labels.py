@@ -52,7 +52,7 @@ def test_damaged_devkit(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="do not agree"):
         read_labels(devkit(path, truth=b"9\n"))
     path.write_bytes(devkit(path).read_bytes()[:200])
-    with pytest.raises(UsageError, match="no devkit, or is cut off"):
+    with pytest.raises(UsageError, match="no devkit, or is truncated"):
         read_labels(path)
 
 

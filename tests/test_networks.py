@@ -1,4 +1,4 @@
-"""Every network of the registry trains, resumes, is judged and exported; ResNet's options are what they say."""
+"""Every network of the registry trains, resumes, is evaluated and exported; ResNet's options are what they say."""
 
 import json
 import time
@@ -28,7 +28,7 @@ from tests.test_report import epoch, header, summary, write_run
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY) - {"tiny"}))
 def test_a_network_goes_all_the_way(name: str, small: SmallData, tmp_path: Path) -> None:
-    """Two steps; the checkpoint goes on from where it was; its weights are judged as the log says, and exported."""
+    """Two steps; the checkpoint goes on from where it was; its weights are evaluated as the log says, and exported."""
     folder = tmp_path / "run"
     settings = small.settings(
         folder, model__arch=name, model__zero_gamma=True, training__batch_size=50, lr__lr=0.01,
@@ -42,10 +42,10 @@ def test_a_network_goes_all_the_way(name: str, small: SmallData, tmp_path: Path)
     checkpoint.restore(learner, state, best)
     assert all(torch.equal(v, state["model"][k]) for k, v in learner.model.state_dict().items())
 
-    judged = tmp_path / "judged.json"
-    command = ["--weights", str(best), "--data", str(small.val), "--out", str(judged)]
+    evaluated = tmp_path / "evaluated.json"
+    command = ["--weights", str(best), "--data", str(small.val), "--out", str(evaluated)]
     assert evaluate.main(command) == 0
-    (view,) = json.loads(judged.read_text())["views"]
+    (view,) = json.loads(evaluated.read_text())["views"]
     (epoch,) = read_log(folder).epochs
     assert view["top_1"] == pytest.approx(epoch.ema_top_1)
 
@@ -142,7 +142,7 @@ def breaks(_: Tensor) -> None:
         (lambda x: torch.zeros(len(x)), r"makes \(1,\)"),
         (lambda x: torch.zeros(len(x), 10).long(), "int64"),
         (lambda x: (x, x), "makes a tuple"),
-        (breaks, r"a picture of \d+ px ends in ValueError: my forward is broken"),
+        (breaks, r"an image of \d+ px ends in ValueError: my forward is broken"),
     ],
 )
 def test_outputs_that_are_no_logits(

@@ -1,4 +1,4 @@
-"""The page of a report: seeds as bands, targets, what was judged, and nothing that a name could inject."""
+"""The page of a report: seeds as bands, targets, what was evaluated, and nothing that a name could inject."""
 
 import re
 import time
@@ -11,7 +11,7 @@ import train_imagenet
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import Header, Record, read_log
 from ffcv_imnet.report import charts, html
-from ffcv_imnet.report.evaluation import Judged, Mistake, judge_run
+from ffcv_imnet.report.evaluation import Evaluated, Mistake, evaluate_run
 from ffcv_imnet.report.runs import (
     differing_settings,
     duration,
@@ -150,8 +150,10 @@ def test_the_page_holds_everything_itself_and_escapes_every_name(tmp_path: Path)
     ]
     groups = group_runs([read_run(path) for path in paths])
     mistake = Mistake(3, EVIL, "dog & cat", 0.9, b"\xff\xd8")
-    judged = Judged(Path("w"), "d", (EVIL, "dog & cat"), np.array([[3, 1], [0, 4]]), (mistake,))
-    text = html.write_page(groups, [judged, f"no {EVIL}"], [(EVIL, EVIL)])
+    evaluated = Evaluated(
+        Path("w"), "d", (EVIL, "dog & cat"), np.array([[3, 1], [0, 4]]), (mistake,)
+    )
+    text = html.write_page(groups, [evaluated, f"no {EVIL}"], [(EVIL, EVIL)])
     page = Page(text)
     assert page.open == []
     tags = {tag for tag, _ in page.tags}
@@ -179,27 +181,27 @@ def test_every_colour_of_a_chart_is_a_variable_of_both_themes(tmp_path: Path) ->
         assert charts.to_png(chart).startswith(b"\x89PNG")
 
 
-def test_a_trained_run_is_judged_and_its_mistakes_are_shown(
+def test_a_trained_run_is_evaluated_and_its_mistakes_are_shown(
     small: SmallData, tmp_path: Path
 ) -> None:
     """The page's accuracy is the log's; without the data it says why there is none."""
     settings = small.settings(tmp_path / "run", training__epochs=1)
     assert train_imagenet.train(settings, None, time.perf_counter()) == 0
     trained = read_run(tmp_path / "run")
-    judged = judge_run(trained, photographs=5)
-    assert judged.counts.sum() == small.val_samples
-    hits = int(judged.counts.trace())
+    evaluated = evaluate_run(trained, shown=5)
+    assert evaluated.counts.sum() == small.val_samples
+    hits = int(evaluated.counts.trace())
     assert hits / small.val_samples == pytest.approx(trained.log.epochs[0].top_1)
-    assert len(judged.mistakes) == 5 and judged.mistakes[0].jpeg.startswith(b"\xff\xd8")
-    assert [m.confidence for m in judged.mistakes[:1]] == [
-        max(m.confidence for m in judged.mistakes)
+    assert len(evaluated.mistakes) == 5 and evaluated.mistakes[0].jpeg.startswith(b"\xff\xd8")
+    assert [m.confidence for m in evaluated.mistakes[:1]] == [
+        max(m.confidence for m in evaluated.mistakes)
     ]
-    assert all(m.label != m.prediction for m in judged.mistakes)
+    assert all(m.label != m.prediction for m in evaluated.mistakes)
 
     (tmp_path / "run" / "best.pt").unlink()
     out, png = tmp_path / "report.html", tmp_path / "png"
     assert report.main([str(tmp_path / "run"), "--out", str(out), "--png", str(png)]) == 0
-    assert "Not judged" in out.read_text() and "best.pt: no such file" in out.read_text()
+    assert "Not evaluated" in out.read_text() and "best.pt: no such file" in out.read_text()
     assert len(list(png.glob("*.png"))) == 4
     with pytest.raises(UsageError, match="--png"):
         report.main([str(tmp_path / "run"), "--png", str(png)])

@@ -1,4 +1,4 @@
-"""`predict`: names, order, the picture, and what it refuses."""
+"""`predict`: names, order, the image, and what it refuses."""
 
 from pathlib import Path
 
@@ -77,13 +77,13 @@ def test_a_bad_photograph_does_not_stop_the_others(
     assert predict.main([*photos, "--weights", str(weights), "--arch", "squeezenet1_1"]) == 1
     said = capsys.readouterr()
     lines = said.err.splitlines()
-    assert len(lines) == 3 and all("the photograph cannot be read" in line for line in lines)
+    assert len(lines) == 3 and all("the image cannot be read" in line for line in lines)
     assert "bad.jpg" in lines[0] and "none.jpg" in lines[1]
     assert photos[3] in said.out and photos[0] not in said.out
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_picture_with_any_letters(tmp_path: Path) -> None:
+def test_a_image_with_any_letters(tmp_path: Path) -> None:
     """No missing-glyph warning, and no name is taken for TeX."""
     names = ("кошка", "猫", "🐈", "$\\frac$ {", "x" * 500)
     guesses = [(0.2, name) for name in names]

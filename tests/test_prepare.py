@@ -107,7 +107,7 @@ def test_truncated_archive_keeps_its_whole_classes(split: str, packed: Path) -> 
     archive = TarArchive(packed / "train.tar")
     place = int(archive.offsets[2]) if split == "train" else len(data) // 2
     whole.write_bytes(data[: place + 700])
-    with pytest.raises(RunError, match=r"is cut off or damaged: .*; good are"):
+    with pytest.raises(RunError, match=r"is truncated or damaged: .*; good are"):
         prepare.main(arguments(packed))
     have = contents(packed / "out")
     assert {k: v for k, v in contents(packed / "tree").items() if k in have} == have

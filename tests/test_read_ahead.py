@@ -38,7 +38,7 @@ def test_reading_ahead_changes_no_batch(small: SmallData, tmp_path: Path) -> Non
         assert torch.equal(images, again) and torch.equal(labels, labels_again)
 
 
-def test_a_process_asks_for_its_own_pictures_once_in_order(
+def test_a_process_asks_for_its_own_images_once_in_order(
     small: SmallData, tmp_path: Path, asked: list[tuple[int, int]]
 ) -> None:
     batches = train_batches(small.settings(tmp_path), small, world(1, 2))

@@ -1,4 +1,4 @@
-"""The JSON epoch log: written, read, cut off, damaged."""
+"""The JSON epoch log: written, read, truncated, damaged."""
 
 import json
 from pathlib import Path

@@ -125,7 +125,7 @@ def test_a_resumed_run_says_so(tmp_path: Path) -> None:
     assert "1 x resumed" in report.origin(log)
 
 
-# ---- the picture --------------------------------------------------------------------------------
+# ---- the image --------------------------------------------------------------------------------
 
 
 def test_the_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +139,7 @@ def test_the_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert report.main([str(run / "log.jsonl")]) == 0  # the file itself will do
 
 
-def test_several_runs_share_one_picture(tmp_path: Path) -> None:
+def test_several_runs_share_one_image(tmp_path: Path) -> None:
     runs = [str(write_run(tmp_path / name, *FINISHED)) for name in ("one", "two")]
     with pytest.raises(UsageError, match="--out"):
         report.main(runs)

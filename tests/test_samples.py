@@ -1,4 +1,4 @@
-"""The picture of what the network is fed shows the loader's own pixels."""
+"""The image of what the network is fed shows the loader's own pixels."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_crops_are_those_of_training(small: SmallData, tmp_path: Path) -> None:
     assert replace(plans[0], batch_size=3) != plans[0]
 
 
-def test_the_picture(small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_image(small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(f"data: {{train_dataset: {small.train}, num_workers: 1}}\n"
                       "training: {batch_size: 16, epochs: 3}\n"

@@ -12,7 +12,7 @@ from ffcv_imnet.images.synthetic import CLASSES, COMPLETE, draw, write_tree
 
 
 def pixels(split: int, per_class: int, side: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Pictures as rows of numbers about zero, and their class indices."""
+    """Images as rows of numbers about zero, and their class indices."""
     rows, labels = [], []
     for class_index in range(len(CLASSES)):
         for i in range(per_class):
@@ -22,7 +22,7 @@ def pixels(split: int, per_class: int, side: int) -> tuple[NDArray[np.float64], 
     return np.stack(rows), np.asarray(labels)
 
 
-def test_a_picture_depends_on_its_key_alone() -> None:
+def test_a_image_depends_on_its_key_alone() -> None:
     first = draw(3, (0, 1, 7))
     draw(4, (0, 1, 8))
     assert first.tobytes() == draw(3, (0, 1, 7)).tobytes()
@@ -30,7 +30,7 @@ def test_a_picture_depends_on_its_key_alone() -> None:
     assert len({first.tobytes(), *(other.tobytes() for other in others)}) == 5
 
 
-def test_pictures_are_small_rgb_of_varying_size() -> None:
+def test_images_are_small_rgb_of_varying_size() -> None:
     sizes = {draw(i % 10, (0, 0, i)).size for i in range(60)}
     assert len(sizes) > 30
     assert all(72 <= width <= 96 and 64 <= height <= 80 for width, height in sizes)
@@ -40,7 +40,7 @@ def test_pictures_are_small_rgb_of_varying_size() -> None:
 
 def test_a_shape_may_be_lighter_or_darker_than_what_lies_behind_it() -> None:
     lightness = [np.asarray(draw(1, (0, 0, i)).convert("L"), dtype=float) for i in range(60)]
-    # A circle: the picture's extreme corners lie behind it, its brightest or darkest half is it.
+    # A circle: the image's extreme corners lie behind it, its brightest or darkest half is it.
     lighter = [(p > p[:6, :6].mean() + 40).mean() > 0.15 for p in lightness]
     assert 15 < sum(lighter) < 45
 

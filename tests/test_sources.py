@@ -1,4 +1,4 @@
-"""Every way in gives the same photographs in the same order; what lies otherwise is refused."""
+"""Every way in gives the same images in the same order; what lies otherwise is refused."""
 
 import os
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_a_folder_too_deep_a_zip_and_a_folder_of_tars(data: Path) -> None:
             open_source("train", [place])
 
 
-def test_the_same_photographs_are_stored_alike(data: Path) -> None:
+def test_the_same_images_are_stored_alike(data: Path) -> None:
     labels = ["--labels", str(data / "labels.txt")]
     for split, ways in {
         "train": [["--tar", str(data / "train.tar")], ["--data_dir", str(data / "kaggle")]],

@@ -18,7 +18,7 @@ NAMES = ("cat", "dog", "eel")
 
 
 def images(folder: Path, counts: tuple[int, ...] = (6, 5, 4), seed: int = 0) -> Path:
-    """Class folders `NAMES` of different pictures in `folder`, none for a count of 0."""
+    """Class folders `NAMES` of different images in `folder`, none for a count of 0."""
     for name, count in zip(NAMES, counts, strict=True):
         for _ in range(count):
             seed += 1

@@ -61,7 +61,7 @@ def test_a_full_memory_is_one_sentence() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     stepper = steps.Stepper(layer, torch.optim.SGD(layer.parameters()), run)
-    with pytest.raises(RunError, match=r"2 pictures of 32 px do not fit .* smaller --batch_size"):
+    with pytest.raises(RunError, match=r"2 images of 32 px do not fit .* smaller --batch_size"):
         stepper.seconds(images, labels, 1)
 
 
@@ -87,7 +87,7 @@ def test_step_benchmark_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
         ("step --arch resnet19", "invalid choice: 'resnet19'"),
         ("step --steps fast", "invalid choice: 'fast'"),
         ("step --precision int8", "invalid choice: 'int8'"),
-        ("step --batch_size 1", "BatchNorm needs two pictures"),
+        ("step --batch_size 1", "BatchNorm needs two images"),
         ("step --json nowhere/rows.json", r"--json nowhere/rows\.json: its folder does not exist"),
     ],
 )

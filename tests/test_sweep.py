@@ -152,5 +152,5 @@ def test_compare_warns_of_what_does_not_compare(
     (tmp_path / "log.jsonl").write_text(f"{json.dumps(record)}\n{first}\n")
     assert compare.main([str(tmp_path), "--against", str(run)]) == 0
     words = capsys.readouterr().err
-    assert "different pictures" in words
+    assert "different images" in words
     assert "new, seed 3: the run has not ended; epoch 0 is taken" in words

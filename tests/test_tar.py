@@ -209,7 +209,7 @@ def test_truncated_archive_says_how_much_is_good(part: float, tree: Path, tmp_pa
     end = int((whole.offsets + whole.sizes).max())
     os.truncate(path, int(end * part))
     with pytest.raises(
-        RunError, match=r"cut off or damaged: .*; good are \d (whole classes|images)"
+        RunError, match=r"truncated or damaged: .*; good are \d (whole classes|images)"
     ):
         TarArchive(path)
     some = TarArchive(path, damaged=True)

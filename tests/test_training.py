@@ -108,7 +108,7 @@ def test_the_log(whole: Path) -> None:
     for epoch in log.epochs:
         for name in ("top_1", "top_5", "ema_top_1", "tta_top_1", "ema_tta_top_5"):
             assert 0 <= getattr(epoch, name) <= 1
-            assert round(getattr(epoch, name) * 33, 6).is_integer()  # of 33 pictures
+            assert round(getattr(epoch, name) * 33, 6).is_integer()  # of 33 images
         assert epoch.top_1 <= epoch.top_5
         assert epoch.loader_seconds <= epoch.train_seconds <= epoch.elapsed_seconds
     assert log.summary is not None and log.summary.epochs == 3
@@ -129,7 +129,7 @@ def test_best_is_the_best_epoch(whole: Path) -> None:
 def test_resumed_equals_never_stopped(
     whole: Path, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped by SIGTERM within the second epoch, cut off in its log, resumed: bit for bit."""
+    """Stopped by SIGTERM within the second epoch, truncated in its log, resumed: bit for bit."""
     save = RunFolder.save
 
     def save_then_signal(self: RunFolder, *arguments: Any) -> None:
@@ -317,7 +317,7 @@ def test_damaged_checkpoint(whole: Path, small: SmallData, tmp_path: Path) -> No
     link(last, best)  # a link: as damaged as the other
     with pytest.raises(
         RunError,
-        match=r"last\.pt is damaged, cut off or no file of weights \(.*\); start again in another",
+        match=r"last\.pt is damaged, truncated or no file of weights \(.*\); start again in another",
     ):
         run(settings, "auto")
     best.unlink()
@@ -326,7 +326,7 @@ def test_damaged_checkpoint(whole: Path, small: SmallData, tmp_path: Path) -> No
         run(settings, "auto")
 
 
-def test_a_lost_loss_ends_the_run_and_keeps_the_checkpoint(
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoint(
     small: SmallData, tmp_path: Path
 ) -> None:
     settings = small.settings(tmp_path / "run", lr__lr=1e30, training__momentum=0)
@@ -488,10 +488,10 @@ def test_failed_work_is_status_1(small: SmallData, tmp_path: Path) -> None:
     config.write_text(to_yaml(damaged.settings(tmp_path / "run", training__batch_size=100)))
     done = command("--config", config)
     assert done.returncode == 1
-    assert "the picture of sample 5, class" in done.stderr and "Traceback" not in done.stderr
+    assert "the image of sample 5, class" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_damaged_pictures_are_counted_in_the_log(
+def test_damaged_images_are_counted_in_the_log(
     small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Across checkpoints within the epoch, in training and in validation; nobody counts without the setting."""
@@ -515,7 +515,7 @@ def test_damaged_pictures_are_counted_in_the_log(
     assert epoch.skipped is None and epoch.val_skipped is None
 
 
-def test_a_run_stopped_by_a_damaged_picture_goes_on_without_it(
+def test_a_run_stopped_by_a_damaged_image_goes_on_without_it(
     small: SmallData, tmp_path: Path
 ) -> None:
     where = int(epoch_order(100, 0, 0)[40])
@@ -545,9 +545,9 @@ def test_killed_in_mid_epoch_and_resumed(whole: Path, small: SmallData, tmp_path
 
 
 def test_two_processes(small: SmallData, tmp_path: Path) -> None:
-    """torchrun, gloo: the same batches, the same number of pictures, one log.
+    """torchrun, gloo: the same batches, the same number of images, one log.
 
-    Each process meets one damaged picture in the first epoch: the log counts both.
+    Each process meets one damaged image in the first epoch: the log counts both.
     """
     config = tmp_path / "c.yaml"
     damaged = small

@@ -74,7 +74,7 @@ def test_archives(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 1 and "ImageNet has 1,000 classes; ImageNet has 50,000 val images" in said
     os.truncate(train, 20000)
     status, said = run(capsys, train)
-    assert status == 1 and "is cut off or damaged" in said
+    assert status == 1 and "is truncated or damaged" in said
 
 
 def test_imagenets_numbers_are_demanded_of_what_looks_like_it(
@@ -136,7 +136,7 @@ def test_beton(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 1 and "stored bytes are not those in its manifest" in said
     os.truncate(train, 1000)
     status, said = run(capsys, train)
-    assert status == 1 and "cut off" in said
+    assert status == 1 and "truncated" in said
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

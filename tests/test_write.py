@@ -216,7 +216,7 @@ def test_up_to_date_is_left_and_else_refused(
     manifest = write(tree, out, "--force", "--jpeg_quality", "80")
     assert manifest.settings["jpeg_quality"] == 80
     os.truncate(out / "train.beton", 1000)
-    with pytest.raises(UsageError, match=r"cut off.*--force"):
+    with pytest.raises(UsageError, match=r"truncated.*--force"):
         write_ffcv.main(arguments(tree, out, "--jpeg_quality", "80"))
 
 

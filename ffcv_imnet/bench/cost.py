@@ -224,7 +224,7 @@ def stored_side(settings: Settings) -> int:
         return STORED
     said = Manifest.load(path).settings
     if said.get("short_side"):
-        return round(said["short_side"] * 4 / 3)  # most photographs are 4 to 3
+        return round(said["short_side"] * 4 / 3)  # most images are 4 to 3
     return said.get("max_resolution") or 500  # ImageNet's own size
 
 

@@ -252,14 +252,14 @@ def _validation_seconds(
 ) -> tuple[float, float]:
     """All passes after one epoch, and what the first one takes more, for it compiles."""
 
-    def judge(budget: float) -> _Timed:
+    def evaluate_for(budget: float) -> _Timed:
         timed = _Timed(loader.batches, loader.samples)
         timed.until = time.perf_counter() + budget
         tta = settings.validation.lr_tta
-        evaluate(learner.judge, cast(ValLoader, timed), world, learner.dtype, tta=tta)
+        evaluate(learner.eval_forward, cast(ValLoader, timed), world, learner.dtype, tta=tta)
         return timed
 
-    cold, warm = judge(0.0), judge(seconds)
+    cold, warm = evaluate_for(0.0), evaluate_for(seconds)
     batches = -(-loader.samples // (loader.local_batch * world.size))
     one = warm.first_batch + batches * warm.seconds_a_batch
     passes = 1 if learner.ema is None else 2

@@ -207,6 +207,6 @@ def room_for(images: Tensor) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RunError(
-            f"{len(images)} pictures of {images.shape[-1]} px do not fit in the device's memory: "
+            f"{len(images)} images of {images.shape[-1]} px do not fit in the device's memory: "
             f"take a smaller --batch_size"
         ) from error

@@ -87,16 +87,16 @@ class Data:
     on_damaged: str = _setting(
         "stop",
         Choice(["stop", "skip"]),
-        "a stored picture that does not decode ends the run, or not",
+        "a stored image that does not decode ends the run, or not",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What a training picture goes through"""
+    """What a training image goes through"""
 
     crop_scale: tuple[float, float] = _setting(
-        (0.08, 1.0), Range(0.001, 1.0), "area of a crop over that of its picture"
+        (0.08, 1.0), Range(0.001, 1.0), "area of a crop over that of its image"
     )
     crop_ratio: tuple[float, float] = _setting(
         (0.75, 4 / 3), Range(0.01, 100.0), "width over height of a crop"
@@ -104,7 +104,7 @@ class Augmentation:
     flip: str = _setting(
         "random",
         Choice(["random", "alternating", "none"], once={"true": "random", "false": "none"}),
-        "mirror each picture: by chance, every second epoch (arXiv:2404.00498), or never",
+        "mirror each image: by chance, every second epoch (arXiv:2404.00498), or never",
     )
 
 
@@ -218,11 +218,11 @@ class Validation:
     """One exact pass over the validation set after each epoch"""
 
     batch_size: int = _int(512, "global: over all processes", 1)
-    resolution: int = _int(256, "side of the picture that the network sees, px", 8, 4096)
+    resolution: int = _int(256, "side of the image that the network sees, px", 8, 4096)
     crop_ratio: float = _float(
-        224 / 256, "side of the central crop over the picture's shorter side", 0.01, 1.0
+        224 / 256, "side of the central crop over the image's shorter side", 0.01, 1.0
     )
-    lr_tta: bool = _switch(False, "also with logits summed over the picture and its mirror image")
+    lr_tta: bool = _switch(False, "also with logits summed over the image and its mirror image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +281,7 @@ NOT_OF_THE_RESULT = (
     "data.batches_ahead",
     "data.read_ahead",
     "data.verify",
-    "data.on_damaged",  # a damaged picture in a long run must not cost the run
+    "data.on_damaged",  # a damaged image in a long run must not cost the run
     "training.device",
     "logging.folder",
     "training.checkpoint_minutes",

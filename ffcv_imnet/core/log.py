@@ -1,7 +1,7 @@
 """The JSON epoch log, `RUN/log.jsonl`: these dataclasses are its schema; append to it, read it.
 
 One JSON object a line. The first is a `Header` (a resumed run adds another), then one `Epoch` per
-epoch (a `Lowered` before it, where the loss was lost), at the end a `Summary`. A field that does not
+epoch (a `Lowered` before it, where the loss was not finite), at the end a `Summary`. A field that does not
 apply is absent, never null.
 """
 
@@ -55,7 +55,7 @@ class Epoch:
     ema_val_loss: float | None = None  # the same of the averaged weights, where EMA is on
     ema_top_1: float | None = None
     ema_top_5: float | None = None
-    tta_top_1: float | None = None  # logits summed over the picture and its mirror image
+    tta_top_1: float | None = None  # logits summed over the image and its mirror image
     tta_top_5: float | None = None
     ema_tta_top_1: float | None = None
     ema_tta_top_5: float | None = None
@@ -68,9 +68,9 @@ class Epoch:
     val_seconds: float
     elapsed_seconds: float  # since the script started, earlier parts of a resumed run included
     peak_memory_bytes: int | None = None  # on one accelerator; absent on a CPU
-    # Damaged pictures that were left out, of all processes; absent where they end the run.
-    skipped: int | None = None  # of the training pictures
-    val_skipped: int | None = None  # of the validation pictures
+    # Damaged images that were left out, of all processes; absent where they end the run.
+    skipped: int | None = None  # of the training images
+    val_skipped: int | None = None  # of the validation images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Lowered:
 
     TYPE: ClassVar[str] = "lowered"
 
-    epoch: int  # in which the loss was lost, counted from 0
+    epoch: int  # in which the loss was not finite, counted from 0
     step: int  # the first whose loss was not finite
     back_to_step: int  # of the same epoch: how much of it was done in the checkpoint
     lr_scale: float  # all rates from there on, over the recipe's
@@ -204,7 +204,7 @@ def _no_number(name: str) -> float:
 def read_log(path: Path) -> Log:
     """The records of a log.
 
-    A last line without its newline is a write that was cut off and is left out.
+    A last line without its newline is a write that was truncated and is left out.
 
     Raises:
         UsageError: no such file, or one that does not begin as a log does.
@@ -223,7 +223,7 @@ def read_log(path: Path) -> Log:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise RunError(f"{path}: not a log: it is no text") from None
-    for number, line in enumerate(text.split("\n")[:-1], 1):  # the last is empty, or was cut off
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # the last is empty, or was truncated
         try:
             record = from_dict(json.loads(line, parse_constant=_no_number))
         except (ValueError, RecursionError) as error:

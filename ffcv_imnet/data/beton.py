@@ -223,7 +223,7 @@ def read_tables(path: Path) -> Tables:
 
     Raises:
         UsageError: there is no such file, it is not a .beton, or has other fields.
-        RunError: it is half-written, cut off or damaged.
+        RunError: it is half-written, truncated or damaged.
     """
     layout = _layout()
     try:
@@ -331,7 +331,7 @@ def _read_header(path: Path, file: IO[bytes], size: int) -> NDArray[Any]:
     if pointer + samples * layout.allocation.itemsize != size:
         expected = pointer + samples * layout.allocation.itemsize
         raise RunError(
-            f"{path} is {'cut off' if size < expected else 'too long'}: it has {size:,} bytes and"
+            f"{path} is {'truncated' if size < expected else 'too long'}: it has {size:,} bytes and"
             f" its header says {expected:,}: {again(path)}"
         )
     return header

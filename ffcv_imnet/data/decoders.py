@@ -62,9 +62,9 @@ def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple[Any, Any, Any,
 def random_crop(
     height: int, width: int, seed: int, epoch: int, sample: int, scale: Any, ratio: Any
 ) -> tuple[int, int, int, int]:
-    """The training crop of a picture: top, left, height, width in px.
+    """The training crop of an image: top, left, height, width in px.
 
-    Area uniform in `scale` of the picture's, aspect ratio log-uniform in `ratio` (GoogLeNet's
+    Area uniform in `scale` of the image's, aspect ratio log-uniform in `ratio` (GoogLeNet's
     augmentation, arXiv:1409.4842, 6); attempt t reads block t + 1 of the sample's random stream.
     If none fits, the largest central box whose aspect ratio lies within `ratio`.
     """
@@ -150,7 +150,7 @@ DAMAGES = (
     "has another size than the file's table says",
     "is neither grey nor RGB",
     "did not fit into memory",
-    "lies outside the file, or its crop outside the picture",
+    "lies outside the file, or its crop outside the image",
     "takes too much memory or too many scans to decode",
 )
 DAMAGED, OTHER_SIZE, OUTSIDE, TOO_MUCH = 1, 2, 5, 6
@@ -306,7 +306,7 @@ class CropDecoder(SimpleRGBImageDecoder):
     Args:
         resolution: side of the output, px.
         samples: in the whole file.
-        whole: decode whole pictures, with FFCV's functions, even where the C kernel is there.
+        whole: decode whole images, with FFCV's functions, even where the C kernel is there.
 
     Attributes:
         damaged: (samples,) int8, what was wrong with a sample when it was last decoded: a place

@@ -1,4 +1,4 @@
-"""Batches straight from an ImageFolder tree, for judging networks on pixels that no .beton changed."""
+"""Batches straight from an ImageFolder tree, for evaluating networks on pixels that no .beton changed."""
 
 import itertools
 import sys
@@ -18,7 +18,7 @@ from ffcv_imnet.machine.distributed import World
 
 
 class FolderLoader:
-    """Each photograph once over all processes, in the order and shape of `data.ValLoader`.
+    """Each image once over all processes, in the order and shape of `data.ValLoader`.
 
     Args:
         root: the tree, holding a folder a class.
@@ -45,7 +45,7 @@ class FolderLoader:
         """uint8 (batch, 3, side, side), channels last, and int64 labels, on the world's device.
 
         Raises:
-            RunError: a photograph cannot be read; names it.
+            RunError: an image cannot be read; names it.
         """
         size, device = self.local_batch, self.world.device
         parts = [self.order[i : i + size] for i in range(0, len(self.order), size)]
@@ -70,4 +70,4 @@ class FolderLoader:
             return preprocess(data, self.how)
         except (OSError, BadImage) as error:
             name = f"{self.tree.where}/{self.tree.name(index)}"
-            raise RunError(f"{name}: the photograph cannot be read ({error})") from error
+            raise RunError(f"{name}: the image cannot be read ({error})") from error

@@ -45,7 +45,7 @@ from ffcv_imnet.machine.host import affinity_cores, usable_cores
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 Indices = NDArray[np.int64]
-# Label of a picture that does not count: what fills up the last validation batch, what is damaged.
+# Label of an image that does not count: what fills up the last validation batch, what is damaged.
 PADDING = -1
 
 
@@ -84,7 +84,7 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
     for path, said in zip(paths, (train, val), strict=True):
         if data.verify and first and content_checksum(path) != said.content_checksum:
             raise RunError(
-                f"{path}: its pictures or labels are not those of {manifest_path(path)}: write it again "
+                f"{path}: its images or labels are not those of {manifest_path(path)}: write it again "
                 f"with write_ffcv.py --force"
             )
     return train, val
@@ -155,7 +155,7 @@ def share_of_order(order: Indices, local_batch: int, rank: int, size: int) -> In
 
 
 def exact_share(samples: int, batch_size: int, world: World) -> tuple[Indices, int]:
-    """What this process judges, every world.size-th sample from its rank on, and its batch size."""
+    """What this process evaluates, every world.size-th sample from its rank on, and its batch size."""
     share = -(-samples // world.size)
     order = np.arange(world.rank, samples, world.size)
     return order, max(1, min(batch_size // world.size, share))
@@ -295,7 +295,7 @@ class _OrderedLoader:
     def batches(self, order: Indices, device: torch.device) -> Batches:
         """uint8 images (batch, 3, side, side), channels last, and int64 labels (batch,), on `device`.
 
-        A batch is valid until the next one is taken. A damaged picture that is skipped is black
+        A batch is valid until the next one is taken. A damaged image that is skipped is black
         and labelled `PADDING`.
 
         Raises:
@@ -345,7 +345,7 @@ class _OrderedLoader:
         """Raises RunError if the file was written to since it was opened.
 
         One that was replaced or deleted is still there, whole, for whoever has it mapped. A read past
-        the end of one that was cut off raises SIGBUS: `bus_error`.
+        the end of one that was truncated raises SIGBUS: `bus_error`.
         """
         try:
             now = Path(self.fname).stat()
@@ -363,11 +363,11 @@ class _OrderedLoader:
             raise RunError(
                 f"{self.fname} was changed while it was read ({self.opened.st_size:,} bytes before, "
                 f"{now.st_size:,} now): write it again with write_ffcv.py --force; the last checkpoint "
-                f"may have seen changed pictures, the one of the epoch before has not"
+                f"may have seen changed images, the one of the epoch before has not"
             )
 
     def _check_decoded(self, samples: Indices, labels: Tensor) -> None:
-        """End at a damaged picture of this batch, or make it one that does not count."""
+        """End at a damaged image of this batch, or make it one that does not count."""
         damaged = self.decoder.damaged[samples]
         if not damaged.any():
             return
@@ -378,7 +378,7 @@ class _OrderedLoader:
             if not self.skip_damaged:
                 raise RunError(
                     f"{what}; write the file again with write_ffcv.py --force, or train without "
-                    f"the picture: data.on_damaged=skip"
+                    f"the image: data.on_damaged=skip"
                 )
             labels[slot] = PADDING
             if sample not in self.skipped:
@@ -386,7 +386,7 @@ class _OrderedLoader:
                 print(f"{what}: skipped", file=sys.stderr, flush=True)
         if damaged.all() and self.decoder.control["random"][0]:  # of such a batch no loss is left
             raise RunError(
-                f"{self.fname}: all {len(samples)} pictures of a training batch are damaged: write the "
+                f"{self.fname}: all {len(samples)} images of a training batch are damaged: write the "
                 f"file again with write_ffcv.py --force, or take a larger training.batch_size"
             )
 
@@ -394,7 +394,7 @@ class _OrderedLoader:
         manifest = manifest_path(Path(self.fname))
         classes = Manifest.load(manifest).classes if manifest.is_file() else ()
         name = classes[label] if 0 <= label < len(classes) else label
-        return f"{self.fname}: the picture of sample {sample}, class {name}, {DAMAGES[damage]}"
+        return f"{self.fname}: the image of sample {sample}, class {name}, {DAMAGES[damage]}"
 
 
 class TrainLoader:
@@ -480,7 +480,7 @@ class ValLoader:
         )
 
     def batches(self) -> Batches:
-        """As training batches; the last is filled up with black pictures labelled `PADDING`."""
+        """As training batches; the last is filled up with black images labelled `PADDING`."""
         with closing(self.loader.batches(self.order, self.world.device)) as batches:
             for images, labels in batches:
                 places = labels if self.places is None else self.places[labels]

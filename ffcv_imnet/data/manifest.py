@@ -92,7 +92,7 @@ def again(path: Path) -> str:
 
 def _write(path: Path) -> str:
     split = path.stem if path.stem in ("train", "val") else "train (or val)"
-    return f"python write_ffcv.py --split {split} --data_dir PHOTOGRAPHS --out_dir {path.parent}"
+    return f"python write_ffcv.py --split {split} --data_dir IMAGES --out_dir {path.parent}"
 
 
 # ------------------------------------------------------------------------------------ the text

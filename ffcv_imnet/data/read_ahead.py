@@ -1,4 +1,4 @@
-"""Reading ahead in a mapped file: the disk is asked for pictures before they are decoded."""
+"""Reading ahead in a mapped file: the disk is asked for images before they are decoded."""
 
 import mmap
 from threading import Semaphore, Thread
@@ -17,11 +17,11 @@ _madvise: Any = types.ExternalFunction(
 
 
 class ReadAhead(Thread):
-    """Has the kernel read the pictures of the batches to come, in the epoch's order.
+    """Has the kernel read the images of the batches to come, in the epoch's order.
 
     Decoding threads that meet a missing page wait for the disk, one request each, and the kernel
-    guesses what to read around it, four times a picture of 36 kB. Told beforehand, it keeps the disk's
-    queue full and reads the picture alone. What is in memory already costs a look. A thread of its
+    guesses what to read around it, four times an image of 36 kB. Told beforehand, it keeps the disk's
+    queue full and reads the image alone. What is in memory already costs a look. A thread of its
     own, because the call waits where the disk's queue is full.
 
     Args:

@@ -35,7 +35,7 @@ class Outcomes:
 
 
 @torch.no_grad()
-def judge(
+def collect_outcomes(
     model: nn.Module,
     loader: Loader,
     world: World,
@@ -50,7 +50,7 @@ def judge(
     Args:
         dtype: autocast's; float32 means none.
         outputs_of_labels: the network's output for each label; see `weights.match_classes`.
-        tta: also with logits averaged over the picture and its mirror image; see `forward`.
+        tta: also with logits averaged over the image and its mirror image; see `forward`.
 
     Raises:
         RunError: a logit is NaN or infinite, or the loader failed.

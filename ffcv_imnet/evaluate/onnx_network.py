@@ -56,7 +56,7 @@ class OnnxNetwork(nn.Module):
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         shape = inputs[0].shape
         if len(inputs) != 1 or len(shape) != 4 or shape[1] != 3 or len(outputs[0].shape) != 2:
-            raise UsageError(f"{path}: not a classifier of pictures (N, 3, H, W)")
+            raise UsageError(f"{path}: not a classifier of images (N, 3, H, W)")
         if inputs[0].type not in INPUT_TYPES:
             raise UsageError(f"{path}: its input is {inputs[0].type}, expected float or uint8")
         self.path, self.dtype = path, INPUT_TYPES[inputs[0].type]

@@ -1,4 +1,4 @@
-"""Weights of every kind that we judge, as one thing: a network from raw pixels to logits.
+"""Weights of every kind that we evaluate, as one thing: a network from raw pixels to logits.
 
 This project's checkpoints, state dicts of torchvision, timm and ours (.pt, .pth, .safetensors), and
 ONNX files.
@@ -288,7 +288,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--std", metavar="S", help="likewise")
     add("--crop_ratio", type=in_range(float, 0.01, 1), metavar="R",
         help="side of the input over the resized shorter side; default: as validated")  # fmt: skip
-    add("--interpolation", choices=list(INTERPOLATIONS), help="of a photograph that is resized")
+    add("--interpolation", choices=list(INTERPOLATIONS), help="of an image that is resized")
 
 
 def load_from(options: argparse.Namespace) -> Network:
@@ -322,7 +322,7 @@ def parse_preprocess(
     """The network's own preprocessing with what the command line changes.
 
     Raises:
-        UsageError: the network does not take pictures of that size; it is tried on a black one.
+        UsageError: the network does not take images of that size; it is tried on a black one.
     """
     how = Preprocess(
         resolution or network.how.resolution, options.crop_ratio or network.how.crop_ratio,
@@ -346,7 +346,7 @@ def match_classes(network: Network, classes: Sequence[str], where: str) -> list[
     """The network's output for each class of a data set.
 
     By name where the network has names; a network of 1,000 outputs without names has ImageNet's; else
-    in index order, if there are as many. ImageNet networks may so be judged on some of its classes.
+    in index order, if there are as many. ImageNet networks may so be evaluated on some of its classes.
 
     Raises:
         UsageError: the classes do not fit.

@@ -1,4 +1,4 @@
-"""Where the photographs come from, and what is stored of each.
+"""Where the images come from, and what is stored of each.
 
 `ImageSource` is all the writer knows of a source. `sources.py` picks one: `folder.py` has the
 ImageFolder tree, `kaggle.py` Kaggle's layout, `tar.py` ImageNet's archives, `parquet.py` the hub's

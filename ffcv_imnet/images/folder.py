@@ -1,4 +1,4 @@
-"""An ImageFolder tree: one folder a class, the photographs inside, as torchvision reads it."""
+"""An ImageFolder tree: one folder a class, the images inside, as torchvision reads it."""
 
 import hashlib
 import os

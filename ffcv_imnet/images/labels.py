@@ -118,7 +118,7 @@ def _read_devkit(path: Path) -> dict[str, str]:
         OverflowError,
         RecursionError,
     ) as error:
-        raise UsageError(f"{path} is no devkit, or is cut off: {reason_of(error)}") from None
+        raise UsageError(f"{path} is no devkit, or is truncated: {reason_of(error)}") from None
     for name in wanted:
         if name not in held:
             raise UsageError(f"{path} has no {name}: it is not ILSVRC2012_devkit_t12.tar.gz")

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError, features
 
 from ffcv_imnet.images import Pixels
 
-# Photographs only. Pillow would otherwise run Ghostscript on an EPS that is named .jpg.
+# Images only. Pillow would otherwise run Ghostscript on an EPS that is named .jpg.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {  # its values, as ImageOps.exif_transpose undoes them

@@ -1,4 +1,4 @@
-"""A photograph to the square of pixels that a network sees: torchvision's resize and central crop.
+"""An image to the square of pixels that a network sees: torchvision's resize and central crop.
 
 deploy/evaluate_onnx.py does the same on the device and must not import us: tests/test_deploy.py
 compares the two pixel for pixel. A .beton goes another way (its stored JPEG is cropped, then
@@ -23,10 +23,10 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a photograph becomes the network's input. The defaults are torchvision's: 256, then 224."""
+    """How an image becomes the network's input. The defaults are torchvision's: 256, then 224."""
 
     resolution: int = 224  # side of the square, px
-    crop_ratio: float = 0.875  # that side over the shorter side of the resized photograph
+    crop_ratio: float = 0.875  # that side over the shorter side of the resized image
     interpolation: str = "bilinear"
 
     @property
@@ -55,7 +55,7 @@ def resize_and_crop(rgb: Pixels, how: Preprocess) -> Pixels:
 
 
 def preprocess(data: bytes, how: Preprocess) -> Pixels:
-    """An encoded photograph as the network sees it, (resolution, resolution, 3) uint8 RGB.
+    """An encoded image as the network sees it, (resolution, resolution, 3) uint8 RGB.
 
     Raises:
         BadImage: it cannot be decoded.

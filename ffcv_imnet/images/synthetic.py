@@ -1,11 +1,11 @@
 """The embedded data set: ten kinds of shapes that only a network which works can tell apart.
 
-A small colour picture shows one shape under a random position, size, rotation and stretch, in a
+A small colour image shows one shape under a random position, size, rotation and stretch, in a
 colour that may be darker or lighter than what lies behind it, over gradients, lines, blobs and
 noise. No pixel says anything about the class, so a linear classifier on pixels stays near chance
 (tests/test_shapes.py), while ResNet-18 learns it in minutes on a CPU.
 
-Every picture is a function of (seed, split, class, index) alone: it does not depend on how many are
+Every image is a function of (seed, split, class, index) alone: it does not depend on how many are
 made nor in which order.
 """
 
@@ -98,7 +98,7 @@ OUTLINES: dict[str, Polygon] = {
 CLASSES = tuple(OUTLINES)  # sorted, so that the index is ImageFolder's
 
 
-# ---- one picture --------------------------------------------------------------------------------
+# ---- one image --------------------------------------------------------------------------------
 
 
 def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -110,13 +110,13 @@ def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _gradient(rng: np.random.Generator, colour: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A picture of `size` (width, height), enlarged, that runs from `colour` to a neighbour of it."""
+    """An image of `size` (width, height), enlarged, that runs from `colour` to a neighbour of it."""
     width, height = size
     angle = rng.uniform(0, 2 * math.pi)
     x = np.linspace(-1, 1, width)[None, :, None] * math.cos(angle)
     y = np.linspace(-1, 1, height)[:, None, None] * math.sin(angle)
-    picture = colour + (x + y) * rng.uniform(-35, 35, 3)
-    small = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    image = colour + (x + y) * rng.uniform(-35, 35, 3)
+    small = Image.fromarray(image.clip(0, 255).astype(np.uint8))
     return small.resize((width * SUPERSAMPLING, height * SUPERSAMPLING), Image.Resampling.NEAREST)
 
 
@@ -149,15 +149,15 @@ def _place(rng: np.random.Generator, outline: Polygon, size: tuple[int, int]) ->
 def draw(
     class_index: int, key: tuple[int, ...], size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """One picture of class `CLASSES[class_index]`, pixel for pixel a function of the arguments.
+    """One image of class `CLASSES[class_index]`, pixel for pixel a function of the arguments.
 
     Args:
         class_index: 0 to 9.
         key: non-negative integers, the entropy of the random stream (numpy's SeedSequence hashes
-            them): pictures with different keys are independent.
+            them): images with different keys are independent.
         size: (width, height) in pixels; by default drawn from the key, 72 to 96 by 64 to 80.
 
-    Returns: an RGB picture.
+    Returns: an RGB image.
     """
     rng = np.random.Generator(np.random.PCG64([*key, class_index]))
     width, height = size or (int(rng.integers(72, 97)), int(rng.integers(64, 81)))
@@ -171,9 +171,9 @@ def draw(
     canvas.paste(_gradient(rng, front, (width, height)), mask=mask)
     _clutter(rng, ImageDraw.Draw(canvas), int(rng.integers(0, 3)))  # some of it in front
 
-    picture = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
-    noise = rng.standard_normal(picture.shape, dtype=np.float32) * rng.uniform(0, 8)
-    return Image.fromarray((picture + noise).round().clip(0, 255).astype(np.uint8))
+    image = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * rng.uniform(0, 8)
+    return Image.fromarray((image + noise).round().clip(0, 255).astype(np.uint8))
 
 
 # ---- the tree -----------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ def write_tree(root: Path, train_per_class: int, val_per_class: int, seed: int =
                 folder = partial / split / name
                 folder.mkdir(parents=True)
                 for i in range(counts[split]):
-                    picture = draw(class_index, (seed, split_index, i))
-                    picture.save(folder / f"{name}_{i:05d}.jpg", quality=JPEG_QUALITY)
+                    image = draw(class_index, (seed, split_index, i))
+                    image.save(folder / f"{name}_{i:05d}.jpg", quality=JPEG_QUALITY)
                     progress.update(1)
     (partial / COMPLETE).write_text(json.dumps(made_from) + "\n")
     rename(partial, root)

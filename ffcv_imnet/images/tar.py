@@ -1,4 +1,4 @@
-"""ImageNet's tars read in place: where each photograph lies, found in one pass over the headers.
+"""ImageNet's tars read in place: where each image lies, found in one pass over the headers.
 
 The training archive is a tar of one uncompressed tar a class, the validation archive is flat; in
 either every image has a byte offset in the one file. Python's tarfile builds an object a member,
@@ -57,7 +57,7 @@ REFUSED = {
 
 
 class _Stop(Exception):
-    """The archive is cut off or damaged here; what came before is good."""
+    """The archive is truncated or damaged here; what came before is good."""
 
 
 @dataclass
@@ -534,11 +534,11 @@ class TarArchive:
         path: the training archive (a tar of one tar a class) or the validation archive (flat).
         wnids: class of every image of a flat archive, by file name without extension
             (`labels.read_labels`).
-        damaged: take the whole classes of an archive that is cut off; `fault` then says so.
+        damaged: take the whole classes of an archive that is truncated; `fault` then says so.
 
     Raises:
         UsageError: it is not such an archive, or `wnids` is missing or superfluous.
-        RunError: the archive is cut off or damaged, a member is refused, an image has no label.
+        RunError: the archive is truncated or damaged, a member is refused, an image has no label.
     """
 
     kind = "tar"
@@ -562,7 +562,7 @@ class TarArchive:
         self.stamp = f"{state.st_size} {state.st_mtime_ns}"
 
     def _label(self, wnids: Mapping[str, str] | None, whole: bool) -> None:
-        """Order a flat archive by class; of one that is cut off, keep the `whole` classes."""
+        """Order a flat archive by class; of one that is truncated, keep the `whole` classes."""
         if not len(self.files):
             raise UsageError(f"{self.where} holds no image")
         if wnids is None and (np.strings.find(self.files, b"/") >= 0).all():
@@ -609,7 +609,7 @@ class TarArchive:
         finally:
             os.close(descriptor)
         if len(data) < size:
-            raise OSError(f"{self.path} was cut off while it was read")
+            raise OSError(f"{self.path} was truncated while it was read")
         return data, int(self.labels[index])
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
@@ -635,7 +635,7 @@ def describe_fault(path: Path, index: TarIndex) -> str:
     if len(index.classes):
         what = f"{len(index.classes):,} whole classes with {what}"
     return (
-        f"{path} is cut off or damaged: {index.fault}; good are {what} in the first"
+        f"{path} is truncated or damaged: {index.fault}; good are {what} in the first"
         f" {index.good:,} of {size:,} bytes; complete the download (`curl -C -` or `wget -c`)"
         f" or make the archive anew, and run this again"
     )

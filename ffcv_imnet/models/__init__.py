@@ -48,7 +48,7 @@ def build_model(settings: Settings, classes: int) -> nn.Sequential:
 
 
 def check_outputs(model: nn.Sequential, classes: int, side: int, arch: str) -> None:
-    """Show it one black picture, so that a mistake in a network is one line and not a lost run.
+    """Show it one black image, so that a mistake in a network is one line and not a lost run.
 
     Raises UsageError unless the outputs are logits (1, classes).
     """
@@ -60,7 +60,7 @@ def check_outputs(model: nn.Sequential, classes: int, side: int, arch: str) -> N
             outputs = model(pixels)
     except Exception as error:
         raise UsageError(
-            f"model.arch {arch!r}: a picture of {side} px ends in {type(error).__name__}: {reason_of(error)}"
+            f"model.arch {arch!r}: an image of {side} px ends in {type(error).__name__}: {reason_of(error)}"
         ) from error
     model.train()
     if not isinstance(outputs, Tensor):
@@ -70,6 +70,6 @@ def check_outputs(model: nn.Sequential, classes: int, side: int, arch: str) -> N
     else:
         return
     raise UsageError(
-        f"model.arch {arch!r} makes {what} of one picture; logits for {classes:,} classes are a "
+        f"model.arch {arch!r} makes {what} of one image; logits for {classes:,} classes are a "
         f"tensor {(1, classes)}"
     )

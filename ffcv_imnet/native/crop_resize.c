@@ -1,4 +1,4 @@
-/* Crop, decode, resize and mirror one stored picture, in one call.
+/* Crop, decode, resize and mirror one stored image, in one call.
  *
  * A training crop needs neither the rows and columns of a JPEG outside it nor, when it is shrunk,
  * every pixel inside: libjpeg-turbo skips the former (jpeg_skip_scanlines, jpeg_crop_scanline; the
@@ -13,8 +13,8 @@
  *
  * Scratch memory belongs to the calling thread and grows to the largest crop it has met.
  *
- * Nothing that the caller says of a picture is believed: where it lies is compared with the length of
- * the mapping, the crop with the picture, the picture with the JPEG's own header. Damage ends the
+ * Nothing that the caller says of an image is believed: where it lies is compared with the length of
+ * the mapping, the crop with the image, the image with the JPEG's own header. Damage ends the
  * decoding at the first warning, and a progressive JPEG has bounds on its scans and its memory.
  */
 #include <pthread.h>
@@ -38,7 +38,7 @@
 
 enum { BLOCK = 16, LANES = 3 * BLOCK }; /* rows transposed together; their colours side by side */
 enum { OK = 0, DAMAGED = 1, OTHER_SIZE = 2, OTHER_COLOURS = 3, NO_MEMORY = 4, OUTSIDE = 5, TOO_MUCH = 6 };
-enum { LONGEST = 65535, WIDEST_OUT = 1 << 14 }; /* sides in pixels: of a picture, of what comes out */
+enum { LONGEST = 65535, WIDEST_OUT = 1 << 14 }; /* sides in pixels: of an image, of what comes out */
 /* Of a progressive JPEG: encoders make about ten scans; each goes over all coefficients once more. */
 enum { MOST_SCANS = 100 };
 static const long MOST_MEMORY = 512L << 20; /* bytes of its coefficients: about 90 million pixels */
@@ -298,11 +298,11 @@ typedef struct {
     const uint8_t *pixels; /* RGB */
     ptrdiff_t stride;      /* bytes between rows */
     int rows, columns;
-    double top, left, height, width; /* the crop, in pixels of this picture */
-} Picture;
+    double top, left, height, width; /* the crop, in pixels of this image */
+} Image;
 
 FOR_EVERY_CPU
-static int resize(Thread *thread, const Picture *from, uint8_t *out, int out_rows, int out_columns, int mirrored) {
+static int resize(Thread *thread, const Image *from, uint8_t *out, int out_rows, int out_columns, int mirrored) {
     int first_column = (int)from->left, last_column = (int)(from->left + from->width + 0.9999);
     int first_row = (int)from->top, last_row = (int)(from->top + from->height + 0.9999);
     if (last_column > from->columns) last_column = from->columns;
@@ -348,9 +348,9 @@ static int shrinking(int height, int width, int out_rows, int out_columns) {
     return by;
 }
 
-/* Decode what the crop (rows, columns of the whole picture) needs, shrunk by `by`. */
+/* Decode what the crop (rows, columns of the whole image) needs, shrunk by `by`. */
 static int decode(Thread *thread, const uint8_t *stored, size_t size, int height, int width, int top,
-                  int left, int rows, int columns, int by, Picture *picture) {
+                  int left, int rows, int columns, int by, Image *image) {
     struct jpeg_decompress_struct *jpeg = &thread->jpeg;
     if (setjmp(thread->errors.escape)) {
         jpeg_abort_decompress(jpeg);
@@ -394,7 +394,7 @@ static int decode(Thread *thread, const uint8_t *stored, size_t size, int height
         for (JDIMENSION i = 0; i < want; i++) some[i] = pixels + (next + i - above) * stride;
         jpeg_read_scanlines(jpeg, some, want);
     }
-    *picture = (Picture){
+    *image = (Image){
         .pixels = pixels,
         .stride = stride,
         .rows = below - above,
@@ -410,7 +410,7 @@ static int decode(Thread *thread, const uint8_t *stored, size_t size, int height
 
 /* ---- the interface ----------------------------------------------------------------------------- */
 
-/* Whether the crop lies in a picture of possible size, and `out` has a possible size too. */
+/* Whether the crop lies in an image of possible size, and `out` has a possible size too. */
 static int sound(int64_t height, int64_t width, int64_t top, int64_t left, int64_t rows, int64_t columns,
                  int64_t out_rows, int64_t out_columns) {
     return height >= 1 && width >= 1 && height <= LONGEST && width <= LONGEST && top >= 0 && left >= 0 &&
@@ -419,7 +419,7 @@ static int sound(int64_t height, int64_t width, int64_t top, int64_t left, int64
            out_columns <= WIDEST_OUT;
 }
 
-/* Fill `out` (out_rows, out_columns, 3) with the crop of a picture of (height, width) px: the `size`
+/* Fill `out` (out_rows, out_columns, 3) with the crop of an image of (height, width) px: the `size`
  * bytes from `start` of a `file` of `length` bytes, a JPEG or raw RGB. Where the result is not 0, `out`
  * is black. */
 int64_t ffcv_imnet_crop_resize(const uint8_t *file, int64_t length, int64_t start, int64_t size, int64_t is_jpeg,
@@ -434,11 +434,11 @@ int64_t ffcv_imnet_crop_resize(const uint8_t *file, int64_t length, int64_t star
     if (status == OK && thread == NULL) status = NO_MEMORY;
     if (status == OK && !is_jpeg && size < 3 * height * width) status = OUTSIDE;
     if (status == OK) {
-        Picture picture = {file + start, 3 * width, height, width, top, left, rows, columns};
+        Image image = {file + start, 3 * width, height, width, top, left, rows, columns};
         if (is_jpeg)
             status = decode(thread, file + start, size, height, width, top, left, rows, columns,
-                            shrinking(rows, columns, out_rows, out_columns), &picture);
-        if (status == OK) status = resize(thread, &picture, out, out_rows, out_columns, mirrored);
+                            shrinking(rows, columns, out_rows, out_columns), &image);
+        if (status == OK) status = resize(thread, &image, out, out_rows, out_columns, mirrored);
     }
     if (status != OK) memset(out, 0, 3 * (size_t)out_rows * out_columns);
     return status;
@@ -449,11 +449,11 @@ int64_t ffcv_imnet_crop_decode(const uint8_t *stored, int64_t size, int64_t heig
                                int64_t left, int64_t rows, int64_t columns, int64_t out_rows,
                                int64_t out_columns) {
     if (!sound(height, width, top, left, rows, columns, out_rows, out_columns)) return OUTSIDE;
-    Picture picture;
+    Image image;
     Thread *thread = own_memory();
     if (thread == NULL) return NO_MEMORY;
     return decode(thread, stored, size, height, width, top, left, rows, columns,
-                  shrinking(rows, columns, out_rows, out_columns), &picture);
+                  shrinking(rows, columns, out_rows, out_columns), &image);
 }
 
 /* Scratch memory of the calling thread, bytes; libjpeg's own (about 0.1 MB) is not counted. */

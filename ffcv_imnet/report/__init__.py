@@ -1,1 +1,1 @@
-"""The page that `report` writes: what runs have in common, charts, judged checkpoints, HTML."""
+"""The page that `report` writes: what runs have in common, charts, evaluated checkpoints, HTML."""

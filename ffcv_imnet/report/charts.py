@@ -380,7 +380,7 @@ def class_bars(
 
 
 def confusion(names: Sequence[str], rows: Sequence[int], counts: Any, colour: int) -> Chart:
-    """What pictures of the classes `rows` were taken for, as a matrix of shares of a row.
+    """What images of the classes `rows` were taken for, as a matrix of shares of a row.
 
     Args:
         names: of all classes.
@@ -416,5 +416,5 @@ def confusion(names: Sequence[str], rows: Sequence[int], counts: Any, colour: in
         axes.spines[:].set_visible(False)
         return {}
 
-    about = "Share of each class's pictures, in percent, by predicted class"
+    about = "Share of each class's images, in percent, by predicted class"
     return Chart("confusion", about, (110 + 38 * len(rows), 100 + 26 * len(rows)), draw)

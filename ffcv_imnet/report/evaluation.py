@@ -1,4 +1,4 @@
-"""A run's best checkpoint judged on its own validation data, and the pictures it got wrong."""
+"""A run's best checkpoint evaluated on its own validation data, and the images it got wrong."""
 
 import io
 from collections import Counter
@@ -14,7 +14,7 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.data.beton import Tables, check_beton, read_image, read_tables
 from ffcv_imnet.data.loader import ValLoader
-from ffcv_imnet.evaluate.metrics import Outcomes, judge
+from ffcv_imnet.evaluate.metrics import Outcomes, collect_outcomes
 from ffcv_imnet.evaluate.weights import load_network, match_classes
 from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.machine.device import DTYPES, choose_precision
@@ -22,13 +22,13 @@ from ffcv_imnet.machine.distributed import connect, describe_world
 from ffcv_imnet.report.runs import Run
 from ffcv_imnet.train.run_dir import BEST
 
-A_CLASS = 3  # pictures on the sheet, at most, of one class and of one confusion
+A_CLASS = 3  # images on the sheet, at most, of one class and of one confusion
 THUMBNAIL = 200  # px, the longer side
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A picture that was taken for something else."""
+    """An image that was taken for something else."""
 
     index: int  # in the .beton
     label: str
@@ -38,7 +38,7 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """What a checkpoint does with each class of its validation set."""
 
     weights: Path
@@ -54,8 +54,8 @@ class Judged:
         return [float(self.counts[i, i] / n) if n else 1.0 for i, n in enumerate(total)]
 
 
-def judge_run(run: Run, photographs: int) -> Judged:
-    """Judge RUN/best.pt on the run's validation file, as the run itself validated.
+def evaluate_run(run: Run, shown: int) -> Evaluated:
+    """Evaluate RUN/best.pt on the run's validation file, as the run itself validated.
 
     Raises:
         UsageError, RunError: the checkpoint or the data is not at hand, or another than the run's.
@@ -85,13 +85,15 @@ def judge_run(run: Run, photographs: int) -> Judged:
         validation__batch_size=chosen.validation.batch_size,
     )  # fmt: skip
     loader = ValLoader(str(data), manifest.samples, here, world)
-    outcomes = judge(model, loader, world, dtype, outputs, what=f"judging {run.name}")["single"]
+    outcomes = collect_outcomes(
+        model, loader, world, dtype, outputs, what=f"evaluating {run.name}"
+    )["single"]
     classes = len(network.classes)
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (outcomes.labels, outcomes.predictions), 1)
     names = tuple(imagenet_names().get(name, name) for name in network.classes)
-    mistakes = _mistakes(data, outcomes, names, photographs)
-    return Judged(weights, str(data), names, counts, mistakes)
+    mistakes = _mistakes(data, outcomes, names, shown)
+    return Evaluated(weights, str(data), names, counts, mistakes)
 
 
 def _mistakes(
@@ -118,10 +120,10 @@ def _mistakes(
 
 
 def thumbnail(data: Path, tables: Tables, index: int) -> bytes:
-    """The stored picture `index` as a JPEG of at most `THUMBNAIL` px a side."""
+    """The stored image `index` as a JPEG of at most `THUMBNAIL` px a side."""
     with data.open("rb") as file:
-        picture = Image.fromarray(read_image(file, tables, index))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        small = Image.fromarray(read_image(file, tables, index))
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=82)
+    small.save(buffer, format="JPEG", quality=82)
     return buffer.getvalue()

@@ -13,7 +13,7 @@ from importlib.resources import files
 from ffcv_imnet.core.names import shown
 from ffcv_imnet.report import charts
 from ffcv_imnet.report.charts import DARK, LIGHT, Chart, Palette
-from ffcv_imnet.report.evaluation import Judged
+from ffcv_imnet.report.evaluation import Evaluated
 from ffcv_imnet.report.runs import (
     Group,
     Run,
@@ -37,13 +37,13 @@ def escape(text: str) -> str:
 
 
 def write_page(
-    groups: Sequence[Group], judged: Sequence[Judged | str], tables: Sequence[tuple[str, str]]
+    groups: Sequence[Group], evaluated: Sequence[Evaluated | str], tables: Sequence[tuple[str, str]]
 ) -> str:
     """The whole page.
 
     Args:
         groups: what a colour stands for.
-        judged: for each group its best run's checkpoint judged, or why there is none.
+        evaluated: for each group its best run's checkpoint evaluated, or why there is none.
         tables: each run's name, and its epochs as text.
     """
     title = " and ".join(g.name for g in groups) if len(groups) < 3 else f"{len(groups)} recipes"
@@ -54,7 +54,7 @@ def write_page(
         _section("Accuracy, loss and plan", _curves_note(groups), _two(groups_curves(groups))),
         _section("Time", "", _two(groups_time(groups), _parts_legend(groups))),
         _differences(groups),
-        *_judged(groups, judged),
+        *_evaluated(groups, evaluated),
         _epochs(tables),
         _facts(groups),
     ]
@@ -86,9 +86,9 @@ def groups_time(groups: Sequence[Group]) -> list[Chart]:
     return [charts.throughput(groups), charts.where_time_went(groups)]
 
 
-def judged_charts(groups: Sequence[Group], judged: Sequence[Judged | str]) -> list[Chart]:
-    """Bars of the classes for all that were judged, and a matrix for each."""
-    there = [(i, j) for i, j in enumerate(judged) if isinstance(j, Judged)]
+def evaluated_charts(groups: Sequence[Group], evaluated: Sequence[Evaluated | str]) -> list[Chart]:
+    """Bars of the classes for all that were evaluated, and a matrix for each."""
+    there = [(i, j) for i, j in enumerate(evaluated) if isinstance(j, Evaluated)]
     if not there:
         return []
     first = there[0][1]
@@ -98,9 +98,9 @@ def judged_charts(groups: Sequence[Group], judged: Sequence[Judged | str]) -> li
     return [bars, *(charts.confusion(j.names, worst(j), j.counts, i) for i, j in there)]
 
 
-def worst(judged: Judged) -> list[int]:
+def worst(evaluated: Evaluated) -> list[int]:
     """The classes of the lowest top-1, worst first."""
-    top_1 = judged.top_1
+    top_1 = evaluated.top_1
     return sorted(range(len(top_1)), key=lambda i: (top_1[i], i))[:WORST]
 
 
@@ -220,15 +220,15 @@ def _differences(groups: Sequence[Group]) -> str:
     return _section("Settings that differ", "", table)
 
 
-def _judged(groups: Sequence[Group], judged: Sequence[Judged | str]) -> list[str]:
+def _evaluated(groups: Sequence[Group], evaluated: Sequence[Evaluated | str]) -> list[str]:
     missing = [
-        f"{escape(g.name)}: {escape(j)}" for g, j in zip(groups, judged, strict=True)
+        f"{escape(g.name)}: {escape(j)}" for g, j in zip(groups, evaluated, strict=True)
         if isinstance(j, str)
     ]  # fmt: skip
-    drawn = judged_charts(groups, judged)
+    drawn = evaluated_charts(groups, evaluated)
     if not drawn:
-        return [_section("Classes", "Not judged. " + ". ".join(missing), "")]
-    there = [(g, j) for g, j in zip(groups, judged, strict=True) if isinstance(j, Judged)]
+        return [_section("Classes", "Not evaluated. " + ". ".join(missing), "")]
+    there = [(g, j) for g, j in zip(groups, evaluated, strict=True) if isinstance(j, Evaluated)]
     total = len(there[0][1].names)
     which = f"The {BARS} worst of {total:,} classes." if total > BARS else "Worst first."
     note = f"{_legend(groups)}{which} {'. '.join(missing)}"
@@ -252,20 +252,18 @@ def _of(groups: Sequence[Group], group: Group) -> str:
     return f": {escape(group.name)}" if len(groups) > 1 else ""
 
 
-def _sheet(group: Group, judged: Judged, several: bool) -> str:
-    pictures = "".join(
-        f'<figure><img alt="picture {m.index} of the validation set" '
+def _sheet(group: Group, evaluated: Evaluated, several: bool) -> str:
+    images = "".join(
+        f'<figure><img alt="image {m.index} of the validation set" '
         f'src="data:image/jpeg;base64,{base64.b64encode(m.jpeg).decode()}"><figcaption>'
         f"<b>{escape(m.prediction)}</b> {100 * m.confidence:.0f} %<br>is {escape(m.label)}"
         "</figcaption></figure>"
-        for m in judged.mistakes
+        for m in evaluated.mistakes
     )
-    total = int(judged.counts.sum() - judged.counts.trace())
+    total = int(evaluated.counts.sum() - evaluated.counts.trace())
     title = f"Wrong predictions: {group.name}" if several else "Wrong predictions"
-    note = (
-        f"The {len(judged.mistakes)} most confident of {total:,}, at most three of a class first."
-    )
-    return _section(title, note, f'<div class="sheet">{pictures}</div>')
+    note = f"The {len(evaluated.mistakes)} most confident of {total:,}, at most three of a class first."
+    return _section(title, note, f'<div class="sheet">{images}</div>')
 
 
 def _epochs(tables: Sequence[tuple[str, str]]) -> str:

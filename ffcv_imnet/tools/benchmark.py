@@ -92,7 +92,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.what == "train" and not options.config:
         raise UsageError("benchmark train needs --config, a recipe")
     if options.what == "step" and options.batch_size < 2:
-        raise UsageError("--batch_size 1: BatchNorm needs two pictures; take 2 or more")
+        raise UsageError("--batch_size 1: BatchNorm needs two images; take 2 or more")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise UsageError(f"--json {options.json}: its folder does not exist; make it first")
     if options.what == "loader" and options.beton is None:

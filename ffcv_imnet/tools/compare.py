@@ -4,7 +4,7 @@ python -m ffcv_imnet compare runs/new/*/log.jsonl --against runs/old/*/log.jsonl
 
 The p-value is that of a t-test on the runs' values: paired by seed where both recipes have the same
 seeds, else Welch's (unequal variances). With three runs a side it can only find large effects.
-A run that keeps averaged weights is judged by them (ema_top_1), not by the better of the two.
+A run that keeps averaged weights is evaluated by them (ema_top_1), not by the better of the two.
 """
 
 import sys
@@ -65,15 +65,15 @@ def read_side(name: str, paths: list[Path]) -> Side:
 
 
 def warnings(a: Side, b: Side) -> list[str]:
-    """What a reader of the table must know: other validation pictures, runs that did not end."""
+    """What a reader of the table must know: other validation images, runs that did not end."""
     found = []
-    judged = [
+    evaluated = [
         log.headers[0].manifests.get("val", {}).get("content_checksum")
         for log in (*a.logs, *b.logs)
     ]
-    if len(set(judged)) > 1:
+    if len(set(evaluated)) > 1:
         found.append(
-            "the runs were validated on different pictures: the difference is not the recipe's"
+            "the runs were validated on different images: the difference is not the recipe's"
         )
     for side in (a, b):
         if any(log.epochs[-1].ema_top_1 is not None for log in side.logs):
@@ -155,7 +155,7 @@ def plot(a: Side, b: Side, target: float | None, path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table and write the picture."""
+    """Print the table and write the image."""
     parser = ToolParser("compare", __doc__)
     parser.add_argument("runs", nargs="+", type=path_of, metavar="RUN", help="folders or logs")
     parser.add_argument("--against", nargs="+", type=path_of, required=True, metavar="RUN")

@@ -1,6 +1,6 @@
 """Run the whole path on a generated data set: write, train, log, table, curve.
 
-Draws small pictures of ten shapes, then runs the two scripts as a user would, printing each command
+Draws small images of ten shapes, then runs the two scripts as a user would, printing each command
 before it starts. Ends with status 1 if the network does not reach the accuracy that only a pipeline
 which works can reach (`training.stop_at` of rn_configs/demo.yaml). Each time trains anew.
 """
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     images, betons = out / "images", out / "beton"
     number = len(CLASSES) * (TRAIN_PER_CLASS + VAL_PER_CLASS)
     print(
-        f"{number:,} pictures of {len(CLASSES)} shapes in {images}: {', '.join(CLASSES)}",
+        f"{number:,} images of {len(CLASSES)} shapes in {images}: {', '.join(CLASSES)}",
         flush=True,
     )
     if not write_tree(images, TRAIN_PER_CLASS, VAL_PER_CLASS, SEED):
@@ -104,7 +104,7 @@ def conclude(folder: Path) -> int:
         f"  log     {folder / 'log.jsonl'}\n"
         f"  curve   {folder / 'curve.png'}\n"
         f"  weights {folder / 'best.pt'}\n"
-        "Next, with photographs in data/imagenet/{train,val}/<class>/:\n"
+        "Next, with images in data/imagenet/{train,val}/<class>/:\n"
         "  .venv/bin/python write_ffcv.py --split train\n"
         "  .venv/bin/python write_ffcv.py --split val\n"
         "  .venv/bin/python train_imagenet.py --config rn_configs/rn18_16ep.yaml"

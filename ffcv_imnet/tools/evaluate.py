@@ -1,12 +1,12 @@
-"""Judge weights on a .beton or a folder: top-1, top-5, loss, calibration, classes, confusions.
+"""Evaluate weights on a .beton or a folder: top-1, top-5, loss, calibration, classes, confusions.
 
 python -m ffcv_imnet evaluate --weights runs/rn18_16ep/best.pt --data data/beton/val.beton
-python -m ffcv_imnet evaluate --weights model.onnx --data data/imagenet/val --out judged.json
+python -m ffcv_imnet evaluate --weights model.onnx --data data/imagenet/val --out evaluated.json
 torchrun --nproc_per_node=2 -m ffcv_imnet evaluate --weights W --data DATA
 
 Weights are a checkpoint of this project, a state dict (torchvision, timm) or an ONNX file. By default
-a checkpoint is judged as its run validated it, so that the log's number comes out again; other
-weights as torchvision judges its own: shorter side to 256, centre 224, bilinear.
+a checkpoint is evaluated as its run validated it, so that the log's number comes out again; other
+weights as torchvision evaluates its own: shorter side to 256, centre 224, bilinear.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.folder_loader import FolderLoader
 from ffcv_imnet.data.loader import ValLoader, workers_of
-from ffcv_imnet.evaluate.metrics import judge, score
+from ffcv_imnet.evaluate.metrics import collect_outcomes, score
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.evaluate.weights import (
     Network,
@@ -60,9 +60,7 @@ def parser() -> ToolParser:
         "--resolution", type=SIDE, nargs="+", metavar="PX", help="one or several sides of the input"
     )
     add("--resize", type=SIDE, metavar="PX", help="shorter side, instead of --crop_ratio")
-    add(
-        "--tta", action="store_true", help="also with logits averaged over picture and mirror image"
-    )
+    add("--tta", action="store_true", help="also with logits averaged over image and mirror image")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"],
         help="default: as the run trained; fp32 for other weights")  # fmt: skip
     add("--batch_size", type=in_range(int, 1), metavar="N",
@@ -74,7 +72,7 @@ def parser() -> ToolParser:
 
 
 def main(argv: list[str]) -> int:
-    """Judge, print the tables, write the JSON. Exit status 0."""
+    """Evaluate, print the tables, write the JSON. Exit status 0."""
     options = parser().parse_args(argv)
     if options.out is not None and not options.out.parent.is_dir():
         raise UsageError(f"--out {options.out}: the folder {options.out.parent} does not exist")
@@ -97,11 +95,11 @@ def main(argv: list[str]) -> int:
     try:
         for how in hows:
             loader = open_data(options, network, how, world)
-            judged = judge(
+            evaluated = collect_outcomes(
                 model, loader, world, DTYPES[precision], outputs, tta=options.tta,
                 what=f"{how.resolution} px",
             )  # fmt: skip
-            for view, outcomes in judged.items():
+            for view, outcomes in evaluated.items():
                 views.append({**asdict(how), "view": view, **score(outcomes, names)})
     finally:
         disconnect(world)
@@ -112,7 +110,7 @@ def main(argv: list[str]) -> int:
         "content_checksum": checksum, "classes": len(classes), "outputs": network.outputs,
         "precision": precision, "device": world.device_name(), "world_size": world.size,
         "versions": provenance.versions(), "git_commit": provenance.git_commit(),
-        "judged": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "views": views,
+        "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "views": views,
     }  # fmt: skip
     if options.out is not None:  # before a reader who has seen enough closes the output
         write_json({k: v for k, v in report.items() if v is not None}, options.out)

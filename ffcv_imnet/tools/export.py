@@ -45,7 +45,7 @@ from ffcv_imnet.tools import ToolParser
 
 OPSETS = range(11, 21)  # 11: TensorRT 7; 20: the last of the exporter that can also write 13
 TOLERANCE = 1e-4  # largest difference of a logit, over the largest logit (1 at least); fp32
-GENERATED = 64  # pictures, where no photographs are given
+GENERATED = 64  # images, where no images are given
 BATCH = 32
 
 Decode = Callable[[], Pixels]
@@ -60,9 +60,9 @@ def parser() -> ToolParser:
     add(
         "--data",
         type=path_of,
-        help="photographs to compare on: .beton or folder; default: generated",
+        help="images to compare on: .beton or folder; default: generated",
     )
-    add("--photos", type=in_range(int, 1), default=256, metavar="N",
+    add("--images", "--photos", dest="images", type=in_range(int, 1), default=256, metavar="N",
         help="at most so many (default: %(default)s)")  # fmt: skip
     add("--opset", type=in_range(int, OPSETS[0], OPSETS[-1]), default=13,
         help="of ONNX (default: %(default)s; TensorRT 8.0 and later read it)")  # fmt: skip
@@ -87,20 +87,22 @@ def main(argv: list[str]) -> int:
     out: Path = options.out
     labels = check_labels(out.with_name("labels.txt"), network)
     print(f"{options.weights}: {network.origin}")
-    pictures = np.stack(list(photographs(options, network, how)))  # before the slow part: all read
+    examples = np.stack(
+        list(sample_images(options, network, how))
+    )  # before the slow part: all read
     notes = notes_of(network, how)
     weights = out.with_suffix(".safetensors")
     try:
         write_onnx(network, how, options, notes, out)
-        difference = compare(network.model, partial_path(out), pictures)
+        difference = compare(network.model, partial_path(out), examples)
         write_safetensors(network, notes, weights)
     except BaseException:
         for path in (out, weights):
             partial_path(path).unlink(missing_ok=True)
         raise
-    what = f"photographs of {options.data}" if options.data else "generated pictures"
+    what = f"images of {options.data}" if options.data else "generated images"
     print(
-        f"ONNX Runtime gives PyTorch's logits on {len(pictures)} {what}: largest difference "
+        f"ONNX Runtime gives PyTorch's logits on {len(examples)} {what}: largest difference "
         f"{difference:.1e} (tolerance {TOLERANCE:g}) of the largest logit, all top-1 the same"
     )
     if labels is not None:
@@ -211,7 +213,9 @@ def write_safetensors(network: Network, notes: dict[str, Any], path: Path) -> No
 # ---- comparing ----------------------------------------------------------------------------------
 
 
-def photographs(options: argparse.Namespace, network: Network, how: Preprocess) -> Iterator[Pixels]:
+def sample_images(
+    options: argparse.Namespace, network: Network, how: Preprocess
+) -> Iterator[Pixels]:
     """(side, side, 3) uint8 each: spread evenly over --data, or drawn. Raises RunError, UsageError."""
     data: Path | None = options.data
     if data is None:
@@ -221,16 +225,16 @@ def photographs(options: argparse.Namespace, network: Network, how: Preprocess) 
         return
     if not data.is_dir():
         match_classes(network, check_beton(data).classes, str(data))
-        every = stored_photographs(data, options.photos)
+        every = stored_images(data, options.images)
     else:
         tree = ImageFolderTree(data)
         match_classes(network, tree.classes, str(data))
-        every = folder_photographs(tree, options.photos)
+        every = folder_images(tree, options.images)
     for name, decode in every:
         try:
             yield resize_and_crop(decode(), how)
         except (OSError, BadImage) as error:
-            raise RunError(f"{name}: the photograph cannot be read ({error})") from error
+            raise RunError(f"{name}: the image cannot be read ({error})") from error
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -242,19 +246,19 @@ def evenly(total: int, count: int) -> list[int]:
     )
 
 
-def folder_photographs(tree: ImageFolderTree, count: int) -> Iterator[tuple[str, Decode]]:
+def folder_images(tree: ImageFolderTree, count: int) -> Iterator[tuple[str, Decode]]:
     """Name, and a function that decodes."""
     for index in evenly(len(tree), count):
         yield f"{tree.where}/{tree.name(index)}", partial(decode_of, tree, index)
 
 
 def decode_of(tree: ImageFolderTree, index: int) -> Pixels:
-    """One photograph of a tree. Raises OSError, BadImage."""
+    """One image of a tree. Raises OSError, BadImage."""
     return decode_rgb(tree.read(index)[0])
 
 
-def stored_photographs(path: Path, count: int) -> Iterator[tuple[str, Decode]]:
-    """Likewise, of the pictures in a .beton as they are stored."""
+def stored_images(path: Path, count: int) -> Iterator[tuple[str, Decode]]:
+    """Likewise, of the images in a .beton as they are stored."""
     tables = read_tables(path)
     with path.open("rb") as file:
         for index in evenly(len(tables.labels), count):
@@ -262,11 +266,11 @@ def stored_photographs(path: Path, count: int) -> Iterator[tuple[str, Decode]]:
 
 
 @torch.no_grad()
-def compare(model: torch.nn.Module, path: Path, pictures: Pixels) -> float:
+def compare(model: torch.nn.Module, path: Path, examples: Pixels) -> float:
     """Largest difference of a logit between PyTorch and ONNX Runtime, over the largest logit.
 
     Args:
-        pictures: (N, side, side, 3) uint8.
+        examples: (N, side, side, 3) uint8.
 
     Raises:
         RunError: it exceeds `TOLERANCE`, or a top-1 differs.
@@ -274,7 +278,7 @@ def compare(model: torch.nn.Module, path: Path, pictures: Pixels) -> float:
     shipped = OnnxNetwork(path)
     largest, worst, changed = 1.0, 0.0, 0
     for start in itertools.count(0, BATCH):
-        part = pictures[start : start + BATCH]
+        part = examples[start : start + BATCH]
         if not len(part):
             break
         pixels = torch.from_numpy(np.ascontiguousarray(part.transpose(0, 3, 1, 2)))
@@ -286,7 +290,7 @@ def compare(model: torch.nn.Module, path: Path, pictures: Pixels) -> float:
     if not worst / largest <= TOLERANCE or changed:
         raise RunError(
             f"ONNX Runtime does not reproduce PyTorch: largest difference {worst / largest:.1e} of the "
-            f"largest logit (tolerance {TOLERANCE:g}), {changed} of {len(pictures)} top-1 differ; "
+            f"largest logit (tolerance {TOLERANCE:g}), {changed} of {len(examples)} top-1 differ; "
             "nothing was written"
         )
     return worst / largest

@@ -4,7 +4,7 @@ python -m ffcv_imnet models                               no network is run
 python -m ffcv_imnet models --measure                     times a training step of each, seconds a network
 python -m ffcv_imnet models resnet18 slim13 --training.use_blurpool=false    some of them, with options
 
-Operations are those of one picture forward, additions and multiplications counted separately
+Operations are those of one image forward, additions and multiplications counted separately
 (torch's FlopCounterMode), with BlurPool as training.use_blurpool has it.
 """
 
@@ -101,7 +101,7 @@ def chosen_options(words: list[str]) -> dict[str, str]:
 
 
 def operations(model: nn.Module, side: int) -> int:
-    """Floating-point operations of one picture of `side` px, forward; on the meta device nothing is computed."""
+    """Floating-point operations of one image of `side` px, forward; on the meta device nothing is computed."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"))
     return int(counter.get_total_flops())

@@ -1,9 +1,9 @@
-"""Name what is on photographs: the five likeliest classes, and with --out a picture of them.
+"""Name what is on images: the five likeliest classes, and with --out an image of them.
 
 python -m ffcv_imnet predict --weights runs/rn18_16ep/best.pt photo.jpg another.png
 python -m ffcv_imnet predict --weights model.onnx photo.jpg --out named.png
 
-A photograph that cannot be read is named on the standard error; the others go on, and the exit
+An image that cannot be read is named on the standard error; the others go on, and the exit
 status is 1.
 """
 
@@ -28,14 +28,14 @@ from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.preprocess import resize_and_crop
 from ffcv_imnet.tools import ToolParser
 
-DRAWN = 100  # photographs on one picture: matplotlib draws at most 65,536 px in height
+DRAWN = 100  # images on one image: matplotlib draws at most 65,536 px in height
 LONGEST = 60  # characters of a name on it
 
 Guesses = list[tuple[float, str]]  # probability and class, the likeliest first
 
 
 class Named(NamedTuple):
-    """What the picture shows of a photograph."""
+    """What the image shows of an image."""
 
     path: Path
     pixels: Pixels
@@ -43,25 +43,25 @@ class Named(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    """Print a table for each photograph. Exit status 0, or 1 if one of them cannot be read."""
+    """Print a table for each image. Exit status 0, or 1 if one of them cannot be read."""
     parser = ToolParser("predict", __doc__)
     add = parser.add_argument
-    add("photos", type=path_of, nargs="+", metavar="PHOTO")
+    add("images", type=path_of, nargs="+", metavar="IMAGE")
     add_options(parser)
     add("--resolution", type=in_range(int, 8, 4096), metavar="PX", help="side of the input")
-    add("--out", type=path_of, metavar="FILE.png", help="picture of photographs and guesses")
+    add("--out", type=path_of, metavar="FILE.png", help="sheet of images and guesses")
     options = parser.parse_args(argv)
     out: Path | None = options.out
     if out is not None and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: name a .png file in a folder that exists")
-    if out is not None and len(options.photos) > DRAWN:
-        raise UsageError(f"--out draws at most {DRAWN} photographs, not {len(options.photos):,}")
+    if out is not None and len(options.images) > DRAWN:
+        raise UsageError(f"--out draws at most {DRAWN} images, not {len(options.images):,}")
     network = load_from(options)
     how = parse_preprocess(network, options.resolution, options)
     names = class_names(network)
     print(f"{options.weights}: {network.origin}; {how.resolution} px")
     shown, bad = [], 0
-    for path in options.photos:
+    for path in options.images:
         try:
             rgb = read(path)
         except RunError as error:
@@ -76,22 +76,20 @@ def main(argv: list[str]) -> int:
             shown.append(Named(path, rgb[::step, ::step].copy(), guesses))
     if out is not None and shown:
         draw(shown, out)
-        print(f"\npicture: {out}")
+        print(f"\nimage: {out}")
     return 1 if bad else 0
 
 
 def read(path: Path) -> Pixels:
-    """A photograph's pixels. Raises RunError if there is none or it is damaged."""
+    """An image's pixels. Raises RunError if there is none or it is damaged."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise BadImage("not a file")
         return decode_rgb(path.read_bytes())
     except OSError as error:
-        raise RunError(
-            f"{path}: the photograph cannot be read ({error.strerror or error})"
-        ) from error
+        raise RunError(f"{path}: the image cannot be read ({error.strerror or error})") from error
     except BadImage as error:
-        raise RunError(f"{path}: the photograph cannot be read ({error})") from error
+        raise RunError(f"{path}: the image cannot be read ({error})") from error
 
 
 @torch.no_grad()
@@ -108,7 +106,7 @@ def guess(model: torch.nn.Module, pixels: Pixels, names: tuple[str, ...]) -> Gue
 
 
 def draw(shown: list[Named], path: Path) -> None:
-    """A row a photograph: the photograph, and bars of its classes' probabilities."""
+    """A row an image: the image, and bars of its classes' probabilities."""
     text = "".join(name for one in shown for name in (one.path.name, *(n for _, n in one.guesses)))
     style = {"fontsize": 9, "color": "#333333", "family": fonts_for(text), "parse_math": False}
     figure = Figure(figsize=(9, 2.6 * len(shown)), layout="constrained", facecolor="white")

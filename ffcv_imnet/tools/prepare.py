@@ -95,7 +95,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def open_splits(options: argparse.Namespace) -> list[Split]:
-    """The archives, indexed. Of one that is cut off, the whole classes are taken."""
+    """The archives, indexed. Of one that is truncated, the whole classes are taken."""
     found = []
     for name, tar in (("train", options.train_tar), ("val", options.val_tar)):
         if tar is None:

@@ -1,8 +1,8 @@
-"""Rehearse ImageNet's count with small generated pictures: tars, .beton, verify, first steps.
+"""Rehearse ImageNet's count with small generated images: tars, .beton, verify, first steps.
 
 python -m ffcv_imnet rehearse --dir /big/disk/rehearsal
 
-1,281,167 pictures in 1,000 inner tars and 50,000 in a flat one take 3 GB, their .beton 2 GB. Prints
+1,281,167 images in 1,000 inner tars and 50,000 in a flat one take 3 GB, their .beton 2 GB. Prints
 wall time and peak memory of every step and the time from command to first batch. The folder is
 removed at the end unless --keep is given.
 """
@@ -28,7 +28,7 @@ from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.tools import ToolParser
 
-POOL = 512  # different pictures; every image is one of them
+POOL = 512  # different images; every image is one of them
 SIDE = 48  # pixels
 NAMES = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "val_labels.txt"
 
@@ -71,12 +71,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def pictures() -> list[bytes]:
+def small_images() -> list[bytes]:
     """JPEGs of smooth random colours."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (POOL, 4, 4, 3), dtype=np.uint8)
     big = [cv2.resize(c, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC) for c in coarse]
-    return [cv2.imencode(".jpg", picture)[1].tobytes() for picture in big]
+    return [cv2.imencode(".jpg", image)[1].tobytes() for image in big]
 
 
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -88,7 +88,7 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def make_archives(folder: Path, images: int, val_images: int, classes: int) -> None:
     """The two archives in ImageNet's packing, and the labels of the flat one."""
-    pool = pictures()
+    pool = small_images()
     train, val, labels = (folder / name for name in NAMES)
     wnids = [f"n{10_000_000 + 7 * number:08d}" for number in range(classes)]
     number = 0

@@ -6,7 +6,7 @@ python -m ffcv_imnet report RUN... --out report.html  one page, readable without
 
 RUN is a run's folder or a log; a run that still goes on will do. On the page runs that differ
 in nothing but the seed are one curve with a band. Where best.pt and the validation data of a run are
-at hand, the best run of each curve is judged: its classes, confusions and wrong predictions.
+at hand, the best run of each curve is evaluated: its classes, confusions and wrong predictions.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, rea
 from ffcv_imnet.tools import ToolParser
 
 if TYPE_CHECKING:
-    from ffcv_imnet.report.evaluation import Judged
+    from ffcv_imnet.report.evaluation import Evaluated
 
 # Kept apart by colour and by pattern: the plain weights' curve is the thick one.
 SCORES = {
@@ -44,7 +44,7 @@ INK, FAINT = "#333333", "#8a8a8a"
 
 
 def table(log: Log) -> str:
-    """One row an epoch; the columns of EMA, TTA and skipped pictures only where some epoch has them."""
+    """One row an epoch; the columns of EMA, TTA and skipped images only where some epoch has them."""
     columns: dict[str, str] = {
         "epoch": "d", "resolution": "d", "lr": ".4f", "train_loss": ".3f", "val_loss": ".3f",
         "top_1": ".4f", "top_5": ".4f", "ema_top_1": ".4f", "tta_top_1": ".4f",
@@ -78,7 +78,7 @@ def verdict(log: Log) -> str:
     return f"{text} Target {target(log):g} not reached." if target(log) else f"{text} No target."
 
 
-# ---- the picture --------------------------------------------------------------------------------
+# ---- the image --------------------------------------------------------------------------------
 
 
 def plot(logs: dict[str, Log], path: Path) -> None:
@@ -188,39 +188,39 @@ def _name_axes(figure: Figure, top: Axes, loss: Axes, plan: Axes, rate: Axes) ->
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def write_report(groups: list[Group], out: Path, png: Path | None, photographs: int) -> None:
+def write_report(groups: list[Group], out: Path, png: Path | None, shown: int) -> None:
     """The page at `out`, and each of its charts as a PNG in the folder `png`."""
-    from ffcv_imnet.report import charts, html  # torch, for judging; the table needs none
+    from ffcv_imnet.report import charts, html  # torch, for evaluating; the table needs none
 
-    judged = [_judge(group, photographs) for group in groups]
+    evaluated = [_evaluate(group, shown) for group in groups]
     tables = [
         (f"{group.name}: {run.name}" if len(group.runs) > 1 else group.name, table(run.log))
         for group in groups
         for run in group.runs
     ]
-    page = html.write_page(groups, judged, tables)
+    page = html.write_page(groups, evaluated, tables)
     with atomic_write(out, "w") as file:
         file.write(page)
     print(f"page: {out} ({len(page) / 1e6:.1f} MB)")
     if png is not None:
         drawn = [*html.groups_curves(groups), *html.groups_time(groups)]
-        drawn += html.judged_charts(groups, judged)
+        drawn += html.evaluated_charts(groups, evaluated)
         for number, chart in enumerate(drawn):
             with atomic_write(png / f"{number}_{chart.name}.png") as file:
                 file.write(charts.to_png(chart))
         print(f"charts: {len(drawn)} PNGs in {png}")
 
 
-def _judge(group: Group, photographs: int) -> "Judged | str":
-    """The group's best run judged, or why it cannot be."""
-    from ffcv_imnet.report.evaluation import judge_run
+def _evaluate(group: Group, shown: int) -> "Evaluated | str":
+    """The group's best run evaluated, or why it cannot be."""
+    from ffcv_imnet.report.evaluation import evaluate_run
 
-    if not photographs:
-        return "left out by --photographs 0"
+    if not shown:
+        return "left out by --images 0"
     try:
-        return judge_run(max(group.runs, key=lambda run: best(run.log)[0]), photographs)
+        return evaluate_run(max(group.runs, key=lambda run: best(run.log)[0]), shown)
     except (UsageError, RunError) as error:
-        print(f"{group.name}: not judged: {error}")
+        print(f"{group.name}: not evaluated: {error}")
         return str(error)
 
 
@@ -228,7 +228,7 @@ def _judge(group: Group, photographs: int) -> "Judged | str":
 
 
 def main(argv: list[str]) -> int:
-    """Print each run's table and write the picture or the page."""
+    """Print each run's table and write the image or the page."""
     parser = ToolParser("report", __doc__)
     parser.add_argument(
         "runs", nargs="+", type=path_of, metavar="RUN", help="a run's folder or log"
@@ -240,11 +240,11 @@ def main(argv: list[str]) -> int:
         help=".png or .html; default: RUN/curve.png, or LOG.png",
     )
     parser.add_argument("--png", type=path_of, metavar="DIR", help="the page's charts as PNGs too")
-    parser.add_argument("--photographs", type=int, default=24, metavar="N",
-                        help="wrong predictions shown; 0: judge nothing (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--images", "--photographs", dest="images", type=int, default=24, metavar="N",
+                        help="wrong predictions shown; 0: evaluate nothing (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
-    if options.photographs < 0:
-        raise UsageError("--photographs is 0 or more")
+    if options.images < 0:
+        raise UsageError("--images is 0 or more")
     out = _output(options.out, options.png, options.runs)
 
     runs = [read_run(path) for path in options.runs]
@@ -253,7 +253,7 @@ def main(argv: list[str]) -> int:
     only = runs[0].path
     out = out or (only / "curve.png" if only.is_dir() else only.with_suffix(".png"))
     if out.suffix.lower() == ".html":
-        write_report(group_runs(runs), out, options.png, options.photographs)
+        write_report(group_runs(runs), out, options.png, options.images)
         return 0
     plot({str(run.path): run.log for run in runs}, out)
     print(f"curve: {out}")
@@ -263,7 +263,7 @@ def main(argv: list[str]) -> int:
 def _output(out: Path | None, png: Path | None, runs: list[Path]) -> Path | None:
     """`--out`, if it can be written. Raises UsageError."""
     if out is None and len(runs) > 1:
-        raise UsageError("several runs make one picture: name it with --out FILE.png or .html")
+        raise UsageError("several runs make one image: name it with --out FILE.png or .html")
     good = out is None or (out.suffix.lower() in (".png", ".html") and out.parent.is_dir())
     if not good:
         raise UsageError(f"--out {out}: name a .png or .html file in a folder that exists")

@@ -1,4 +1,4 @@
-"""Draw what the network is fed: the same photographs, a row a resolution, as several epochs crop them.
+"""Draw what the network is fed: the same images, a row a resolution, as several epochs crop them.
 
 python -m ffcv_imnet samples --config rn_configs/rn18_16ep.yaml
 python -m ffcv_imnet samples --beton data/mine/train.beton --config C --out samples.png
@@ -32,16 +32,24 @@ from ffcv_imnet.tools import ToolParser
 
 INK, MUTED = "#1b1e23", "#667080"
 INCHES = 0.95  # a crop's side
-MOST = 100  # photographs, epochs: more make a picture that nothing opens
+MOST = 100  # images, epochs: more make an image that nothing opens
 
 
 def main(argv: list[str]) -> int:
-    """Write the picture and say what it shows. Exit status 0."""
+    """Write the image and say what it shows. Exit status 0."""
     parser = ToolParser("samples", __doc__)
     add = parser.add_argument
     add("--config", action="append", default=[], metavar="FILE", help="of the run; repeatable")
     add("--beton", type=path_of, metavar="FILE", help="default: the config's data.train_dataset")
-    add("--photographs", type=int, default=4, metavar="N", help="default: %(default)s")
+    add(
+        "--images",
+        "--photographs",
+        dest="images",
+        type=int,
+        default=4,
+        metavar="N",
+        help="default: %(default)s",
+    )
     add("--epochs", type=int, default=3, metavar="N",
         help="at most, of each resolution (default: %(default)s)")  # fmt: skip
     add(
@@ -54,19 +62,14 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.out.suffix.lower() != ".png" or not options.out.parent.is_dir():
         raise UsageError(f"--out {options.out}: name a .png file in a folder that exists")
-    if (
-        not 1
-        <= min(options.photographs, options.epochs)
-        <= max(options.photographs, options.epochs)
-        <= MOST
-    ):
-        raise UsageError(f"--photographs and --epochs are from 1 to {MOST}")
+    if not 1 <= min(options.images, options.epochs) <= max(options.images, options.epochs) <= MOST:
+        raise UsageError(f"--images and --epochs are from 1 to {MOST}")
 
     chosen = {"data__train_dataset": options.beton} if options.beton else {}
     settings = load(*options.config, **chosen)
     beton = Path(settings.data.train_dataset)
     manifest = check_beton(beton)
-    count = min(options.photographs, manifest.samples)
+    count = min(options.images, manifest.samples)
     # No step is made, so a file smaller than a batch will do.
     settings = replace(settings, training=replace(settings.training, batch_size=count))
     indices = np.linspace(0, manifest.samples - 1, count).astype(
@@ -88,7 +91,7 @@ def main(argv: list[str]) -> int:
         [(f"{row[0].resolution} px", ", ".join(str(p.epoch) for p in row)) for row in rows],
         ("resolution", "epochs shown"),
     ))  # fmt: skip
-    print(f"{count} photographs of {beton}: {options.out}")
+    print(f"{count} images of {beton}: {options.out}")
     return 0
 
 
@@ -118,7 +121,7 @@ def draw(
     names: Sequence[str],
     path: Path,
 ) -> None:
-    """A PNG: resolutions downwards; photographs to the right, each under its epochs."""
+    """A PNG: resolutions downwards; images to the right, each under its epochs."""
     wide = max(map(len, rows))
     columns = len(names) * wide
     figure = Figure(
@@ -142,9 +145,9 @@ def draw(
             color=INK,
             fontsize=9,
         )
-        for e, (plan, pictures) in enumerate(zip(row, of_row, strict=True)):
-            for number, pixels in enumerate(pictures):
-                x = left + (number * wide + 0.1 + 0.96 * e) * step  # photographs stand apart
+        for e, (plan, crops_of_plan) in enumerate(zip(row, of_row, strict=True)):
+            for number, pixels in enumerate(crops_of_plan):
+                x = left + (number * wide + 0.1 + 0.96 * e) * step  # images stand apart
                 axes = figure.add_axes((x, bottom + 0.19 * high, step * 0.9, high * 0.8))
                 axes.imshow(pixels, interpolation="nearest")
                 axes.set_axis_off()

@@ -32,8 +32,8 @@ class Learner:
     scaler: GradScaler
     ema: AveragedModel | None
     forward: nn.Module  # `model` as training calls it: DistributedDataParallel, compiled
-    judge: nn.Module  # `model` and `ema` as validation calls them: compiled at most
-    ema_judge: nn.Module | None
+    eval_forward: nn.Module  # `model` and `ema` as validation calls them: compiled at most
+    ema_eval_forward: nn.Module | None
     precision: str  # fp32, bf16 or fp16
     compiled: bool = False
 
@@ -52,7 +52,7 @@ class Trained:
     lr: float = 0.0  # at the last step
     seconds: float = 0.0
     loader_seconds: float = 0.0  # waited for batches
-    skipped: int = 0  # damaged pictures, of all processes
+    skipped: int = 0  # damaged images, of all processes
     compile_seconds: float | None = None  # None: not compiled
     signal: int | None = None  # the one that ended it early
     late: bool = False  # ended early by a limit of hours or dollars
@@ -244,7 +244,7 @@ def read(path: Path) -> Any:
     ):  # a zip, before torch 1.6 a pickle
         raise UsageError(f"{path} is no file of weights: torch.save did not write it")
     if start == b"PK" and (damage := damage_of(path)) is not None:
-        raise RunError(f"{path} is damaged, cut off or no file of weights ({damage})")
+        raise RunError(f"{path} is damaged, truncated or no file of weights ({damage})")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript's archives, which are refused below
@@ -255,4 +255,4 @@ def read(path: Path) -> Any:
                 f"{path} holds Python objects (a whole network?) whose loading would run their code: "
                 "save its state_dict() instead"
             ) from error
-        raise RunError(f"{path} is damaged, cut off or no file of weights") from error
+        raise RunError(f"{path} is damaged, truncated or no file of weights") from error

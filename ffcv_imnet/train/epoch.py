@@ -44,22 +44,24 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
         forward = DistributedDataParallel(
             model, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
-    judge: nn.Module = model
-    ema_judge = ema.module if ema is not None else None
+    eval_forward: nn.Module = model
+    ema_eval_forward = ema.module if ema is not None else None
     if training.compile:
         keep_compilations(Path(settings.logging.folder).parent)
         # One graph for each resolution, in training and in evaluation: static shapes are faster.
         torch._dynamo.config.recompile_limit = 2 * len(resolutions(settings)) + 6
-        forward, judge = compile_static(forward), compile_static(model)
-        ema_judge = compile_static(ema_judge) if ema_judge is not None else None
+        forward, eval_forward = compile_static(forward), compile_static(model)
+        ema_eval_forward = (
+            compile_static(ema_eval_forward) if ema_eval_forward is not None else None
+        )
     return Learner(
         model=model,
         optimizer=build_optimizer(model, settings, precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=ema,
         forward=forward,
-        judge=judge,
-        ema_judge=ema_judge,
+        eval_forward=eval_forward,
+        ema_eval_forward=ema_eval_forward,
         precision=precision,
         compiled=training.compile,
     )

@@ -48,7 +48,7 @@ def explained(
 
 
 def _out_of_memory(learner: Learner, plan: EpochPlan, world: World, val_batch: int) -> str:
-    what = f"the memory of {world.device_name()} is full"
+    what = f"{world.device_name()} is out of memory"
     if not learner.model.training:
         return (
             f"{what} in the validation after epoch {plan.epoch}: lower validation.batch_size {val_batch}, "
@@ -71,7 +71,7 @@ def _out_of_memory(learner: Learner, plan: EpochPlan, world: World, val_batch: i
 def fitting_batch(peak: Callable[[int], int], room: int, tried: int) -> int | None:
     """The largest batch of one process that fits, a multiple of 8 where it is larger than that.
 
-    Memory is a constant (weights, momentum) and so much a picture. How far the step that failed had
+    Memory is a constant (weights, momentum) and so much an image. How far the step that failed had
     come nobody knows, so both are measured on two small batches.
 
     Args:

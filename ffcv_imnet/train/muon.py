@@ -201,7 +201,7 @@ class MuonSGD(FusedSGD):
     momentum is the decoupled one. The direction is not scaled by shape (there: by
     sqrt(max(1, rows / columns)), one for 3x3 kernels, sqrt(2) to 2 for a ResNet's widening 1x1
     kernels). torch.optim.Muon takes two-dimensional parameters only, a matrix at a time, and makes the
-    host wait for fp16's overflow flag, which two optimizers would moreover each judge for themselves.
+    host wait for fp16's overflow flag, which two optimizers would moreover each evaluate for themselves.
 
     Args:
         groups: as SGD's; a group with "ns_steps" is Muon's and has "muon_momentum" as well, with

@@ -27,7 +27,7 @@ class Metrics:
     loss: float
     top_1: float
     top_5: float
-    tta_top_1: float | None  # with logits summed over the picture and its mirror image
+    tta_top_1: float | None  # with logits summed over the image and its mirror image
     tta_top_5: float | None
     images: int
 
@@ -48,7 +48,7 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Loader(Protocol):
-    """`data.ValLoader` or `photos.FolderLoader`: sample k * size + rank is this process's k-th."""
+    """`data.ValLoader` or `FolderLoader`: sample k * size + rank is this process's k-th."""
 
     samples: int
 
@@ -71,7 +71,7 @@ def forward(
 
     Yields:
         Logits (batch, classes), float32, of the view "single" and with `tta` of "flip", where they
-        are the mean over the picture and its mirror image; labels (batch,), `PADDING` among them.
+        are the mean over the image and its mirror image; labels (batch,), `PADDING` among them.
 
     Raises:
         Interrupted: `stop` noted a signal, on any of the processes.
@@ -109,7 +109,7 @@ def evaluate(
     heart: Heartbeat = SILENT,
     what: str = "validation",
 ) -> Metrics:
-    """Judge `model` on all of `loader`'s images, in evaluation mode.
+    """Evaluate `model` on all of `loader`'s images, in evaluation mode.
 
     Sums are kept on the device in float64, added up over the processes once, at the end.
 
@@ -128,7 +128,7 @@ def evaluate(
             sums[4:6] += hits(logits["flip"], labels)
     loss_sum, images_seen, *found = world.sum(sums).tolist()
     if not images_seen:
-        raise RunError(f"not one picture of the {what} could be decoded: write its .beton again")
+        raise RunError(f"not one image of the {what} could be decoded: write its .beton again")
     if not math.isfinite(loss_sum):
         raise RunError(
             f"the {what} loss is NaN or infinite: the weights are lost; try a lower lr.lr"
@@ -163,13 +163,15 @@ def validate(learner: Learner, loader: ValLoader, watch: Watch, tta: bool) -> Va
     world, stop, heart = watch.world, watch.stop, watch.heart
     heart.beat("validating")
     world.share(learner.model)
-    plain = evaluate(learner.judge, loader, world, learner.dtype, tta=tta, stop=stop, heart=heart)
+    plain = evaluate(
+        learner.eval_forward, loader, world, learner.dtype, tta=tta, stop=stop, heart=heart
+    )
     skipped = loader.samples - plain.images
-    if learner.ema is None or learner.ema_judge is None or not learner.ema.n_averaged:
+    if learner.ema is None or learner.ema_eval_forward is None or not learner.ema.n_averaged:
         return Validation(plain, None, time.perf_counter() - started, skipped)
     world.share(learner.ema)
     average = evaluate(
-        learner.ema_judge,
+        learner.ema_eval_forward,
         loader,
         world,
         learner.dtype,

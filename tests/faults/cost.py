@@ -3,7 +3,7 @@
     python -m tests.faults.cost --dir /disk/of/the/runs
 
 By hand, on a machine that does nothing else. A start is a new process that resumes (imports, data,
-checkpoint and one step on generated pictures included), with everything in the page cache.
+checkpoint and one step on generated images included), with everything in the page cache.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Files cut off and bytes flipped, in every file that a run reads; who notices, and what is said."""
+"""Files truncated and bytes flipped, in every file that a run reads; who notices, and what is said."""
 
 import random
 import shutil
@@ -12,7 +12,7 @@ from tests.conftest import SmallData
 from tests.faults.lives import PATIENCE, Life, Row, same_run, train_config
 from tests.faults.outside import copy_of
 
-KINDS = ("tables", "pictures", "manifest", "checkpoint", "log", "config")
+KINDS = ("tables", "images", "manifest", "checkpoint", "log", "config")
 
 
 def damage(path: Path, draw: random.Random, first: int = 0, last: int | None = None) -> str:
@@ -21,7 +21,7 @@ def damage(path: Path, draw: random.Random, first: int = 0, last: int | None = N
     place = draw.randrange(first, last or len(data))
     if draw.random() < 0.3:
         path.write_bytes(data[:place])
-        return f"cut off at byte {place:,}"
+        return f"truncated at byte {place:,}"
     data[place] ^= 1 << draw.randrange(8)
     path.write_bytes(data)
     return f"bit flipped in byte {place:,}"
@@ -44,7 +44,7 @@ def one(
     tables = beton.read_tables(own.train)
     target, span = {
         "tables": (own.train, (0, tables.start)),
-        "pictures": (own.train, (int(tables.pointers.min()), tables.end)),
+        "images": (own.train, (int(tables.pointers.min()), tables.end)),
         "manifest": (own.train.with_suffix(".json"), (0, None)),
         "checkpoint": (run / "last.pt", (0, None)),
         "log": (run / "log.jsonl", (0, None)),
@@ -60,14 +60,14 @@ def one(
     quick = time.perf_counter() - life.started < PATIENCE
     happened, well = "hung", False
     if status is not None and status != 0:
-        # A damaged table, manifest or picture is named by its file; a config by its own name or key.
+        # A damaged table, manifest or image is named by its file; a config by its own name or key.
         named = target.name in life.error() or target.stem in life.error() or kind == "config"
         well = status in (1, 2) and named and quick and "Traceback" not in life.said()
         happened = f"refused ({status}): {life.error().replace(str(place), '')[7:120]}"
     elif status == 0:
         same = same_run(run, whole)
         said = "is damaged" in life.said()
-        found = kind in ("tables", "pictures", "manifest") and verified(own, place)
+        found = kind in ("tables", "images", "manifest") and verified(own, place)
         well = same
         happened = ("set right, saying so" if said else "went on") + (
             ", the result is the same" if same else ", the result DIFFERS"

@@ -142,7 +142,7 @@ def warm(data: SmallData) -> None:
 
 
 def write_data(root: Path, per_class: int = 10) -> SmallData:
-    """Generated pictures of ten classes, written by write_ffcv.py."""
+    """Generated images of ten classes, written by write_ffcv.py."""
     shapes.write_tree(root / "images", train_per_class=per_class, val_per_class=4)
     for split in ("train", "val"):
         words = ["--split", split, "--data_dir", root / "images", "--out_dir", root]

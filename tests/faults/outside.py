@@ -1,4 +1,4 @@
-"""Faults from outside a run: a file cut off under its map, a full disk, a rank that stops or dies."""
+"""Faults from outside a run: a file truncated under its map, a full disk, a rank that stops or dies."""
 
 import os
 import resource
@@ -43,7 +43,7 @@ def row_of(kind: str, injected: str, life: Life, names: str, since: float, lost:
 
 
 def truncated(data: SmallData, folder: Path) -> list[Row]:
-    """A .beton cut off while it is trained on, and one that is replaced, which harms nobody."""
+    """A .beton truncated while it is trained on, and one that is replaced, which harms nobody."""
     own = copy_of(data, folder / "cut")
     life = train(own.settings(folder / "cut_run", **LONG))
     checkpoints = changes_of(folder / "cut_run/last.pt")
@@ -52,7 +52,7 @@ def truncated(data: SmallData, folder: Path) -> list[Row]:
     os.truncate(own.train, own.train.stat().st_size // 4)
     cut = row_of(
         "map",
-        ".beton cut off in training",
+        ".beton truncated in training",
         life,
         "train.beton",
         since,

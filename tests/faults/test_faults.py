@@ -35,7 +35,7 @@ from tests.test_atomic import largest_file
 from tests.test_training import run
 
 KINDS = {
-    "kill", "tables", "pictures", "manifest", "checkpoint", "log", "config", "map", "disk", "rank",
+    "kill", "tables", "images", "manifest", "checkpoint", "log", "config", "map", "disk", "rank",
 }  # fmt: skip
 
 
@@ -57,12 +57,12 @@ def test_nothing_is_lost(kind: str, rows: list[dict[str, Any]]) -> None:
     assert mine and all(row["well"] for row in mine), mine
 
 
-# ---- a lost loss --------------------------------------------------------------------------------
+# ---- a non-finite loss --------------------------------------------------------------------------------
 
 LOST = {"lr__lr": 1e30, "training__momentum": 0, "training__on_nonfinite_loss": "back"}
 
 
-def test_a_lost_loss_goes_back_at_a_lower_rate(
+def test_a_non_finite_loss_goes_back_at_a_lower_rate(
     small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To a millionth each time; interrupted after that and resumed, the rate stays lowered."""
@@ -123,7 +123,7 @@ def test_weights_that_are_not_finite_are_not_saved(small: SmallData, tmp_path: P
 
 
 def test_the_batch_that_fits() -> None:
-    """100 bytes, and 3 a picture: (900 - 100) / 3 = 266, and 264 is a multiple of 8."""
+    """100 bytes, and 3 an image: (900 - 100) / 3 = 266, and 264 is a multiple of 8."""
     assert fitting_batch(lambda batch: 100 + 3 * batch, 1000, tried=400) == 264
     assert fitting_batch(lambda batch: 100 + 200 * batch, 1000, tried=400) == 4
     assert fitting_batch(lambda batch: 1000 + batch, 1000, tried=400) is None  # not even one

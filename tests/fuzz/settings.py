@@ -57,7 +57,7 @@ def forbidden(draw: random.Random) -> tuple[str, str]:
 
 
 def blind(text: str, draw: random.Random) -> bytes:
-    """Bytes changed, moved, repeated, cut off."""
+    """Bytes changed, moved, repeated, truncated."""
     data = bytearray(text.encode("utf-8", "surrogatepass"))
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(data) + 1)
