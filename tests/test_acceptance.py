@@ -14,7 +14,7 @@ import torch
 import acceptance.__main__ as driver
 from acceptance import bundle, checks, data, plan, profile, smoke
 from acceptance.plan import FULL, REHEARSAL, SMALLEST, Part, Place, Size
-from acceptance.record import Check, Outcome, Result, evaluate
+from acceptance.record import Check, Outcome, Result, verdict
 from ffcv_imnet.config.parsing import load, parse
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core.errors import RunError, UsageError
@@ -155,10 +155,10 @@ def test_step_goal() -> None:
         return {"step": step, "precision": "bf16", "images_per_second": 1.0, "spread": 0.1,
                 "ratio_to_public": ratio, "optimizer_share": 0.1, "warm_up_seconds": 1.0}  # fmt: skip
 
-    for ratio, verdict in ((1.41, "PASS"), (1.39, "FAIL")):
+    for ratio, expected in ((1.41, "PASS"), (1.39, "FAIL")):
         rows = [row("public", 1.0), row("sgd", 1.1), row("muon compiled", ratio)]
         *_, last = checks.step(1.4)(Outcome(0, 1.0, {"rows": rows}))
-        assert (last.verdict, last.goal) == (verdict, ">= 1.4")
+        assert (last.verdict, last.goal) == (expected, ">= 1.4")
         assert last.measured == f"{ratio} (muon compiled bf16)"
     assert all(
         check.verdict != "FAIL" for check in checks.step(None)(Outcome(0, 1.0, {"rows": rows}))
@@ -236,8 +236,8 @@ def test_a_trace_by_hand() -> None:
 
 
 def test_judge() -> None:
-    assert evaluate("a", "1", "2", True) == Check("a", "1", "2", "PASS")
-    result = Result("step", "x", "python", 0, 1.0, "now", [evaluate("a", "1", "2", False)])
+    assert verdict("a", "1", "2", True) == Check("a", "1", "2", "PASS")
+    result = Result("step", "x", "python", 0, 1.0, "now", [verdict("a", "1", "2", False)])
     assert result.checks[0].verdict == "FAIL"
 
 
