@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -135,7 +136,10 @@ def work(data: Path, log: Path, parent: int, shared: bool) -> None:
             sets[run.data] = experiment.load(folder, "train"), experiment.load(folder, "val")
         try:
             row = experiment.train(run, *sets[run.data], alive)
-        except Exception as error:  # a rival's own failure is a result; the study goes on
+        except RuntimeError as error:
+            if run.optimizer not in plan.ADAPTIVE:
+                raise
+            # A rival's own failure is a result; the study goes on.
             row = {"run": asdict(run), "error": f"{type(error).__name__}: {error}"[:300]}
         commit = os.environ.get("TRANSFER_COMMIT", "")
         row |= machine() | {"shared": shared, "load": os.getloadavg()[1], "commit": commit}
@@ -145,9 +149,12 @@ def work(data: Path, log: Path, parent: int, shared: bool) -> None:
 
 def start(options: argparse.Namespace) -> int:
     """One process a worker; they end with this one."""
-    for name in ("tiny100",):
+    for name in ("tiny100", "imagenette"):
         if not (options.data / name / "train_images.npy").exists():
             sys.exit(f"{options.data / name} has no packed images; see pack.py")
+    for name in ("schedulefree", "pytorch_optimizer"):
+        if find_spec(name) is None:
+            sys.exit(f"{name} is missing: pip install schedulefree pytorch-optimizer")
     only = lock(claims(options.log) / "study", wait=False)
     if only is None:
         sys.exit(f"a study is already writing {options.log}")
