@@ -219,11 +219,13 @@ def draw_curves(cells: dict[Run, Marks], out: Path) -> None:
         panels[f"rule for shape, epochs={epochs}"] = [
             run for run in cells if replace(run, scale="none") == replace(base, epochs=epochs)
         ]
-    panels["kernels at a fixed norm"] = [
-        run
-        for run in cells
-        if run == base or (run.hold and replace(run, hold=False, momentum=0.95) == base)
-    ]
+    for epochs in (1, 4, 16):
+        free = replace(base, epochs=epochs)
+        panels[f"kernels at a fixed norm, epochs={epochs}"] = [
+            run
+            for run in cells
+            if run == free or (run.hold and replace(run, hold=False, momentum=0.95) == free)
+        ]
     panels = {name: runs for name, runs in panels.items() if len(runs) > 1}
     if not panels:
         return
