@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from ffcv_imnet.config.schema import Settings, to_dict
+from ffcv_imnet.core import log
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data import beton
 from ffcv_imnet.data import loader as data
@@ -32,6 +33,7 @@ from ffcv_imnet.train.epoch import build_learner
 from tests.conftest import SmallData
 from tests.pictures import picture
 from tests.test_data import ALONE
+from tests.test_records import EPOCH
 
 
 def save_run(settings: Settings, classes: tuple[str, ...], path: Path, seed: int = 1) -> nn.Module:
@@ -51,7 +53,7 @@ def save_run(settings: Settings, classes: tuple[str, ...], path: Path, seed: int
         "settings": to_dict(settings),
         "data": {},
         "classes": list(classes),
-        "records": [{"type": "epoch"}],
+        "records": [log.to_dict(EPOCH)],
     }
     checkpoint.save(checkpoint.state_of(learner, run), path)
     return learner.model.eval()

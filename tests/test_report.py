@@ -181,9 +181,3 @@ def test_the_demo_fails_below_the_accuracy_that_proves_it(
 def test_a_failed_step_ends_the_demo(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="-c ended with status 3"):
         demo.run("-c", "raise SystemExit(3)")
-
-
-def test_the_demo_runs_from_the_root_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="repository's root"):
-        demo.main([])

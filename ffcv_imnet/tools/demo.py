@@ -6,6 +6,7 @@ which works can reach (`training.stop_at` of rn_configs/demo.yaml). Each time tr
 """
 
 import datetime
+import os
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,10 @@ def run(*command: str | Path) -> None:
     """Run a command of this Python, shown first. Raises RunError if it fails."""
     words = [str(word) for word in command]
     print(f"\n$ python {shlex.join(words)}", flush=True)
-    with subprocess.Popen([sys.executable, *words]) as process:
+    there = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
+    with subprocess.Popen(
+        [sys.executable, *words], env=os.environ | {"PYTHONPATH": there}
+    ) as process:
         try:
             status = process.wait()
         except KeyboardInterrupt:

@@ -167,9 +167,8 @@ def recorded(records: Path) -> dict[str, list[str]]:
     for record in sorted(path for path in records.glob("*") if path.is_dir()):
         runs = []
         for path in sorted(record.rglob(LOG)):
-            with suppress(
-                RunError
-            ):  # of another format, or without an epoch: no number for this table
+            # Of another format, or without an epoch: no number for this table.
+            with suppress(RunError, UsageError):
                 runs.append(read_run(path))
         finished = [run for run in runs if run.log.headers and run.log.summary is not None]
         for group in group_runs(finished):
