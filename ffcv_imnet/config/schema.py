@@ -284,6 +284,8 @@ NOT_OF_THE_RESULT = (
     "data.on_damaged",  # a damaged image in a long run must not cost the run
     "training.device",
     "logging.folder",
+    "training.stop_at",  # what is aimed at; how long it lasts with stop_when_reached may change
+    "training.stop_at_on",
     "training.checkpoint_minutes",
     "training.on_nonfinite_loss",
     "distributed.timeout_seconds",
