@@ -63,6 +63,8 @@ def own_signal_handlers() -> Iterator[None]:
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ENDING:  # a fixture of several tests may have made a run
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -253,12 +253,16 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.kinds: Counter[str] = Counter()
+        self.last = ""
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = op._schema.name.split("::")[1]
-        if op.namespace == "aten" and name not in FREE:
+        again = name in ("fill_", "zero_") and self.last.endswith(("zeros", "zeros_like"))
+        if name not in FREE:  # once torch.compile was used, zeros are dispatched as two
+            self.last = name
+        if op.namespace == "aten" and name not in FREE and not again:
             self.kinds[name] += self.pieces(args) if name.startswith(("_foreach", "_fused")) else 1
         return op(*args, **(kwargs or {}))
 
