@@ -8,11 +8,14 @@ Forked from one process that has imported everything, so that a test pays for th
 import os
 import sys
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +27,7 @@ from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.train import checkpoint
-from ffcv_imnet.train.epoch import build_learner
+from ffcv_imnet.train.epoch import build_learner, train_step
 from ffcv_imnet.train.validate import evaluate
 from tests.faults.lives import open_data
 from tests.faults.outside import free_port
@@ -39,10 +42,7 @@ def found_by(world: World, settings: Settings, path: Path) -> dict[str, Any]:
     checkpoint.restore(learner, checkpoint.load(path), path)
     val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world)
     evaluated = evaluate(learner.eval_forward, val_loader, world, learner.dtype)
-    learner.model.train()
-    for module in learner.model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    freeze(learner.model)
     loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
     batches = loader.epoch(plan_run(settings, train_set.samples)[0])
     images, labels = next(batches)
@@ -50,6 +50,43 @@ def found_by(world: World, settings: Settings, path: Path) -> dict[str, Any]:
     gradients = [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
     batches.close()
     return {"metrics": vars(evaluated), "gradients": gradients, "batch": len(labels)}
+
+
+def compiled_steps(world: World, settings: Settings, path: Path) -> dict[str, Any]:
+    """The weights after two steps of Muon by compiled networks, from a checkpoint's and with BatchNorm frozen; and
+    the number of graphs after each. By dynamo's "eager": no C++ is built."""
+    muon = replace(settings.training, optimizer="muon", compile=True)
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    plain = torch.compile
+    torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", lambda m, **more: plain(m, backend=backend, **more)):
+        learner = build_learner(replace(settings, training=muon), 10, world)
+    learner.model.load_state_dict(checkpoint.load(path)["model"])
+    freeze(learner.model)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = pixels.chunk(world.size)[world.rank].contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(16).remainder(10).chunk(world.size)[world.rank]
+    made = []
+    for _ in range(2):
+        train_step(learner, images, labels, 0.05, 0.1)
+        made.append(len(graphs))
+    weights = [p.detach().clone() for p in learner.model.parameters()]
+    assert world.agree(str([float(w.double().sum()) for w in weights])), "their weights differ"
+    return {"weights": weights, "graphs": made}
+
+
+def freeze(model: nn.Module) -> None:
+    """Training, but for BatchNorm, whose statistics would be those of each process's own share."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def rank(number: int, folder: Path, settings: Settings, ports: dict[int, int]) -> None:
@@ -67,6 +104,8 @@ def rank(number: int, folder: Path, settings: Settings, ports: dict[int, int]) -
                     timeout=timedelta(seconds=600),
                 )
             found = found_by(world, settings, folder / "run/last.pt")
+            if size <= 2:
+                found |= compiled_steps(world, settings, folder / "run/last.pt")
             if world.is_main:
                 torch.save(found, folder / f"{size}.pt")
             if size > 1:

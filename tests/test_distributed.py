@@ -58,6 +58,16 @@ def test_gradients_are_those_of_one_process(size: int, found: dict[int, dict[str
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_two_compiled_processes_make_the_steps_of_one(found: dict[int, dict[str, Any]]) -> None:
+    """DistributedDataParallel under torch.compile, with Muon. It breaks the network into several graphs (torch 2.15),
+    and the second step makes none."""
+    assert found[1]["graphs"] == [1, 1]
+    first, second = found[2]["graphs"]
+    assert 0 < first == second
+    for ours, wanted in zip(found[2]["weights"], found[1]["weights"], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-5)
+
+
 GIVEN = {
     "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",

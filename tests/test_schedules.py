@@ -58,6 +58,12 @@ def test_learning_rate_by_hand() -> None:
     assert rates(3, 2, lr__lr=1.0, lr__lr_peak_epoch=1) == pytest.approx(expected)
 
 
+def test_the_peak_may_be_the_end() -> None:
+    """Muon's learning rate is set in proportion to the one there."""
+    lr = load(lr__lr=0.5, lr__lr_peak_epoch=2, training__epochs=2).lr
+    assert schedules.learning_rate(lr, 2, 2, 256) == 0.5
+
+
 def test_no_warm_up_starts_at_the_peak() -> None:
     assert rates(2, 100, lr__lr=1.0, lr__lr_peak_epoch=0)[0] == pytest.approx(1 - 0.005 / 2)
 

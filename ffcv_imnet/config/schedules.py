@@ -39,6 +39,8 @@ def learning_rate(lr: Lr, epochs: int, epoch: float, batch_size: int) -> float:
     peak = lr.lr * (batch_size / lr.base_batch_size if lr.base_batch_size else 1.0)
     if epoch < lr.lr_peak_epoch:
         return peak * epoch / lr.lr_peak_epoch
+    if epoch == lr.lr_peak_epoch:  # which may be the run's end
+        return peak
     done = (epoch - lr.lr_peak_epoch) / (epochs - lr.lr_peak_epoch)
     return peak * (1.0 - done if lr.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
 
