@@ -108,6 +108,18 @@ def test_a_world_by_halves_is_refused(change: dict[str, str | None], said: str) 
     assert "torchrun" in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_who_disagrees_still_votes_as_often_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the others wait for a vote that never comes."""
+    world, asked = World(1, 2, 1, 2, torch.device("cpu")), []
+
+    def least(_: World, value: int) -> int:
+        asked.append(value)
+        return value - 1  # of another process
+
+    monkeypatch.setattr(World, "least", least)
+    assert not world.agree("something else") and len(asked) == 2
+
+
 def test_processes_that_disagree_do_not_start(
     small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,8 @@ class World(Ranks):
     def agree(self, what: str) -> bool:
         """Whether all processes say the same text."""
         number = zlib.crc32(what.encode())
-        return self.least(number) == number == -self.least(-number)
+        smallest, largest = self.least(number), -self.least(-number)  # both, on every process
+        return smallest == largest
 
     def share(self, model: nn.Module) -> None:
         """Make BatchNorm's running statistics equal on all processes: they become their mean."""
