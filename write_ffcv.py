@@ -64,7 +64,7 @@ EXAMPLE_COMMANDS = """examples:
   python write_ffcv.py --split train --parquet imagenet-1k/data
   python write_ffcv.py --split train --short_side 256 --compress_probability 0.5
   python write_ffcv.py --split train --subset 10000 --out_dir data/beton_small
-  python write_ffcv.py --data_dir photos --holdout 0.1 --out_dir data/photos        # both, from one set
+  python write_ffcv.py --data_dir my_images --holdout 0.1 --out_dir data/mine       # both, from one set
   python write_ffcv.py --split train --data_dir images --labels train.csv
 """
 
@@ -166,7 +166,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"{extra[0]!r} is not an option (--help lists the options)")
     if options.split is None and options.holdout is None:
         raise UsageError("--split train or --split val is missing, or --holdout 0.1 to write both")
-    if options.split == "val" and options.holdout is not None:
+    if options.split is not None and options.holdout is not None:
         raise UsageError("--holdout writes both files from the training images: leave --split out")
     for other in ("tar", "parquet"):
         if options.data_dir and getattr(options, other):

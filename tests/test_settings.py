@@ -197,7 +197,7 @@ def test_a_retired_setting_is_ignored_aloud_unless_it_asked_for_nothing(
     said = capsys.readouterr().err.splitlines()
     assert said[0].endswith("training.decay_all=True is ignored: this version has no such setting")
     assert said[1].endswith("use --logging.trackers=wandb") and len(said) == 2
-    with pytest.raises(UsageError, match=r"model\.stem=deep made a network that this version"):
+    with pytest.raises(UsageError, match=r"model\.stem=deep made a network that is no longer here"):
         load(model__stem="deep")
     past = {"training": {"decay_all": False, "average_last": 2}}
     assert differences(to_dict(Settings()), past) == ["training.average_last 2 -> None"]

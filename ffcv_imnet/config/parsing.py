@@ -126,7 +126,7 @@ def ignore_retired(key: str, value: object, origin: str) -> None:
         return
     if key.startswith("model."):
         raise UsageError(
-            f"{origin}: {key}={value} made a network that this version no longer has; version 0.1.0 does"
+            f"{origin}: {key}={value} made a network that is no longer here; docs/own-network.md says how to add one"
         )
     instead = key.removeprefix("logging.")
     hint = f"; use --logging.trackers={instead}" if instead in ("tensorboard", "wandb") else ""
@@ -244,7 +244,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print settings, plan and bill; needs neither data nor a GPU",
+        help="print settings, plan and cost estimate; needs neither data nor a GPU",
     )
     parser.add_argument(
         "--measure",

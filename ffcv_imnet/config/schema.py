@@ -210,7 +210,7 @@ class Muon:
         OneOf(3, 5),
         "Newton-Schulz: 5, Keller Jordan's; 3, minimax polynomials, half the work (arXiv:2505.16932)",
     )
-    weight_decay: float = _float(0.0, "of the kernels, times the rate (arXiv:1711.05101)")
+    weight_decay: float = _float(0.0, "of the kernels, times the learning rate (arXiv:1711.05101)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ffcv_imnet.core.errors import RunError
 
 CHUNK = 16  # images a task: enough to hide its cost, few enough to keep the window small
-WINDOW = 16  # tasks in flight at least: results are taken in order, and one may be all huge photos
+WINDOW = 16  # tasks in flight at least: results are taken in order, and one may be all huge images
 
 T = TypeVar("T")
 

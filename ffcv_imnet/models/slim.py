@@ -75,5 +75,5 @@ def _conv(
 
 @register
 def slim13(classes: int, zero_gamma: bool) -> nn.Module:
-    """See the module; fewer operations than ResNet-18 with BlurPool at every resolution."""
+    """See the module; fewer FLOPs than ResNet-18 with BlurPool at every resolution."""
     return Slim(classes, SLIM13, zero_gamma)

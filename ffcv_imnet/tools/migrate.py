@@ -13,9 +13,18 @@ import yaml
 
 from ffcv_imnet.config.migrate import Migrated, migrate
 from ffcv_imnet.config.parsing import leaves, load, read_config
+from ffcv_imnet.config.schema import declared
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.tools import ToolParser
+
+OURS = {
+    "augmentation",
+    "plan",
+    "muon",
+    "distributed",
+    "cost",
+}  # sections that ffcv-imagenet has not
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +41,10 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"{out} is there already: --force replaces it, --out names another")
     held = leaves(read_config(str(source), option=""))
     given = {key: value for key, value in held if value is not None}
+    if not given:
+        raise UsageError(f"{source} holds no settings")
+    if OURS & {key.partition(".")[0] for key in given if key in declared()}:
+        raise UsageError(f"{source} is a recipe of this project already")
     try:
         found = migrate(given, source.stem)
     except UsageError as error:

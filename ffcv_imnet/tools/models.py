@@ -1,10 +1,10 @@
-"""List the networks: parameters, operations, images a second here, top-1 where a record has it.
+"""List the networks: parameters, FLOPs, images a second here, top-1 where a record has it.
 
 python -m ffcv_imnet models                               no network is run
 python -m ffcv_imnet models --measure                     times a training step of each, seconds a network
 python -m ffcv_imnet models resnet18 slim13 --training.use_blurpool=false    some of them, with options
 
-Operations are those of one image forward, additions and multiplications counted separately
+FLOPs are those of one image forward, additions and multiplications counted separately
 (torch's FlopCounterMode), with BlurPool as training.use_blurpool has it.
 """
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         every[name] = settings
         counted[name] = [f"{parameters:.1f} M"]
-        counted[name] += [f"{operations(model, side) / 1e9:.2f}" for side in SIDES]
+        counted[name] += [f"{flops_of(model, side) / 1e9:.2f}" for side in SIDES]
     scores = recorded(RECORDS)
     measured = measure(every, side, options.batch_size, options.device) if options.measure else {}
     columns = ["network", "parameters", *(f"GFLOP, {side} px" for side in SIDES)]
@@ -100,8 +100,8 @@ def chosen_options(words: list[str]) -> dict[str, str]:
     return overrides
 
 
-def operations(model: nn.Module, side: int) -> int:
-    """Floating-point operations of one image of `side` px, forward; on the meta device nothing is computed."""
+def flops_of(model: nn.Module, side: int) -> int:
+    """FLOPs of one image of `side` px, forward; on the meta device nothing is computed."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"))
     return int(counter.get_total_flops())

@@ -105,7 +105,7 @@ def open_splits(options: argparse.Namespace) -> list[Split]:
         wnids = read_labels(options.val_labels) if name == "val" else None
         images = TarArchive(tar, wnids, damaged=True)
         what = f"{len(images):,} images of {len(images.classes):,} classes"
-        print(f"{tar}: {what}" + (", CUT OFF OR DAMAGED" if images.fault else ""), flush=True)
+        print(f"{tar}: {what}" + (", TRUNCATED OR DAMAGED" if images.fault else ""), flush=True)
         found.append(Split(name, tar, images, options.out_dir / name))
     if len(found) == 2 and not any(split.images.fault for split in found):
         train, val = (set(split.images.classes) for split in found)

@@ -40,7 +40,7 @@ def newton_schulz(
 
     X <- p(X X^T) X for the polynomials of `POLYNOMIALS[steps]`. Kernels are wide (512 x 4608 in a
     ResNet-18's last stage), so the polynomials are multiplied up among the small Gram matrices and
-    applied to X once for three of them, for a quarter of the plain five's operations, and twice for
+    applied to X once for three of them, for a quarter of the plain five's FLOPs, and twice for
     five. Once would do in exact arithmetic; in bfloat16 the Gram matrix's rounding errors then grow
     without bound when one singular value outweighs the others.
 
