@@ -1,11 +1,12 @@
 """One epoch forward."""
 
+import inspect
 import signal
 import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch._dynamo
@@ -41,9 +42,12 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     forward: nn.Module = model
     if world.size > 1:
         # Statistics are made equal once an epoch (World.share), not broadcast at every step.
-        forward = DistributedDataParallel(
-            model, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        known = inspect.signature(
+            DistributedDataParallel
+        ).parameters  # torch 2.11 has the other name
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+        forward = DistributedDataParallel(model, **options)
     eval_forward: nn.Module = model
     ema_eval_forward = ema.module if ema is not None else None
     if training.compile:
