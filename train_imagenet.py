@@ -79,9 +79,8 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         for plan in plans[len(run.epochs) :]:
             watch.stop.deadline = run.began + cost.training_seconds(limit, run.epochs)
             with explained(learner, plan, world, val_batch, timeout):
-                while (
-                    run.trained.steps < plan.steps
-                ):  # on again after a checkpoint within the epoch
+                # Once more after each checkpoint within the epoch.
+                while run.trained.steps < plan.steps:
                     try:
                         trained = train_epoch(
                             learner, train_loader, plan, run.lr, run.trained, watch

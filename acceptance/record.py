@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ffcv_imnet.core.atomic import atomic_write
+
 Verdict = Literal["PASS", "FAIL", "SKIP", "INFO"]
 
 
@@ -49,9 +51,8 @@ class Result:
     def save(self, path: Path) -> None:
         """Under its name only when whole: a killed part has no result."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        partial.replace(path)
+        with atomic_write(path, "w") as file:
+            file.write(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Result":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from acceptance.record import Result
+from ffcv_imnet.core.atomic import atomic_write
 
 TAIL = 60  # lines of a part's output that the page shows
 
@@ -13,9 +14,8 @@ TAIL = 60  # lines of a part's output that the page shows
 def write(out: Path, results: list[Result], left: int, size: str) -> Path:
     """`OUT/report.md`, whole or not at all."""
     path = out / "report.md"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page(out, results, left, size), encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path, "w") as file:
+        file.write(page(out, results, left, size))
     return path
 
 

@@ -268,7 +268,7 @@ def test_verify_looks_at_every_entry(
     fault: Callable[[beton.Tables], beton.Tables], reason: str, original: Path
 ) -> None:
     with pytest.raises(RunError, match=reason):
-        beton._verify_tables(original, fault(beton.read_tables(original)), 3)
+        beton.verify_tables(original, fault(beton.read_tables(original)), 3)
 
 
 def forged(copy: Path, change: Callable[[Parts], object]) -> Path:

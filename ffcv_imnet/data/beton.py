@@ -369,7 +369,7 @@ def check_beton(path: Path, manifest: Path | None = None) -> Manifest:
             f"the header or tables of {path} are not those in its manifest {manifest},"
             f" one of the two was changed or replaced: {again(path)}"
         )
-    _verify_tables(path, tables, len(said.classes))
+    verify_tables(path, tables, len(said.classes))
     # The checksum vouches for the tables, not for the manifest's own lists.
     counts = np.bincount(tables.labels, minlength=len(said.classes))
     if said.samples != len(tables.labels) or list(said.class_counts) != counts.tolist():
@@ -420,7 +420,7 @@ def verify_beton(
     return said
 
 
-def _verify_tables(path: Path, tables: Tables, classes: int) -> None:
+def verify_tables(path: Path, tables: Tables, classes: int) -> None:
     """Refuse any entry that the writer could not have written; 0.1 s for a million.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.progress import Progress
-from ffcv_imnet.data.beton import Tables, _verify_tables
+from ffcv_imnet.data.beton import Tables, verify_tables
 from ffcv_imnet.images.parallel import in_order
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.stored import RAW, sample_digest
@@ -96,7 +96,7 @@ def read_content(path: Path, tables: Tables, classes: int, num_workers: int) -> 
     Raises:
         RunError: an entry cannot be, or a worker died.
     """
-    _verify_tables(path, tables, classes)
+    verify_tables(path, tables, classes)
     samples, digest, faults, number = samples_of(path, tables), hashlib.sha256(), {}, 0
     with (
         closing(in_order(samples, look_at, num_workers)) as chunks,

@@ -14,7 +14,8 @@ import yaml
 from ffcv_imnet.config.migrate import Migrated, migrate
 from ffcv_imnet.config.parsing import leaves, load, read_config
 from ffcv_imnet.config.schema import declared
-from ffcv_imnet.core.errors import RunError, UsageError, not_written
+from ffcv_imnet.core.atomic import atomic_write, partial_path
+from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.tools import ToolParser
 
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def write(out: Path, name: str, found: Migrated) -> None:
-    """The recipe under its name, once training's own parser has taken it. Raises RunError, UsageError."""
+    """The recipe under its name, once training's own parser has taken it. Raises NotWritten, UsageError."""
     lines = [f"From ffcv-imagenet's {name}. Not measured here.", *found.changed]
     lines += [f"Dropped: {line}" for line in found.dropped]
     head = "".join(f"# {part}\n" for line in lines for part in textwrap.wrap(line, 110))
@@ -67,12 +68,7 @@ def write(out: Path, name: str, found: Migrated) -> None:
         yaml.safe_dump({section: values}, sort_keys=False, default_flow_style=None, width=1000)
         for section, values in found.values.items()
     )
-    waiting = out.with_name(out.name + ".partial")
-    try:
-        waiting.write_text(f"{head}\n{body}", encoding="utf-8")
-        load(waiting)
-        waiting.replace(out)
-    except OSError as error:
-        raise RunError(not_written(out, error)) from None
-    finally:
-        waiting.unlink(missing_ok=True)
+    with atomic_write(out, "w") as file:
+        file.write(f"{head}\n{body}")
+        file.flush()
+        load(partial_path(out))

@@ -42,9 +42,8 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     forward: nn.Module = model
     if world.size > 1:
         # Statistics are made equal once an epoch (World.share), not broadcast at every step.
-        known = inspect.signature(
-            DistributedDataParallel
-        ).parameters  # torch 2.11 has the other name
+        # torch 2.11 has the other name.
+        known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
         forward = DistributedDataParallel(model, **options)
