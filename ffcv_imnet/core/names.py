@@ -5,8 +5,10 @@ that breaks a line there, cannot be encoded or turns the text around it is refus
 """
 
 import os
+import reprlib
 import unicodedata
 from collections import Counter
+from typing import Any
 
 LONGEST = 500  # characters
 # Text after one of these is shown right to left, or out of order ("Trojan Source", arXiv:2111.00169).
@@ -51,8 +53,25 @@ def quoted(value: object) -> str:
     if isinstance(value, str) and fault_of(value[:LONGEST]) == "is not UTF-8":
         text = repr(value.encode(errors="surrogateescape" if _from_bytes(value) else "replace"))
     else:
-        text = shown(repr(value))
+        text = shown(_said.repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _Said(reprlib.Repr):
+    """`repr`, of at most a line's worth of what may be gigabytes, nest without end or hold itself."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 1 << 256 else "a number of more than 70 digits"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        try:
+            return repr(x)
+        except Exception:  # of any class, which may hold anything
+            return f"<{type(x).__name__}>"
+
+
+_said = _Said()
+_said.maxstring = _said.maxother = 200
 
 
 def _showable(character: str) -> bool:

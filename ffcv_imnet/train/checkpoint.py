@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ffcv_imnet.core import log
 from ffcv_imnet.core.atomic import NotWritten, drop_cached, link, partial_path, rename, written
+from ffcv_imnet.core.bounded import SPARE, fault_of_zip, memory_at_most, size
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import fault_of_all
 from ffcv_imnet.core.typed import fault_of_fields, is_value
@@ -21,6 +22,7 @@ from ffcv_imnet.machine import device
 from ffcv_imnet.machine.device import DTYPES
 
 FORMAT = 1
+MOST_VALUES = 1_000_000  # of any kind in a file, each as often as it is named; a checkpoint has thousands
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> Non
 
 
 def damage_of(path: Path, fresh: bool = False) -> str | None:
-    """What is wrong with a checkpoint's bytes; None if each part has its checksum (the zip's CRC-32).
+    """What is wrong with a checkpoint's bytes; None if each part has its checksum (the zip's CRC-32) and
+    all come to no more than the file.
 
     `fresh`: just written and forced to the disk, so ask for the disk's bytes and not the cache's.
     """
@@ -159,8 +162,11 @@ def damage_of(path: Path, fresh: bool = False) -> str | None:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             if fresh:
                 drop_cached(file)
+            if fault := fault_of_zip(archive, file):
+                return fault
             part = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+    # zipfile takes an encrypted part or a newer version for the caller's mistake.
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError) as error:
         return reason_of(error)
     return None if part is None else f"the checksum of {part} differs"
 
@@ -246,13 +252,45 @@ def read(path: Path) -> Any:
     if start == b"PK" and (damage := damage_of(path)) is not None:
         raise RunError(f"{path} is damaged, truncated or no file of weights ({damage})")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), memory_at_most(2 * path.stat().st_size):
             warnings.simplefilter("ignore")  # of TorchScript's archives, which are refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         if "Unsupported" in str(error):
             raise RunError(
                 f"{path} holds Python objects (a whole network?) whose loading would run their code: "
                 "save its state_dict() instead"
             ) from error
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise RunError(
+                f"{path} asks for more than {size(SPARE)} beyond twice its own size to be read: it is damaged,"
+                " or made to exhaust the memory"
+            ) from None
         raise RunError(f"{path} is damaged, truncated or no file of weights") from error
+    if fault := fault_of_content(content):
+        raise RunError(f"{path} {fault}: it is no file of weights")
+    return content
+
+
+def fault_of_content(content: Any) -> str | None:
+    """What in an unpickled value would cost more than its file has bytes, to follow its name; None if nothing.
+
+    A pickle may name one list in a thousand places, itself among them, and a tensor may say more numbers
+    (strides of 0) than it has, which a copy would make room for.
+    """
+    rest, count = [content], 0
+    while rest:  # not recursive: it nests as deeply as it likes
+        value = rest.pop()
+        count += 1
+        if count > MOST_VALUES:
+            return f"holds more than {MOST_VALUES:,} values, or itself"
+        if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+                return "holds a tensor that is sparse, quantized or without numbers"
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                return "holds a tensor of more numbers than it has"
+        elif isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            rest += value
+    return None

@@ -1,0 +1,82 @@
+"""What a file may cost before anything in it is believed: its length, its parts, the memory of a reader.
+
+Many times larger than those of any honest file; a reader that needs no bound of ours (safetensors
+compares its header with the file's length) is not in here.
+"""
+
+import os
+import resource
+import stat
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+SPARE = 2 << 30  # bytes of address space for a reader's threads and buffers, whatever it reads
+
+
+def read_at_most(path: Path, most: int) -> bytes:
+    """A whole file of at most `most` bytes.
+
+    Raises:
+        OSError: it cannot be opened, is larger, or is a folder, pipe or device; says which.
+    """
+    # A pipe would be waited for, a device read for ever.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(0, "not a regular file", str(path))
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(0, f"it has more than {size(most)}", str(path))
+    return data
+
+
+def size(count: int) -> str:
+    """`count` bytes in words, in the largest unit that divides it."""
+    for shift, unit in ((30, "GB"), (20, "MB"), (10, "kB")):
+        if count >= 1 << shift and not count & ((1 << shift) - 1):
+            return f"{count >> shift:,} {unit}"
+    return f"{count:,} bytes"
+
+
+def fault_of_zip(archive: zipfile.ZipFile, file: BinaryIO) -> str | None:
+    """What keeps a zip's parts from being pieces of `file`, each stored as it is, once; None if nothing.
+
+    So the parts of what torch.save writes come to no more than the file has bytes.
+    """
+    end, above = os.fstat(file.fileno()).st_size, 0
+    parts = sorted(archive.infolist(), key=lambda part: part.header_offset)
+    for part in parts:
+        if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+            return "its parts are compressed, and could unpack to any size"
+        if part.header_offset < above or part.header_offset + part.file_size > end:
+            return "its parts lie over each other or outside the file"
+        above = part.header_offset + part.file_size
+    name, times = Counter(part.filename for part in parts).most_common(1)[0] if parts else ("", 1)
+    return f"it has two parts named {name[:60]!r}" if times > 1 else None
+
+
+@contextmanager
+def memory_at_most(extra: int) -> Iterator[None]:
+    """Within, this process may ask for `extra` bytes and `SPARE`; what asks for more gets none (MemoryError,
+    or what a library makes of it).
+
+    It is the address space that is bounded: for readers that touch about what they ask for. Not to be
+    used where other threads allocate.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError, IndexError):  # no Linux: no bound
+        yield
+        return
+    most = pages * resource.getpagesize() + extra + SPARE
+    if soft != resource.RLIM_INFINITY:
+        most = min(most, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
