@@ -22,7 +22,9 @@ from ffcv_imnet.machine import device
 from ffcv_imnet.machine.device import DTYPES
 
 FORMAT = 1
-MOST_VALUES = 1_000_000  # of any kind in a file, each as often as it is named; a checkpoint has thousands
+MOST_VALUES = (
+    1_000_000  # of any kind in a file, each as often as it is named; a checkpoint has thousands
+)
 
 
 @dataclass(frozen=True)
@@ -284,13 +286,17 @@ def fault_of_content(content: Any) -> str | None:
         count += 1
         if count > MOST_VALUES:
             return f"holds more than {MOST_VALUES:,} values, or itself"
-        if isinstance(value, torch.Tensor):
-            if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-                return "holds a tensor that is sparse, quantized or without numbers"
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                return "holds a tensor of more numbers than it has"
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             rest += value.values()
         elif isinstance(value, (list, tuple, set)):
             rest += value
+        elif isinstance(value, torch.Tensor):
+            if (
+                value.layout is not torch.strided
+                or value.is_quantized
+                or value.device.type != "cpu"
+            ):
+                return "holds a tensor that is sparse, quantized or without numbers"
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                return "holds a tensor of more numbers than it has"
     return None
