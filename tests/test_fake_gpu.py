@@ -21,6 +21,7 @@ from ffcv_imnet.models import build_model
 from ffcv_imnet.train import epoch as training
 from ffcv_imnet.train.checkpoint import Learner, Trained
 from ffcv_imnet.train.epoch import Tally, build_learner, train_step
+from ffcv_imnet.train.norms import Norms
 from ffcv_imnet.train.validate import evaluate
 
 GPU = torch.device("cuda", 0)
@@ -142,7 +143,7 @@ def test_a_step_and_an_evaluation(card: str, arch: str, optimizer: str) -> None:
         with gradients_by_hand(learner.model):
             for step in range(2):
                 images, labels = batch_of(8)
-                loss = train_step(learner, images, labels, 0.1, 0.1)
+                loss = train_step(learner, images, labels, 0.1, 0.1, Norms())
                 tally.add(step, loss, labels)
         with pytest.raises(DataDependentOutputException):
             loss.item()  # what would have been raised in the step

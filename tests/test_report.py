@@ -11,6 +11,8 @@ from PIL import Image
 from ffcv_imnet import __main__ as entry
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Epoch, Header, Reached, Record, Summary, read_log, to_line
+from ffcv_imnet.report import html, runs
+from ffcv_imnet.report.runs import group_runs
 from ffcv_imnet.tools import demo, report
 
 
@@ -137,6 +139,29 @@ def test_the_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert picture.format == "PNG" and min(picture.size) > 600
     assert sorted(p.name for p in run.iterdir()) == ["curve.png", "log.jsonl"]
     assert report.main([str(run / "log.jsonl")]) == 0  # the file itself will do
+
+
+def test_norms_are_drawn_where_the_log_has_them(tmp_path: Path) -> None:
+    rows = [
+        {"step": s, "loss": 3.0, "sgd_gradient": 2.0, "sgd_weights": 8.0, "sgd_update": s / 10}
+        for s in (0, 4, 9)
+    ]
+    del rows[2]["sgd_gradient"]  # it was not finite
+    log = write_run(tmp_path / "run", header(), epoch(0, 0.3), epoch(1, 0.4, norms=rows))
+    read = read_log(log)
+    assert runs.norm_groups(read) == ["sgd"]
+    assert runs.norm_points(read, "sgd", share=False) == [(0.1, 2.0), (0.5, 2.0)]
+    assert runs.norm_points(read, "sgd", share=True) == [(0.5, 0.05), (1.0, 0.1125)]
+    heights = {}
+    for name, path in (("with", log), ("without", write_run(tmp_path / "plain", *FINISHED))):
+        assert report.main([str(path)]) == 0
+        with Image.open(path / "curve.png") as picture:
+            heights[name] = picture.size[1]
+    assert heights["with"] > heights["without"]
+    page = html.write_page(group_runs([runs.read_run(log)]), ["left out"], [])
+    assert "Gradients and updates" in page and "Update of sgd" in page
+    page = html.write_page(group_runs([runs.read_run(tmp_path / "plain")]), ["left out"], [])
+    assert "Gradients and updates" not in page
 
 
 def test_several_runs_share_one_image(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import Epoch, read_log
 from ffcv_imnet.train.trackers import check_trackers, numbers
 from tests.conftest import SmallData
+from tests.test_report import epoch
 
 
 def train(settings: Settings, resume: str | None = None) -> list[Epoch]:
@@ -34,8 +35,19 @@ def test_tensorboard_reads_back_what_the_log_says(small: SmallData, tmp_path: Pa
     for name in numbers(epochs[0]):
         read = [(event.step, event.value) for event in events.Scalars(name)]
         assert read == [
-            (e.epoch, pytest.approx(getattr(e, name), rel=1e-6)) for e in epochs  # float32
+            (e.epoch, pytest.approx(numbers(e)[name], rel=1e-6)) for e in epochs  # float32
         ]  # fmt: skip
+
+
+def test_of_the_norms_those_of_the_last_step_are_numbers() -> None:
+    rows = [
+        {"step": 2, "loss": 2.0, "sgd_update": 0.1},
+        {"step": 9, "loss": 1.5, "sgd_update": 0.3},
+    ]
+    given = numbers(epoch(1, 0.4, norms=rows))
+    assert (given["top_1"], given["sgd_update"]) == (0.4, 0.3)
+    assert not given.keys() & {"epoch", "norms", "step", "loss"}
+    assert "norms" not in numbers(epoch(1, 0.4))
 
 
 def test_wandb_writes_offline(

@@ -27,6 +27,7 @@ from ffcv_imnet.machine.device import choose_precision
 from ffcv_imnet.machine.distributed import Interrupted, World
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.checkpoint import Trained
+from ffcv_imnet.train.norms import QUANTITIES
 from ffcv_imnet.train.run_dir import RunFolder, open_run
 from tests.conftest import SmallData
 from tests.test_data import damage
@@ -38,6 +39,7 @@ TIMED = {
     "loader_start_seconds",
     "val_seconds",
     "elapsed_seconds",
+    "norms",  # which steps are measured
 }
 
 
@@ -117,6 +119,10 @@ def test_the_log(whole: Path) -> None:
     reached = next(e for e in log.epochs if max(e.top_1, e.ema_top_1 or 0) >= 0.0001)
     assert log.summary.reached is not None and log.summary.reached.epoch == reached.epoch
     assert "null" not in (whole / "log.jsonl").read_text()
+    for epoch in log.epochs:  # 100 images: six steps of 16
+        assert epoch.norms is not None and epoch.norms[-1]["step"] == 5
+        kinds = {f"{g}_{what}" for g in ("sgd", "sgd_1d") for what in QUANTITIES}
+        assert epoch.norms[-1].keys() == {"step", "loss"} | kinds
 
 
 def test_best_is_the_best_epoch(whole: Path) -> None:

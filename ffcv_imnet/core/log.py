@@ -71,6 +71,9 @@ class Epoch:
     # Damaged images that were left out, of all processes; absent where they end the run.
     skipped: int | None = None  # of the training images
     val_skipped: int | None = None  # of the validation images
+    # A row each time that the host read from the device, the last step among them: step, loss, and
+    # GROUP_gradient, GROUP_weights, GROUP_update; see docs/log.md. Earlier logs have none.
+    norms: list[dict[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

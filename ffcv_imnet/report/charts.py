@@ -17,7 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from ffcv_imnet.core.names import shown as on_one_line
-from ffcv_imnet.report.runs import Group, Series, duration, reached, series, target, time_spent
+from ffcv_imnet.report.axes import log_scale
+from ffcv_imnet.report.runs import (
+    Group,
+    Series,
+    duration,
+    norm_points,
+    reached,
+    series,
+    target,
+    time_spent,
+)
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 WIDTHS = {"wide": 560, "narrow": 350}  # CSS px; one SVG unit is one of them
@@ -301,6 +311,31 @@ def throughput(groups: Sequence[Group]) -> Chart:
         return tips
 
     return Chart("throughput", "Training images a second in each epoch", (240, 220), draw)
+
+
+def norms(groups: Sequence[Group], part: str) -> Chart:
+    """The norms of a parameter group's gradient and relative update at each look, of the first runs."""
+
+    def draw(figure: Figure, palette: Palette, narrow: bool) -> dict[str, list[str]]:
+        gradient, share = figure.subplots(2, 1, sharex=True)
+        for number, group in enumerate(groups):
+            colour = palette.series[number % len(palette.series)]
+            for axes, of_update in ((gradient, False), (share, True)):
+                points = norm_points(group.runs[0].log, part, of_update)
+                if points:
+                    dots = {"marker": "o", "markersize": 3} if len(points) <= 32 else {}
+                    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, **dots)
+        _title(gradient, f"Gradient of {part}", "norm", palette)
+        _title(share, f"Update of {part}", "norm, over that of the weights", palette)
+        share.set_xlabel("epoch, counted from 0; its last step at its number")
+        share.xaxis.set_major_locator(MaxNLocator(6 if narrow else 10, integer=True))
+        for axes in (gradient, share):
+            log_scale(axes)
+            axes.grid(True, axis="y")
+            axes.tick_params(axis="x", length=0)
+        return {}
+
+    return Chart(f"norms_{part}", f"Norms of the gradient and update of {part}", (360, 340), draw)
 
 
 def where_time_went(groups: Sequence[Group]) -> Chart:

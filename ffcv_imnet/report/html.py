@@ -20,6 +20,7 @@ from ffcv_imnet.report.runs import (
     best,
     differing_settings,
     duration,
+    norm_groups,
     origin,
     percent,
     reached,
@@ -52,6 +53,7 @@ def write_page(
         f'<div class="cards{" one" if len(groups) == 1 else ""}">'
         f"{''.join(map(_card, range(len(groups)), groups))}</div>",
         _section("Accuracy, loss and plan", _curves_note(groups), _two(groups_curves(groups))),
+        _norms(groups),
         _section("Time", "", _two(groups_time(groups), _parts_legend(groups))),
         _differences(groups),
         *_evaluated(groups, evaluated),
@@ -84,6 +86,12 @@ def groups_curves(groups: Sequence[Group]) -> list[Chart]:
 def groups_time(groups: Sequence[Group]) -> list[Chart]:
     """Throughput, and where the time went."""
     return [charts.throughput(groups), charts.where_time_went(groups)]
+
+
+def groups_norms(groups: Sequence[Group]) -> list[Chart]:
+    """Of gradients and of updates, for each parameter group; none where no log has them."""
+    of_all = dict.fromkeys(part for g in groups for part in norm_groups(g.runs[0].log))
+    return [charts.norms(groups, part) for part in of_all]
 
 
 def evaluated_charts(groups: Sequence[Group], evaluated: Sequence[Evaluated | str]) -> list[Chart]:
@@ -203,6 +211,19 @@ def _legend(groups: Sequence[Group]) -> str:
         return ""
     items = (f'<span><i class="s{i % 6}"></i>{escape(g.name)}</span>' for i, g in enumerate(groups))
     return f'<span class="legend">{"".join(items)}</span>'
+
+
+def _norms(groups: Sequence[Group]) -> str:
+    drawn = groups_norms(groups)
+    if not drawn:
+        return ""
+    several = any(len(group.runs) > 1 for group in groups)
+    seed = "Of each recipe the first seed. " if several else ""
+    note = (
+        f"{_legend(groups)}{seed}muon: the kernels that Muon moves; sgd: other parameters of two and more "
+        "dimensions; sgd_1d: those of BatchNorm and biases."
+    )
+    return _section("Gradients and updates", note, _two(drawn))
 
 
 def _differences(groups: Sequence[Group]) -> str:

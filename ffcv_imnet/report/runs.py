@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,28 @@ def origin(log: Log) -> str:
         f"{model} on {header.device}, {header.precision}, world size {header.world_size}, "
         f"commit {(header.git_commit or 'unknown')[:12]}{resumed}"
     )
+
+
+def norm_groups(log: Log) -> list[str]:
+    """The parameter groups whose norms the log has, in its order; none in earlier logs."""
+    keys = [key for epoch in log.epochs for row in epoch.norms or [] for key in row]
+    return list(dict.fromkeys(k.removesuffix("_weights") for k in keys if k.endswith("_weights")))
+
+
+def norm_points(log: Log, group: str, share: bool) -> list[tuple[float, float]]:
+    """A group's gradient norm, or with `share` the norm of its update over that of its weights, wherever it is
+    above zero: (epoch, value), an epoch's last step at its number, as its accuracy is."""
+    points = []
+    for epoch in log.epochs:
+        rows = epoch.norms or []
+        for row in rows:
+            value = row.get(f"{group}_gradient", 0.0)
+            if share:
+                value = row.get(f"{group}_update", 0.0) / (row.get(f"{group}_weights") or math.inf)
+            if value > 0:
+                steps = rows[-1]["step"] + 1
+                points.append((epoch.epoch - 1 + (row["step"] + 1) / steps, value))
+    return points
 
 
 def time_spent(log: Log) -> dict[str, float]:

@@ -22,7 +22,18 @@ from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log
 from ffcv_imnet.core.paths import path_of
-from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, read_run, target
+from ffcv_imnet.report.axes import log_scale
+from ffcv_imnet.report.runs import (
+    Group,
+    best,
+    group_runs,
+    norm_groups,
+    norm_points,
+    origin,
+    reached,
+    read_run,
+    target,
+)
 from ffcv_imnet.tools import ToolParser
 
 if TYPE_CHECKING:
@@ -82,11 +93,17 @@ def verdict(log: Log) -> str:
 
 
 def plot(logs: dict[str, Log], path: Path) -> None:
-    """Top-1, loss and the plan (resolution, learning rate) over the epochs, as a PNG at `path`."""
-    figure = Figure(figsize=(8, 8.5), layout="constrained", facecolor="white")
-    top, loss, plan = figure.subplots(3, 1, sharex=True, height_ratios=(5, 4, 3))
-    for axes in (top, loss, plan):
+    """Top-1, loss, the plan (resolution, learning rate) and where there are some the norms, over the epochs,
+    as a PNG at `path`."""
+    has_norms = any(norm_groups(log) for log in logs.values())
+    heights = (5, 4, 3, 3, 3) if has_norms else (5, 4, 3)
+    size = 8, 0.71 * sum(heights)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    top, loss, plan, *norms = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    for axes in (top, loss, plan, *norms):
         _dress(axes)
+    if has_norms:
+        _plot_norms(logs, *norms)
     rate = plan.twinx()
     _dress(rate)
     rate.grid(False)
@@ -163,6 +180,28 @@ def _plot_plan(plan: Axes, rate: Axes, log: Log, colour: str) -> None:
     rate.plot(epochs, [e.lr for e in log.epochs], color=colour, linewidth=1.4, linestyle="--")
 
 
+def _plot_norms(logs: dict[str, Log], gradient: Axes, share: Axes) -> None:
+    """At each look; a group of parameters has a pattern, a run its colour."""
+    groups = list(dict.fromkeys(group for log in logs.values() for group in norm_groups(log)))
+    patterns = dict(zip(groups, PATTERNS.values(), strict=False))
+    for log, colour in zip(logs.values(), _colours(len(logs)), strict=True):
+        for group in norm_groups(log):
+            for axes, of_update in ((gradient, False), (share, True)):
+                points = norm_points(log, group, of_update)
+                dots = "o" if len(points) < 40 else None
+                axes.plot(*zip(*points, strict=True), color=colour, linestyle=patterns[group],
+                          linewidth=1.4, marker=dots, markersize=3)  # fmt: skip
+    for group, look in patterns.items():
+        gradient.plot([], [], color=INK, linewidth=1.4, linestyle=look, label=group)
+    gradient.set_title("Gradient's norm", loc="left", fontsize=11, color=INK)
+    share.set_title("Update's norm over that of the weights", loc="left", fontsize=11, color=INK)
+    share.set_xlabel("epoch; its last step at its number", fontsize=9, color=INK)
+    gradient.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=9, frameon=False,
+                    ncols=len(patterns))  # fmt: skip
+    for axes in (gradient, share):
+        log_scale(axes)
+
+
 def _name_axes(figure: Figure, top: Axes, loss: Axes, plan: Axes, rate: Axes) -> None:
     """Titles, legends and scales; curves of several runs share a colour per run."""
     low, high = top.get_ylim()
@@ -178,7 +217,8 @@ def _name_axes(figure: Figure, top: Axes, loss: Axes, plan: Axes, rate: Axes) ->
     loss.legend(handles=kinds, loc="upper right", fontsize=9, frameon=False)
     plan.set_title("Plan", loc="left", fontsize=11, color=INK)
     plan.set_ylabel("resolution, px  (solid)", fontsize=9, color=INK)
-    plan.set_xlabel("epoch", fontsize=9, color=INK)
+    if plan.get_subplotspec().is_last_row():  # type: ignore[union-attr]
+        plan.set_xlabel("epoch", fontsize=9, color=INK)
     plan.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate.set_ylabel("lr at the epoch's end  (dashed)", fontsize=9, color=INK)
     rate.set_ylim(bottom=0)
@@ -203,7 +243,7 @@ def write_report(groups: list[Group], out: Path, png: Path | None, shown: int) -
         file.write(page)
     print(f"page: {out} ({len(page) / 1e6:.1f} MB)")
     if png is not None:
-        drawn = [*html.groups_curves(groups), *html.groups_time(groups)]
+        drawn = [*html.groups_curves(groups), *html.groups_time(groups), *html.groups_norms(groups)]
         drawn += html.evaluated_charts(groups, evaluated)
         for number, chart in enumerate(drawn):
             with atomic_write(png / f"{number}_{chart.name}.png") as file:

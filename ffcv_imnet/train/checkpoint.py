@@ -60,6 +60,7 @@ class Trained:
     compile_seconds: float | None = None  # None: not compiled
     signal: int | None = None  # the one that ended it early
     late: bool = False  # ended early by a limit of hours or dollars
+    norms: list[dict[str, float]] = field(default_factory=list)  # a row a look: `Norms.read`
 
 
 _PLAIN = bool | int | float | str | None

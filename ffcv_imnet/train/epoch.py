@@ -25,6 +25,7 @@ from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.machine.host import keep_compilations
 from ffcv_imnet.models import build_model
 from ffcv_imnet.train.checkpoint import Learner, Trained
+from ffcv_imnet.train.norms import Norms
 from ffcv_imnet.train.optim import build_average, build_optimizer
 from ffcv_imnet.train.watch import Watch
 
@@ -81,7 +82,12 @@ def compile_seconds() -> float:
 
 
 def train_step(
-    learner: Learner, images: Tensor, labels: Tensor, lr: float, label_smoothing: float
+    learner: Learner,
+    images: Tensor,
+    labels: Tensor,
+    lr: float,
+    label_smoothing: float,
+    norms: Norms | None = None,
 ) -> Tensor:
     """One step of the optimizer on one batch.
 
@@ -89,6 +95,7 @@ def train_step(
         images: (batch, 3, side, side), uint8, channels last, on the device.
         labels: (batch,), int64; `PADDING` where an image does not count.
         lr: the schedule's; each parameter group has a factor of its own.
+        norms: take this step's.
 
     Returns:
         The loss, a scalar on the device, which nobody has waited for.
@@ -101,7 +108,11 @@ def train_step(
             logits, labels, ignore_index=PADDING, label_smoothing=label_smoothing
         )
     learner.scaler.scale(loss).backward()
+    if norms is not None:
+        norms.before_update(learner.optimizer, learner.scaler)
     learner.scaler.step(learner.optimizer)
+    if norms is not None:
+        norms.after_update()
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.ema is not None:
@@ -166,7 +177,7 @@ def train_epoch(
         return replace(before, late=True)
     learner.model.train()
     tally = Tally(before, plan.steps, world)
-    rate, waited, compiled = 0.0, 0.0, compile_seconds()
+    rate, waited, compiled, looks = 0.0, 0.0, compile_seconds(), list(before.norms)
     batches, made = loader.epoch(plan, before.steps), before.steps * plan.batch_size
     what = f"epoch {plan.epoch} {plan.resolution} px"
     with closing(batches), Progress(plan.images, what, "img", world.is_main, made) as progress:
@@ -177,14 +188,17 @@ def train_epoch(
 
             done = plan.epoch + (step + 0.5) / plan.steps
             rate = learning_rate(lr, plan.epochs, done, plan.batch_size)
-            loss = train_step(learner, images, labels, rate, plan.label_smoothing)
+            last = step + 1 == plan.steps
+            # Gradients and weights are the same on all processes.
+            norms = Norms() if world.is_main and watch.will_look(step, last) else None
+            loss = train_step(learner, images, labels, rate, plan.label_smoothing, norms)
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)
             watch.heart.beat("training", plan.epoch, step + 1)
 
-            last = step + 1 == plan.steps
             if watch.vote(step, last):
                 tally.check(plan.epoch, step, learner.model if last or watch.leave else None)
+                looks += [norms.read(step, loss)] if norms is not None else []
                 progress.update(0, tally.describe(step, rate))
                 if watch.leave:
                     world.share(learner.model)  # the checkpoint is one process's
@@ -200,6 +214,7 @@ def train_epoch(
         compile_seconds=compiling if learner.compiled else None,
         signal=(watch.stop.received or signal.SIGTERM) if watch.stopped else None,
         late=watch.late,
+        norms=looks,
     )
 
 

@@ -272,6 +272,7 @@ class RunFolder:
             peak_memory_bytes=self.world.peak_memory(),
             skipped=trained.skipped if skips else None,
             val_skipped=validation.skipped if skips else None,
+            norms=trained.norms or None,
         )
 
     def go_back(self, learner: Learner, lost: NonFiniteLoss) -> None:

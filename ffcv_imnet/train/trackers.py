@@ -25,8 +25,10 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 
 def numbers(epoch: Epoch) -> dict[str, float]:
-    """Every field of the record that applies, but the epoch itself."""
+    """Every field of the record that applies, but the epoch itself; of its norms those of the last step."""
     every = {item.name: getattr(epoch, item.name) for item in fields(epoch)}
+    norms = (every.pop("norms") or [{}])[-1]
+    every |= {name: value for name, value in norms.items() if name not in ("step", "loss")}
     return {name: value for name, value in every.items() if value is not None and name != "epoch"}
 
 

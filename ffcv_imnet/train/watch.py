@@ -34,9 +34,17 @@ class Watch:
         self.started = self.looked = time.perf_counter()
         self.stopped = self.late = self.due = False
 
+    def _may_look(self, step: int, last: bool) -> bool:
+        return self.world.size == 1 or last or step % AGREE_EVERY == 0
+
+    def will_look(self, step: int, last: bool) -> bool:
+        """Before a step: whether this process's clock will have the tally read after it."""
+        late = time.perf_counter() - self.looked > LOOK_EVERY
+        return self._may_look(step, last) and (last or late)
+
     def vote(self, step: int, last: bool) -> bool:
         """Whether there is a reason to read the tally, on all processes alike."""
-        if self.world.size > 1 and not last and step % AGREE_EVERY:
+        if not self._may_look(step, last):
             return False
         now = time.perf_counter()
         self.stopped, self.late, self.due, look = self.world.any(
