@@ -85,6 +85,8 @@ def fake_gpu(capability: tuple[int, int]) -> Iterator[None]:
             ("is_bf16_supported", True),  # emulated, below 8.0
         ):
             stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda *_, found=value: found))
+        # Where is_available says yes, torch before 2.15 wants a tensor on the real card first.
+        stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context"))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(mode)
         yield
