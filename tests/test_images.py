@@ -4,10 +4,12 @@ import importlib.util
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.images import pixels
 from ffcv_imnet.images.encode import PixelSettings, as_jpeg, encode_image
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.pixels import (
@@ -339,6 +342,46 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_at_once() -> None:
     plain = file_of(Image.new("RGB", (8, 8)), "JPEG")
     inside = b"\xff\xe1\xff\x00" + 100 * b"\xff\xda" + bytes(0xFF00 - 202)
     assert scans_of(plain[:2] + inside + plain[2:] + 200 * b"\xff\xda\x00\x02") == 1
+
+
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    check = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        (chunk(b"abCd") * 11_000, "more than 10,"),
+        (chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(99))) * 9, "more than 8 colour profiles"),
+        (chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2 << 20))), "unpack to more than 1 MB"),
+        (chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))), "unpack to more than 1 MB"),
+    ],
+)
+def test_what_comes_with_a_png_is_bounded(extra: bytes, reason: str) -> None:
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG")
+    data = file.getvalue()
+    assert decode_rgb(data + bytes(10**6)).shape == (8, 8, 3)  # appended: not its chunks
+    with pytest.raises(BadImage, match=reason):
+        decode_rgb(data[:33] + extra + data[33:])
+
+
+def test_a_ppm_whose_header_is_a_comment_is_refused_at_once() -> None:
+    assert decode_rgb(b"P5 #of a camera\n2 # wide\n2 255 abcd" + bytes(5000)).shape == (2, 2, 3)
+    with pytest.raises(BadImage, match="header has more than 4,096 bytes"):
+        decode_rgb(b"P5 2 2 #" + b"x" * 5000 + b"\n255 abcd")
+
+
+def test_scans_and_pixels_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "JPEG", progressive=True)
+    assert decode_rgb(file.getvalue()).shape == (64, 64, 3)
+    monkeypatch.setattr(pixels, "MOST_SCANNED", 64 * 64)
+    with pytest.raises(
+        BadImage, match=r"a JPEG of \d scans of 4,096 pixels, together more than 4,096"
+    ):
+        decode_rgb(file.getvalue())
 
 
 def test_kinds_of_jpeg_and_palette() -> None:

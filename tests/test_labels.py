@@ -3,6 +3,7 @@
 import base64
 import gzip
 import io
+import os
 import struct
 import tarfile
 import zlib
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.images import label_table
 from ffcv_imnet.images.labels import all_labelled, labels_of, read_labels
 
 # scipy.io.savemat's own: three synsets in the devkit's order, which is not that of the wnids.
@@ -95,6 +97,35 @@ ILSVRC2012_val_00000002,n01440764 0 0 223 223
 TEXT = "\ufeffval/ILSVRC2012_val_00000001.JPEG  n02102040\r\n\nval/ILSVRC2012_val_00000002.JPEG n01440764"
 
 
+def matrix(inside: bytes, name: bytes = b"", rows: int = 1) -> bytes:
+    """An element of a .mat file: a cell array of one column."""
+    head = struct.pack("<4I", 6, 8, 1, 0) + struct.pack("<2I2i", 5, 8, rows, 1)
+    body = head + struct.pack("<2I", 1, len(name)) + name + inside
+    return struct.pack("<2I", 14, len(body)) + body
+
+
+def nested(deep: int) -> bytes:
+    inside = b""
+    for _ in range(deep):
+        inside = matrix(inside)
+    return matrix(inside, b"synsets\0")
+
+
+@pytest.mark.parametrize(
+    ("elements", "reason"),
+    [
+        (nested(20), "nests more than 8 deep"),  # 100,000: a segmentation fault in scipy
+        (matrix(b"", b"synsets\0", rows=1 << 30), "claims more elements than it has bytes"),
+        (matrix(b"", b"synsets\0", rows=-1), "claims more elements"),
+    ],
+)
+def test_matrices_of_a_devkit_are_bounded(elements: bytes, reason: str, tmp_path: Path) -> None:
+    small = zlib.compress(elements)
+    for mat in (elements, struct.pack("<2I", 15, len(small)) + small):
+        with pytest.raises(UsageError, match=reason):
+            read_labels(devkit(tmp_path / "devkit.tar.gz", MAT[:128] + mat))
+
+
 @pytest.mark.parametrize("text", [KAGGLE, TEXT])
 def test_texts(text: str, tmp_path: Path) -> None:
     path = tmp_path / "labels"
@@ -175,3 +206,18 @@ def test_wrong_texts(text: str, reason: str, tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UsageError, match=reason):
         read_labels(path)
+
+
+def test_tables_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path := tmp_path / "labels.jsonl").write_text('{"a":' * 5000)
+    with pytest.raises(UsageError, match=r"line 1: not JSON \(nested too deeply\)"):
+        read_labels(path)
+    path.write_text('{"file": "a.jpg", "label": "' + "x" * 200_000 + '"}')
+    with pytest.raises(UsageError, match="line 1: it has more than 131,072 characters"):
+        read_labels(path)
+    monkeypatch.setattr(label_table, "LARGEST", 1 << 10)
+    with pytest.raises(UsageError, match="cannot be read: it has more than 1 kB"):
+        read_labels(path)
+    os.mkfifo(pipe := tmp_path / "pipe")  # opening it would wait for ever
+    with pytest.raises(UsageError, match="cannot be read: not a regular file"):
+        read_labels(pipe)

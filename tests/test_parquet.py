@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import write_ffcv
+from ffcv_imnet.core import bounded
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data import beton
+from ffcv_imnet.images import parquet as shards
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.images.parquet import ParquetShards, class_names, is_imagenet, shards_of
@@ -222,3 +224,29 @@ def test_verify_takes_shards(
     shard(data / "one.parquet", [b"no image", b""], ["a", "b"])
     status, said = run(data / "one.parquet")
     assert status == 1 and said.count("does not decode") >= 2
+
+
+def test_shards_that_cost_more_than_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "train.parquet"
+    cases: list[tuple[list[Any], list[Any], str]] = [
+        ([b"x"], [[0]], "holds list<.*>, not numbers or names"),
+        ([b"x"], [{"int": "a"}], "holds struct<int: string>, not numbers"),
+        ([{"bytes": 1}], [0], "holds struct<bytes: int64>, not encoded images"),
+        ([{"bytes": b"x", "path": 1}], [0], "not encoded images"),
+        ([b"x"], ["a\nb"], r"calls a class 'a\\nb', which has control characters"),
+        ([{"bytes": b"x", "path": "a" * 10**6}], ["a"], "a file name of 1,000,000 characters"),
+        ([b"x"] * 10**5, [0] * 10**5, "says that it holds 100,000 images in"),
+    ]  # fmt: skip
+    for images, labels, reason in cases:
+        shard(path, images, labels, rows=10**6)
+        with pytest.raises((RunError, UsageError), match=reason):
+            ParquetShards([path])
+    # One value, named 10,000 times; the bounds are lower here to save the test from filling them.
+    monkeypatch.setattr(bounded, "SPARE", 64 << 20)
+    monkeypatch.setattr(shards, "LARGEST_LABELS", 64 << 20)
+    label = pyarrow.DictionaryArray.from_arrays(np.zeros(10_000, "i4"), ["a" * 10**6])
+    parquet.write_table(pyarrow.table({"image": [bytes(9)] * 10_000, "label": label}), path)
+    with pytest.raises(RunError, match="unpack to more than 64 MB"):
+        ParquetShards([path])

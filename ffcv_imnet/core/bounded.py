@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-SPARE = 2 << 30  # bytes of address space for a reader's threads and buffers, whatever it reads
+SPARE = 1 << 30  # bytes of address space for a reader's threads and buffers, whatever it reads
 
 
 def read_at_most(path: Path, most: int) -> bytes:

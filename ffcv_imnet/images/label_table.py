@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.names import fault_of, quoted
 from ffcv_imnet.images.folder import EXTENSIONS
@@ -31,6 +32,8 @@ LABEL_COLUMNS = (
 )  # fmt: skip
 # Kaggle's LOC_val_solution.csv: a class and the four corners of a box, as often as there are boxes.
 BOXES = re.compile(r"(\S+)( \d+){4}( \S+( \d+){4})*\s*")
+LARGEST = 512 << 20  # bytes of a table: the fourteen million images of all of ImageNet have as many
+LONGEST = 1 << 17  # characters of a line of JSON; csv's own bound of a cell
 SUFFIXES = tuple(suffix.decode() for suffix in EXTENSIONS)
 Row = tuple[int, list[str]]  # number of its line, cells
 
@@ -43,7 +46,7 @@ def read_table(path: Path) -> dict[str, str]:
         UsageError: it is not such a table; names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_at_most(path, LARGEST).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(
             f"{path} is no label file: a CSV, TSV or JSON-lines of file and class, a text with an"
@@ -143,12 +146,16 @@ def _columns(path: Path, rows: list[Row]) -> Iterator[tuple[int, str, str]]:
 def _pairs(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     """The same from JSON-lines: an object a line."""
     for line, words in enumerate(text.splitlines(), 1):
+        if len(words) > LONGEST:
+            raise UsageError(f"{path}, line {line}: it has more than {LONGEST:,} characters")
         if not words.strip():
             continue
         try:
             held = json.loads(words)
         except ValueError as error:
             raise UsageError(f"{path}, line {line}: not JSON ({error})") from None
+        except RecursionError:
+            raise UsageError(f"{path}, line {line}: not JSON (nested too deeply)") from None
         if not isinstance(held, dict):
             raise UsageError(f"{path}, line {line}: not an object such as {{...}}")
         yield line, _field(path, line, held, FILE_COLUMNS), _field(path, line, held, LABEL_COLUMNS)

@@ -7,24 +7,31 @@ have an order of their own, and taking them for labels is the classic way to an 
 
 import gzip
 import io
+import math
+import stat
 import struct
 import sys
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.io import loadmat
 
+from ffcv_imnet.core.bounded import memory_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.images.label_table import Rows, read_table
 
 LARGEST = 64 << 20  # bytes that the devkit unpacks to; the real one has a few MB
-LARGEST_MAT = 8 << 20  # bytes of a variable in meta.mat; the real one has 1 MB
-COMPRESSED = 15  # the type of such a variable
+LARGEST_MAT = 8 << 20  # bytes of all variables of meta.mat, unpacked; the real one has 1 MB
+DEEPEST = 8  # matrices in each other there; the real one has two
+HEADER = 128  # bytes of a .mat file before its first element
+INT32, MATRIX, COMPRESSED = 5, 14, 15  # types of its elements
+Order = Literal["<", ">"]
 VAL_NAME = "ILSVRC2012_val_{:08d}"  # the n-th line of the devkit's ground truth is this image's
 
 
@@ -35,11 +42,16 @@ def read_labels(path: Path) -> dict[str, str]:
         UsageError: there is no such file, or it is none of the three.
     """
     try:
-        with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
+        # Not open(): a pipe would be waited for, and its first bytes lost.
+        packed = stat.S_ISREG(path.stat().st_mode) and _starts(path, b"\x1f\x8b")
         return _read_devkit(path) if packed else read_table(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _starts(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def labels_of(
@@ -133,32 +145,68 @@ def _read_devkit(path: Path) -> dict[str, str]:
 
 def _synsets(mat: bytes) -> dict[int, str]:
     """wnid by ILSVRC2012_ID, from the struct array `synsets`. Raises ValueError, KeyError."""
-    _check_expansion(mat)
+    if len(mat) < HEADER or mat[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
+        raise ValueError("meta.mat is no level 5 .mat file")
+    order: Order = "<" if mat[126:128] == b"IM" else ">"
+    plain = _unpacked(mat, order)
+    _check_nesting(plain, order)
     try:
-        held = loadmat(io.BytesIO(mat), variable_names=["synsets"], simplify_cells=True)
+        with memory_at_most(LARGEST):
+            held = loadmat(
+                io.BytesIO(mat[:HEADER] + plain), variable_names=["synsets"], simplify_cells=True
+            )
         rows = np.atleast_1d(held["synsets"])
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]).strip() for row in rows}
     except Exception as error:  # scipy has a dozen kinds for a damaged file
         raise ValueError(f"meta.mat: {reason_of(error)}") from None
 
 
-def _check_expansion(mat: bytes) -> None:
-    """Raises ValueError for a level 5 .mat file whose compressed variables are bombs.
+# MathWorks' "MAT-File Format", level 5: a header, then elements of a type, a size and data.
 
-    MathWorks' "MAT-File Format": a header of 128 bytes, then elements of a type, a size and data.
-    """
-    if len(mat) < 128 or mat[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
-        raise ValueError("meta.mat is no level 5 .mat file")
-    order, at = ("<" if mat[126:128] == b"IM" else ">"), 128
+
+def _unpacked(mat: bytes, order: Order) -> bytes:
+    """The elements of a .mat file with the compressed ones in plain. Raises ValueError for a bomb."""
+    plain, at = bytearray(), HEADER
     while at + 8 <= len(mat):
         kind, size = struct.unpack_from(order + "II", mat, at)
+        data = mat[at + 8 : at + 8 + size]
         if kind == COMPRESSED:
+            stream = zlib.decompressobj()
             try:
-                plain = zlib.decompressobj().decompress(
-                    mat[at + 8 : at + 8 + size], LARGEST_MAT + 1
-                )
+                plain += stream.decompress(data, LARGEST_MAT + 1)
             except zlib.error as error:
                 raise ValueError(f"meta.mat: {error}") from None
-            if len(plain) > LARGEST_MAT:
-                raise ValueError(f"meta.mat unpacks to more than {LARGEST_MAT >> 20} MB")
+        else:
+            stream = None
+            plain += mat[at : at + 8] + data
+        if len(plain) > LARGEST_MAT:
+            raise ValueError(f"meta.mat unpacks to more than {LARGEST_MAT >> 20} MB")
+        if len(data) < size or (stream and not stream.eof):
+            raise ValueError("meta.mat is truncated")
         at += 8 + size
+    return bytes(plain)
+
+
+def _check_nesting(plain: bytes, order: Order) -> None:
+    """Raises ValueError where matrices lie in matrices more than `DEEPEST` deep, or claim more elements
+    than there are bytes: scipy descends in C, without a bound, and makes room for what is claimed.
+    """
+    parts = [(0, len(plain), 0)]
+    while parts:
+        at, end, depth = parts.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"meta.mat nests more than {DEEPEST} deep")
+        place = 0
+        while at + 8 <= end:
+            kind, size = struct.unpack_from(order + "II", plain, at)
+            if kind >> 16:  # a small element: its size above its type, its data in the word behind
+                kind, size, data, after = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+            else:
+                data, after = at + 8, at + 8 + size + (-size % 8)
+            if kind == MATRIX:
+                parts.append((data, min(data + size, end), depth + 1))
+            elif kind == INT32 and place == 1:  # a matrix' dimensions stand after its flags
+                sides = np.frombuffer(plain[data : data + size // 4 * 4], f"{order}i4").tolist()
+                if math.prod(sides) > len(plain) or min(sides, default=0) < 0:
+                    raise ValueError("meta.mat claims more elements than it has bytes")
+            at, place = after, place + 1

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ffcv_imnet.core.bounded import memory_at_most, size
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.names import LONGEST, fault_of, quoted
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 
@@ -29,8 +31,18 @@ HUB_NAME = re.compile(r"(.+)_(n\d{8})(\.\w+)")  # original name, wnid
 SHARD = re.compile(r"(train|validation|val|test)[-_.]")
 COUNTED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # the n-th of so many; the hub may add a hash
 POINTER = b"version https://git-lfs"  # what `git clone` leaves in place of a large file
+LARGEST_GROUP = (
+    4 << 30
+)  # bytes of the images of a row group, which a worker holds; the hub's have 12 MB
+LARGEST_LABELS = (
+    1 << 30
+)  # bytes of a row group's names and labels; those of a million images have a third
 ALIKE = 900  # class names that must be ImageNet's, in its order, for the others to be taken as such
 Label = int | str
+
+
+def _pyarrow_types() -> Any:
+    return require("pyarrow.types", "reading parquet", "pyarrow")
 
 
 def _pyarrow() -> Any:
@@ -121,7 +133,9 @@ class ParquetShards:
                     places.append(
                         np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], 1)
                     )
-            except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            except (RunError, UsageError):
+                raise
+            except Exception as error:  # pyarrow's own, of every kind for a damaged file
                 raise RunError(_unreadable(shard, error)) from None
         if not names:
             raise UsageError(f"{self.where} holds no images")
@@ -156,7 +170,7 @@ class ParquetShards:
         shard, group, row = self.places[index].tolist()
         try:
             value = _row_group(self.shards[shard], group)[row].as_py()
-        except ValueError as error:
+        except (ValueError, MemoryError, LookupError) as error:
             raise OSError(" ".join(str(error).split())) from None
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None:
@@ -186,8 +200,9 @@ class ParquetShards:
 def _row_group(shard: str, group: int) -> "pyarrow.ChunkedArray":
     # One is kept: a worker's images come from the same one. Its size, about 12 MB on the hub,
     # is what a worker needs in memory. No threads: the workers are the parallelism.
-    file = _pyarrow().ParquetFile(shard)
-    return file.read_row_group(group, columns=["image"], use_threads=False).column("image")
+    with memory_at_most(LARGEST_GROUP):  # a dictionary of one large value unpacks to any size
+        file = _pyarrow().ParquetFile(shard)
+        return file.read_row_group(group, columns=["image"], use_threads=False).column("image")
 
 
 class _Columns:
@@ -201,29 +216,59 @@ class _Columns:
                 raise UsageError(
                     f"{shard} has no column {column!r}, it has {', '.join(schema.names)}"
                 )
-        image = str(schema.field("image").type)
-        self.has_path = image.startswith("struct") and "path: " in image
-        if not image.startswith(("struct", "binary", "large_binary")):
-            raise UsageError(f"the column image of {shard} holds {image}, not encoded images")
-        kind = str(schema.field("label").type)
-        if "int" not in kind and "string" not in kind:
-            raise UsageError(f"the column label of {shard} holds {kind}, not numbers or names")
+        self._check_types(schema.field("image").type, schema.field("label").type)
+        self._check_size(Path(shard).stat().st_size)
         self.class_names = _hub_names(schema.metadata)
+
+    def _check_types(self, image: Any, label: Any) -> None:
+        types = _pyarrow_types()
+        parts = {part.name: part.type for part in image} if types.is_struct(image) else {}
+        encoded, path = parts.get("bytes", image), parts.get("path")
+        self.has_path = path is not None and not types.is_null(path)
+        if not (
+            types.is_binary(encoded) or types.is_large_binary(encoded) or types.is_null(encoded)
+        ) or (self.has_path and not (types.is_string(path) or types.is_large_string(path))):
+            raise UsageError(
+                f"the column image of {self.shard} holds {str(image)[:200]}, not encoded images"
+            )
+        kind = label.value_type if types.is_dictionary(label) else label
+        if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+            raise UsageError(
+                f"the column label of {self.shard} holds {str(label)[:200]}, not numbers or names"
+            )
+
+    def _check_size(self, length: int) -> None:
+        """Raises UsageError for what the footer says, RunError where it cannot be true."""
+        said = self.file.metadata
+        if not 0 <= said.num_rows <= length:
+            raise RunError(
+                f"{self.shard} says that it holds {said.num_rows:,} images in {length:,} bytes"
+            )
+        for group in range(said.num_row_groups):
+            if (most := said.row_group(group).total_byte_size) > LARGEST_GROUP:
+                raise UsageError(
+                    f"row group {group} of {self.shard} unpacks to {most >> 20:,} MB, and a worker holds one:"
+                    f" write the shard again with groups of less than {LARGEST_GROUP >> 30} GB (row_group_size)"
+                )
 
     def read(self, group: int) -> tuple[list[str], list[Label]]:
         """File names and labels of a row group."""
         columns = ["image.path", "label"] if self.has_path else ["label"]
-        table = self.file.read_row_group(group, columns=columns, use_threads=False)
-        labels = table.column("label").to_pylist()
-        paths = [""] * len(labels)
-        if self.has_path:  # an image that is null has none
-            paths = [((row or {}).get("path") or "") for row in table.column("image").to_pylist()]
+        with memory_at_most(LARGEST_LABELS):
+            table = self.file.read_row_group(group, columns=columns, use_threads=False)
+            labels = table.column("label").to_pylist()
+            paths = [""] * len(labels)
+            if self.has_path:  # an image that is null has none
+                rows = table.column("image").to_pylist()
+                paths = [((row or {}).get("path") or "") for row in rows]
         return [self._file(*row) for row in zip(paths, labels, strict=True)], labels
 
     def _file(self, path: str, label: Label | None) -> str:
         file = path.rpartition("/")[2]
         if label is None or label == -1:
             raise UsageError(f"{self.shard} has images without labels (the test split?)")
+        if len(file) > LONGEST:  # the longest one sets the room for all
+            raise RunError(f"{self.shard} has a file name of {len(file):,} characters")
         if not (said := HUB_NAME.fullmatch(file)):
             return file
         if self.wnids.setdefault(label, said[2]) != said[2]:
@@ -270,6 +315,8 @@ def class_names(
             " wnid and its metadata holds no name"
         )
     used = {label: found[label] for label in labels}
+    if bad := next((name for name in used.values() if fault_of(name)), None):
+        raise UsageError(f"{where} calls a class {quoted(bad)}, which {fault_of(bad)}")
     for label, name in used.items():
         if twice := [other for other in used if used[other] == name and other != label]:
             raise RunError(f"{where}: the labels {label} and {twice[0]} are both called {name!r}")
@@ -286,6 +333,8 @@ def is_imagenet(said: Sequence[str]) -> bool:
 
 
 def _unreadable(shard: Path, error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"{shard}: the names or labels of a row group unpack to more than {size(LARGEST_LABELS)}"
     with shard.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             return f"{shard} is only Git's pointer to the file: fetch it with `git lfs pull`"

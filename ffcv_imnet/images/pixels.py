@@ -34,8 +34,12 @@ FULL_SCALES = (1.0, 255.0, 65535.0)  # white, of floating-point grayscale
 LONGEST = 65535  # ffcv stores width and height in 16 bits
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte as RGB
 # Of a JPEG: encoders make about ten, libjpeg's at most this many. Each goes over the whole image again,
-# so that a thousand take minutes where the file is small.
-MOST_SCANS = 100
+# so that a thousand take minutes where the file is small: so are the pixels times the scans bounded.
+MOST_SCANS, MOST_SCANNED = 100, 8_000_000_000
+# Of a PNG: encoders put 4 kB and more of pixels into a chunk, animations have two chunks a frame; each
+# takes Pillow as long as 10,000 pixels. Of colour profiles there is one, and Pillow unpacks each to 1 MB.
+MOST_CHUNKS, CHUNK, MOST_PROFILES = 10_000, 1000, 8
+PPM_HEADER = 4096  # bytes, comments included, which Pillow reads one at a time
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in the data, 0xff before 0 or a restart is none
 
 
@@ -54,13 +58,18 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     """
     if not data:
         raise BadImage("the file is empty")
-    if data[:2] == b"\xff\xd8" and scans_of(data) > MOST_SCANS:
-        raise BadImage(f"a JPEG of more than {MOST_SCANS} scans, which is made to take long")
+    if fault := _slow(data):
+        raise BadImage(f"{fault}, which is made to take long")
     Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow warns there, and refuses twice as many
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and palettes are ordinary here
             image = _open(data)
+            if (
+                image.format in ("JPEG", "MPO")
+                and image.width * image.height > MOST_SCANNED // MOST_SCANS
+            ):
+                _check_scans(scans_of(data), image.width * image.height)
             image.load()
             image = _on_white(_eight_bit(_upright(image)))
             # `convert` copies even where it has nothing to do: a tenth of a small JPEG's time.
@@ -77,7 +86,39 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         raise BadImage(f"not an image ({', '.join(FORMATS)}), or its start is damaged") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "MAX_TEXT" in reason:  # a name in Pillow
+            reason = (
+                "a PNG whose texts or colour profile unpack to more than 1 MB, or to 64 MB together"
+            )
         raise BadImage(reason) from None
+
+
+def _slow(data: bytes) -> str | None:
+    """What in a file of few bytes or pixels would keep Pillow busy for minutes; None if nothing."""
+    if data[:2] == b"\xff\xd8":
+        return f"a JPEG of more than {MOST_SCANS} scans" if scans_of(data) > MOST_SCANS else None
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        at, chunks, profiles, most = 8, 0, 0, MOST_CHUNKS + len(data) // CHUNK
+        while (kind := data[at + 4 : at + 8]) and kind != b"IEND":
+            chunks, profiles = chunks + 1, profiles + (kind == b"iCCP")
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+            if profiles > MOST_PROFILES:
+                return f"a PNG of more than {MOST_PROFILES} colour profiles"
+            if chunks > most:
+                return f"a PNG of more than {most:,} chunks in {len(data):,} bytes"
+    elif re.match(rb"P[1-6fF]\s", data) and len(data) > PPM_HEADER:
+        words = re.sub(rb"#[^\r\n]*", b" ", data[:PPM_HEADER]).split()
+        if len(words) < (3 if words[0] in (b"P1", b"P4") else 4):
+            return f"a PPM whose header has more than {PPM_HEADER:,} bytes"
+    return None
+
+
+def _check_scans(scans: int, pixels: int) -> None:
+    if scans * pixels > MOST_SCANNED:
+        raise BadImage(
+            f"a JPEG of {scans} scans of {pixels:,} pixels, together more than {MOST_SCANNED:,}, which is"
+            " made to take long"
+        )
 
 
 def scans_of(data: bytes) -> int:
@@ -141,7 +182,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
-    wide = np.asarray(image).astype(np.float64)
+    wide = np.asarray(image)
     low, high = float(wide.min()), float(wide.max())
     scales = FULL_SCALES if image.mode == "F" else FULL_SCALES[-1:]
     white = next((scale for scale in scales if high <= scale), None)
@@ -149,7 +190,10 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"values from {low:g} to {high:g}, of which none is known to be white: scale them to 0 to 65535"
         )
-    return Image.fromarray(np.floor(wide * (255 / white) + 0.5).astype(np.uint8))
+    narrow = np.empty(wide.shape, np.uint8)
+    for row, values in enumerate(wide):  # one at a time: all in float64 would be gigabytes
+        narrow[row] = np.floor(values.astype(np.float64) * (255 / white) + 0.5)
+    return Image.fromarray(narrow)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
