@@ -65,7 +65,9 @@ def test_the_table_of_networks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert models.main(["resnet18", "slim13", "--training.use_blurpool=false"]) == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    table, records = capsys.readouterr().out.split("\n\n")
+    rows = {line.split()[0]: line.split() for line in table.splitlines()[:-1]}
+    assert "epochs    top-1    seeds" in records
     # 1.814 billion multiply-adds at 224 px, as torchvision states for ResNet-18, are twice as many operations.
     assert rows["resnet18"][1:3] == ["11.7", "M"] and rows["resnet18"][6] == "3.63"
     for ours, theirs in zip(rows["slim13"][3:7], rows["resnet18"][3:7], strict=True):
@@ -88,7 +90,8 @@ def test_recorded_top_1_is_the_mean_over_seeds_of_one_recipe(tmp_path: Path) -> 
             "logging": {"folder": f"runs/{seed}"},
         }
         (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
-        start = replace(header(), settings=settings)
+        data: dict[str, dict[str, str | int | None]] = {"train": {"samples": 1234, "classes": 10}}
+        start = replace(header(), settings=settings, manifests=data)
         write_run(tmp_path / folder, start, epoch(0, top_1), summary(top_1))
 
     keep("one/a/seed1", 0.80, 1, 0.5)
@@ -97,8 +100,11 @@ def test_recorded_top_1_is_the_mean_over_seeds_of_one_recipe(tmp_path: Path) -> 
     keep("two", 0.60, 1, 0.5, stem="deep")  # an option of earlier versions
     write_run(tmp_path / "three", header(), epoch(0, 0.5))  # not finished
     assert models.recorded(tmp_path) == {
-        "slim13": ["85.0 % one, 2 seeds", "70.0 % one"],
-        "slim13 model.stem=deep": ["60.0 % two"],
+        "slim13": [
+            ["one", "1,234", "10", "1", "85.0%", "2"],
+            ["one", "1,234", "10", "1", "70.0%", "1"],
+        ],
+        "slim13 model.stem=deep": [["two", "1,234", "10", "1", "60.0%", "1"]],
     }
     assert models.network_of(to_dict(load(model__arch="slim13"))) == "slim13"
 

@@ -6,11 +6,12 @@ import pytest
 
 import write_ffcv
 from ffcv_imnet.config.parsing import load, parse
-from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.errors import RunError, UsageError, not_written
 from ffcv_imnet.core.paths import expanded
+from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.loader import own_target
 from ffcv_imnet.images.imagenet import IMAGENETTE, imagenet_names
-from ffcv_imnet.tools import adopt
+from ffcv_imnet.tools import adopt, migrate
 
 
 def test_home_and_variables_are_expanded_everywhere(
@@ -42,6 +43,24 @@ def test_home_and_variables_are_expanded_everywhere(
     assert adopt.parse(["~/x.ffcv"]).paths == [tmp_path / "x.ffcv"]
     for tool in Path(adopt.__file__).parent.glob("*.py"):
         assert "type=Path" not in tool.read_text(), f"{tool}: type=path_of expands"
+
+
+def test_paths_that_cannot_be_meant(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"argument --data_dir: an empty path; the current folder is \."
+    ):
+        write_ffcv.parse(["--split=val", "--data_dir="])
+    (tmp_path / "file").touch()
+    for name, said in (("file", r"file is not a \.beton, it has only 0"), ("", "is a folder")):
+        with pytest.raises((UsageError, RunError), match=said):
+            check_beton(tmp_path / name)
+    with pytest.raises(UsageError, match="is a folder: --out names the recipe's file"):
+        migrate.main(["x.yaml", "--out", str(tmp_path)])
+    with pytest.raises(OSError) as raised:
+        (tmp_path / "file" / "train.beton").touch()
+    assert not_written("file/train.beton", raised.value).endswith(
+        "its folder is a file, name another"
+    )
 
 
 def test_a_target_is_not_held_against_other_data(capsys: pytest.CaptureFixture[str]) -> None:

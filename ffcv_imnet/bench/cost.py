@@ -404,7 +404,7 @@ def _describe_lines(
             f"{line.throughput.tflops:.1f} {kind}",
             speeds(line, "gpu"),
             line.machine.vcpus,
-            speeds(line, "loader"),
+            f"{speeds(line, 'loader')} [{len(sources)}]",
             line.limit,
             _minutes(line),
             f"${line.cost:,.2f}",

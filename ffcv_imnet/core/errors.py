@@ -80,6 +80,8 @@ def not_written(path: object, error: BaseException) -> str:
         return f"{path} could not be written ({reason}): make room"
     if system.errno == errno.EFBIG:
         return f"{path} could not be written ({reason}): raise the limit (ulimit -f)"
+    if system.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"{path} could not be written: its folder is a file, name another"
     remedy = "is its folder still there, and yours to write in?"
     return f"{path} could not be written ({reason}): {remedy}"
 

@@ -1,5 +1,6 @@
 """Paths as people write them: `~` and environment variables, where no shell has replaced them."""
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -25,4 +26,6 @@ def expanded(text: str) -> str:
 
 def path_of(text: str) -> Path:
     """An argparse type."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path; the current folder is .")
     return Path(expanded(text))

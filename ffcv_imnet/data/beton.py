@@ -62,10 +62,11 @@ def adopt_command(*paths: Path, classes: Path | None = None) -> str:
 
 
 def check_manifests(*paths: Path) -> None:
-    """Raises UsageError, with the way to manifests for all of them, where a .beton has none."""
+    """Raises UsageError, with the way to manifests for all of them, where a .beton has none, and as `read_tables` does."""
     lacking = [path for path in paths if path.is_file() and not manifest_path(path).exists()]
     others = [manifest_path(path) for path in paths if manifest_path(path).exists()]
     if lacking:
+        read_tables(lacking[0])  # what is no .beton at all needs other advice
         raise UsageError(
             f"{lacking[0]} has no manifest {manifest_path(lacking[0])}: copy the .json from beside"
             " the original to that name, or make it, for a file of any writer, with"
@@ -233,6 +234,8 @@ def read_tables(path: Path) -> Tables:
         unfinished = partial_path(path).exists()
         also = f" (only an unfinished {partial_path(path).name})" if unfinished else ""
         raise UsageError(f"{path} does not exist{also}: {command(path)}") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder: name the .beton in it, or {command(path)}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     with file:

@@ -91,7 +91,7 @@ def again(path: Path) -> str:
 
 
 def _write(path: Path) -> str:
-    split = path.stem if path.stem in ("train", "val") else "train (or val)"
+    split = path.stem if path.stem in ("train", "val") else "SPLIT"
     return f"python write_ffcv.py --split {split} --data_dir IMAGES --out_dir {path.parent}"
 
 

@@ -3,7 +3,7 @@
 The first line of its docstring is its line in `--help`. Nothing imports a tool.
 """
 
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +28,10 @@ class ToolParser(Parser):
             default="auto",
             help="auto: a GPU; the CPU where no NVIDIA card is",
         )
+
+    def add_former(self, name: str, now: str, **options: Any) -> None:
+        """An option's former name: taken as `now` is, and not listed."""
+        self.add_argument(name, dest=now, default=SUPPRESS, help=SUPPRESS, **options)
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Namespace:  # type: ignore[override]
         """Raises UsageError."""

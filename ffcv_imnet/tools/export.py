@@ -62,8 +62,9 @@ def parser() -> ToolParser:
         type=path_of,
         help="images to compare on: .beton or folder; default: generated",
     )
-    add("--images", "--photos", dest="images", type=in_range(int, 1), default=256, metavar="N",
+    add("--images", type=in_range(int, 1), default=256, metavar="N",
         help="at most so many (default: %(default)s)")  # fmt: skip
+    options.add_former("--photos", "images", type=in_range(int, 1))
     add("--opset", type=in_range(int, OPSETS[0], OPSETS[-1]), default=13,
         help="of ONNX (default: %(default)s; TensorRT 8.0 and later read it)")  # fmt: skip
     add("--input", choices=["float", "uint8"], default="float",

@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     source: Path = options.config
     out: Path = options.out or source.with_suffix(".migrated.yaml")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder: --out names the recipe's file")
     if out.exists() and not options.force:
         raise UsageError(f"{out} is there already: --force replaces it, --out names another")
     held = leaves(read_config(str(source), option=""))

@@ -75,15 +75,22 @@ def main(argv: list[str]) -> int:
     measured = measure(every, side, options.batch_size, options.device) if options.measure else {}
     columns = ["network", "parameters", *(f"GFLOP, {side} px" for side in SIDES)]
     columns += ["training images/s"] if measured else []
-    rows = []
-    for name, settings in every.items():
-        row = [name, *counted[name]]
-        row += [f"{measured[name]:,.0f}"] if measured else []
-        rows.append([*row, "; ".join(scores.get(network_of(to_dict(settings)), []))])
-    print(tabulate(rows, [*columns, "top-1 (record)"], disable_numparse=True,
-                   colalign=("left", *["right"] * (len(columns) - 1), "left")))  # fmt: skip
+    rows = [
+        [name, *cells, *([f"{measured[name]:,.0f}"] if measured else [])]
+        for name, cells in counted.items()
+    ]
+    print(tabulate(rows, columns, disable_numparse=True,
+                   colalign=("left", *["right"] * (len(columns) - 1))))  # fmt: skip
     if overrides:
         print("with " + ", ".join(rest))
+    networks = {name: network_of(to_dict(settings)) for name, settings in every.items()}
+    best_of = [
+        [name, *row] for name, network in networks.items() for row in scores.get(network, [])
+    ]
+    if best_of:
+        columns = ["network", "record", "images", "classes", "epochs", "top-1", "seeds"]
+        print("\n" + tabulate(best_of, columns, disable_numparse=True, stralign="right",
+                              colalign=("left", "left")))  # fmt: skip
     return 0
 
 
@@ -158,12 +165,12 @@ def network_of(settings: dict[str, dict[str, object]]) -> str:
     return " ".join([str(settings.get("model", {}).get("arch", "?")), *options])
 
 
-def recorded(records: Path) -> dict[str, list[str]]:
-    """By `network_of`, the best top-1 of each record, the mean over its seeds.
+def recorded(records: Path) -> dict[str, list[list[str]]]:
+    """By `network_of`, a row for each recipe of each record: what it was trained on, its best top-1, the mean over seeds.
 
     A result's logs are called log.jsonl; a record's other logs are of what was tried on the way.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[list[str]]] = {}
     for record in sorted(path for path in records.glob("*") if path.is_dir()):
         runs = []
         for path in sorted(record.rglob(LOG)):
@@ -172,8 +179,15 @@ def recorded(records: Path) -> dict[str, list[str]]:
                 runs.append(read_run(path))
         finished = [run for run in runs if run.log.headers and run.log.summary is not None]
         for group in group_runs(finished):
-            network = network_of(group.runs[0].log.headers[-1].settings)
+            header = group.runs[0].log.headers[-1]
+            trained_on = header.manifests.get("train", {})
             score = statistics.mean(best(run.log)[0] for run in group.runs)
-            seeds = f", {len(group.runs)} seeds" if len(group.runs) > 1 else ""
-            found.setdefault(network, []).append(f"{100 * score:.1f} % {record.name}{seeds}")
+            row = [
+                record.name,
+                *(f"{trained_on.get(what) or 0:,}" for what in ("samples", "classes")),
+                f"{len(group.runs[0].log.epochs)}",
+                f"{score:.1%}",
+                f"{len(group.runs)}",
+            ]
+            found.setdefault(network_of(header.settings), []).append(row)
     return found

@@ -280,8 +280,9 @@ def main(argv: list[str]) -> int:
         help=".png or .html; default: RUN/curve.png, or LOG.png",
     )
     parser.add_argument("--png", type=path_of, metavar="DIR", help="the page's charts as PNGs too")
-    parser.add_argument("--images", "--photographs", dest="images", type=int, default=24, metavar="N",
+    parser.add_argument("--images", type=int, default=24, metavar="N",
                         help="wrong predictions shown; 0: evaluate nothing (default: %(default)s)")  # fmt: skip
+    parser.add_former("--photographs", "images", type=int)
     options = parser.parse_args(argv)
     if options.images < 0:
         raise UsageError("--images is 0 or more")

@@ -41,15 +41,8 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--config", action="append", default=[], metavar="FILE", help="of the run; repeatable")
     add("--beton", type=path_of, metavar="FILE", help="default: the config's data.train_dataset")
-    add(
-        "--images",
-        "--photographs",
-        dest="images",
-        type=int,
-        default=4,
-        metavar="N",
-        help="default: %(default)s",
-    )
+    add("--images", type=int, default=4, metavar="N", help="default: %(default)s")
+    parser.add_former("--photographs", "images", type=int)
     add("--epochs", type=int, default=3, metavar="N",
         help="at most, of each resolution (default: %(default)s)")  # fmt: skip
     add(
