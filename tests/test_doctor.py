@@ -40,7 +40,8 @@ def test_on_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path
     said = capsys.readouterr().out
     assert "training runs on the CPU" in said and f"torch {torch.__version__.split('+')[0]}" in said
     assert len(verdicts(said)) == 14 and FAIL not in verdicts(said).values()
-    assert max(map(len, said.splitlines())) <= doctor.WIDTH
+    lines = [line for line in said.splitlines() if str(tmp_path) not in line]  # a path stays whole
+    assert max(map(len, lines)) <= doctor.WIDTH
     assert doctor.main(["--dir", str(tmp_path), "--device=cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["would_train"] is True and report["versions"]["python"]
