@@ -327,7 +327,7 @@ def test_a_manifest_that_fits_makes_no_table_true(name: str, copy: Path) -> None
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "train.beton")
-    with pytest.raises(UsageError, match="is not a regular file"):
+    with pytest.raises(UsageError, match="it is a pipe"):
         beton.check_beton(tmp_path / "train.beton")
 
 

@@ -1,17 +1,24 @@
 """Paths as people write them, and a target that is meant for other data."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 import write_ffcv
-from ffcv_imnet.config.parsing import load, parse
+from ffcv_imnet.config.parsing import load, parse, read_config
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
-from ffcv_imnet.core.paths import expanded
+from ffcv_imnet.core.log import read_log
+from ffcv_imnet.core.paths import expanded, open_regular
 from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.loader import own_target
+from ffcv_imnet.evaluate.weights import load_network
 from ffcv_imnet.images.imagenet import IMAGENETTE, imagenet_names
-from ffcv_imnet.tools import adopt, migrate
+from ffcv_imnet.images.labels import read_labels
+from ffcv_imnet.images.parquet import shards_of
+from ffcv_imnet.images.tar import index_tar
+from ffcv_imnet.tools import adopt, migrate, verify
+from ffcv_imnet.train import checkpoint
 
 
 def test_home_and_variables_are_expanded_everywhere(
@@ -74,3 +81,25 @@ def test_a_target_is_not_held_against_other_data(capsys: pytest.CaptureFixture[s
     assert own_target(imagenet, IMAGENETTE, say=False).training.stop_at == 0
     own = load(root / "rn18_16ep.yaml", training__stop_at_on="any")
     assert own_target(own, ("cat", "dog")) == own and not capsys.readouterr().out
+
+
+def test_only_files_are_read(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name, said in (
+        ("pipe", "it is a pipe"),
+        ("zeros", "it is a device"),
+        ("", "it is a folder"),
+    ):
+        with pytest.raises(OSError, match=said):
+            open_regular(tmp_path / name)
+        for read in (read_labels, adopt.read_names, index_tar, checkpoint.read):
+            with pytest.raises(UsageError, match=rf"cannot be read: {said}$"):
+                read(tmp_path / name)
+    for read in (read_log, lambda path: read_config(str(path)), load_network, verify.targets):
+        with pytest.raises(UsageError, match=r"pipe: it is a pipe, and a file is wanted$|wanted; "):
+            read(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="has no shards of train"):
+        (tmp_path / "train.parquet").symlink_to("pipe")
+        shards_of(tmp_path, "train")

@@ -73,7 +73,7 @@ def test_damaged_line_is_named(line: str, tmp_path: Path) -> None:
 
 
 def test_missing_log(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such log"):
+    with pytest.raises(UsageError, match="no such file"):
         records.read_log(tmp_path)
 
 

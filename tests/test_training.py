@@ -315,7 +315,7 @@ def test_damaged_checkpoint(whole: Path, small: SmallData, tmp_path: Path) -> No
     settings = small.settings(tmp_path / "run", **FULL)
     with pytest.raises(RunError, match=r"bad\.pt is damaged"):
         run(settings, str(bad))
-    with pytest.raises(UsageError, match="no such checkpoint; --resume auto goes on with the run"):
+    with pytest.raises(UsageError, match="no such file; --resume auto goes on with the run"):
         run(settings, "yes")
     last, best = (tmp_path / "run" / name for name in ("last.pt", "best.pt"))
     last.parent.mkdir()

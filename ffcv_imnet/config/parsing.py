@@ -29,7 +29,7 @@ from ffcv_imnet.config.schema import (
 from ffcv_imnet.config.strict_yaml import LARGEST, StrictError, dump_yaml, load_yaml
 from ffcv_imnet.core.errors import Parser, UsageError, nearest
 from ffcv_imnet.core.names import quoted
-from ffcv_imnet.core.paths import expanded, path_of
+from ffcv_imnet.core.paths import expanded, path_of, what_is
 
 RECIPES = Path(__file__).parents[1] / "rn_configs"  # a link in a checkout, a copy where installed
 
@@ -182,8 +182,9 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
         raise UsageError(f"{option}{path}: a folder; name one file (it holds {recipes})")
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path()
-        near = nearest(file.name, [p.name for p in folder.glob("*.yaml")])
-        raise UsageError(f"{option}{path}: no such file{near}")
+        others = [p.name for p in folder.glob("*.yaml") if p.name != file.name]
+        near = nearest(file.name, others)
+        raise UsageError(f"{option}{path}: {what_is(file)}{near}")
     try:
         with file.open("rb") as opened:
             data = opened.read(4 * LARGEST + 1)  # a character has four bytes at most

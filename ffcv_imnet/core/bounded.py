@@ -6,13 +6,14 @@ compares its header with the file's length) is not in here.
 
 import os
 import resource
-import stat
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from ffcv_imnet.core.paths import open_regular
 
 SPARE = 1 << 30  # bytes of address space for a reader's threads and buffers, whatever it reads
 
@@ -23,10 +24,7 @@ def read_at_most(path: Path, most: int) -> bytes:
     Raises:
         OSError: it cannot be opened, is larger, or is a folder, pipe or device; says which.
     """
-    # A pipe would be waited for, a device read for ever.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(0, "not a regular file", str(path))
+    with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(0, f"it has more than {size(most)}", str(path))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from ffcv_imnet.core.atomic import atomic_write, force, open_named
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
+from ffcv_imnet.core.paths import open_regular, what_is
 from ffcv_imnet.core.typed import fault_of_fields
 
 LARGEST = 256 << 20  # bytes of a log: 100,000 epochs have a fifth of it
@@ -216,9 +217,9 @@ def read_log(path: Path) -> Log:
     if path.is_dir():
         path = path / LOG
     if not path.is_file():
-        raise UsageError(f"{path}: no such log; a run's folder holds {LOG}")
+        raise UsageError(f"{path}: {what_is(path)}; a run's folder holds {LOG}")
     log = Log()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
         raise UsageError(f"{path}: not a run's log: it has more than {LARGEST >> 20} MB")

@@ -1,9 +1,13 @@
-"""Paths as people write them: `~` and environment variables, where no shell has replaced them."""
+"""Paths as people write them: `~` and environment variables, where no shell has replaced them; and
+files that are none, such as pipes and devices."""
 
 import argparse
+import errno
 import os
 import re
+import stat
 from pathlib import Path
+from typing import IO
 
 from ffcv_imnet.core.errors import UsageError
 
@@ -29,3 +33,37 @@ def path_of(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("an empty path; the current folder is .")
     return Path(expanded(text))
+
+
+def open_regular(path: Path | str | bytes) -> IO[bytes]:
+    """A file open for reading, its size in `os.fstat`. A pipe would be waited for, a device read for ever.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file; `strerror` says which.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, f"it is {KINDS.get(stat.S_IFMT(mode), 'no regular file')}", path)
+    return os.fdopen(descriptor, "rb")
+
+
+def what_is(path: Path) -> str:
+    """For the end of a sentence, where a file is wanted and `is_file` is false."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return f"it is {KINDS.get(stat.S_IFMT(mode), 'no regular file')}, and a file is wanted"
+
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}

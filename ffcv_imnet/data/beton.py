@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import shlex
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from ffcv_imnet.core.atomic import (
     written,
 )
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
+from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.manifest import MANIFEST_FORMAT as MANIFEST_FORMAT
 from ffcv_imnet.data.manifest import Manifest as Manifest
@@ -228,8 +228,7 @@ def read_tables(path: Path) -> Tables:
     """
     layout = _layout()
     try:
-        # Without waiting for a writer where the name is a pipe's.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+        file = open_regular(path)
     except FileNotFoundError:
         unfinished = partial_path(path).exists()
         also = f" (only an unfinished {partial_path(path).name})" if unfinished else ""
@@ -239,10 +238,7 @@ def read_tables(path: Path) -> Tables:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     with file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{path} is not a regular file: {command(path)}")
-        size = status.st_size
+        size = os.fstat(file.fileno()).st_size
         header = _read_header(path, file, size)
         pointer, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
         fields = _read_fields(path, file, int(header["num_fields"]))

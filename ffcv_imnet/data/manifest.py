@@ -3,9 +3,7 @@
 import dataclasses
 import datetime
 import json
-import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.names import fault_of, fault_of_all, quoted
+from ffcv_imnet.core.paths import open_regular
 
 MANIFEST_FORMAT = 1
 # Bytes. ImageNet's has 0.1 MB, and 100 more for every unreadable image that was left out; JSON takes
@@ -100,10 +99,7 @@ def _write(path: Path) -> str:
 
 def _parse(path: Path) -> Any:
     try:
-        # A pipe of that name would be waited for, a device read for ever.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise RunError(f"the manifest {path} is not a regular file: {again(path)}")
+        with open_regular(path) as file:
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
             raise RunError(

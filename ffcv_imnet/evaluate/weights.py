@@ -6,6 +6,7 @@ ONNX files.
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ffcv_imnet.config.parsing import from_dict
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, nearest, reason_of
 from ffcv_imnet.core.optional import EXPORT, require
+from ffcv_imnet.core.paths import what_is
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
@@ -79,8 +81,9 @@ def load_network(
         hint = f": name {path / 'best.pt'}" if (path / "best.pt").is_file() else ""
         raise UsageError(f"--weights {path} is a folder{hint}")
     if not path.is_file():
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UsageError(f"--weights {path}: no such file{nearest(path.name, names)}")
+        gone = path.parent.is_dir() and not os.path.lexists(path)
+        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if gone else ""
+        raise UsageError(f"--weights {path}: {what_is(path)}{near}")
     if path.suffix == ".onnx":
         if arch or plain:
             raise UsageError(

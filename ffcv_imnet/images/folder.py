@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import stat
 import sys
 import unicodedata
 from collections import Counter
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.names import fault_of, quoted, shown
 from ffcv_imnet.core.optional import is_there
+from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.images import leftovers
 from ffcv_imnet.images.leftovers import Left
 
@@ -88,11 +88,7 @@ class ImageFolderTree:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The file's bytes and its label; OSError when it cannot be read."""
-        # O_NONBLOCK: opening a pipe that someone named x.jpg would otherwise wait for ever.
-        descriptor = os.open(f"{self.where}/{self.name(index)}", os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError("not a regular file")
+        with open_regular(f"{self.where}/{self.name(index)}") as file:
             return file.read(), int(self.labels[index])
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:

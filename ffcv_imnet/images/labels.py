@@ -8,7 +8,6 @@ have an order of their own, and taking them for labels is the classic way to an 
 import gzip
 import io
 import math
-import stat
 import struct
 import sys
 import tarfile
@@ -24,6 +23,7 @@ from scipy.io import loadmat
 from ffcv_imnet.core.bounded import memory_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import quoted
+from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.images.label_table import Rows, read_table
 
 LARGEST = 64 << 20  # bytes that the devkit unpacks to; the real one has a few MB
@@ -42,16 +42,11 @@ def read_labels(path: Path) -> dict[str, str]:
         UsageError: there is no such file, or it is none of the three.
     """
     try:
-        # Not open(): a pipe would be waited for, and its first bytes lost.
-        packed = stat.S_ISREG(path.stat().st_mode) and _starts(path, b"\x1f\x8b")
+        with open_regular(path) as file:
+            packed = file.read(2) == b"\x1f\x8b"
         return _read_devkit(path) if packed else read_table(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _starts(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def labels_of(

@@ -1,12 +1,12 @@
 """What lies in folders of images and is none: what computers leave behind, and images that are not read."""
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from ffcv_imnet.core.names import shown
+from ffcv_imnet.core.paths import open_regular
 
 # In lower case. Copies and thumbnails that macOS, Windows, Jupyter, NAS boxes and file systems make.
 LEFTOVERS = frozenset(
@@ -112,16 +112,10 @@ class Left:
 
 def _is_image(path: bytes) -> bool:
     try:
-        # A pipe of that name would be waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open_regular(path) as file:
+            start = file.read(16)
     except OSError:
         return False
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return False
-        start = os.read(descriptor, 16)
-    finally:
-        os.close(descriptor)
     return (
         start.startswith(STARTS)
         or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")

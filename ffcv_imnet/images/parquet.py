@@ -68,7 +68,7 @@ def shards_of(folder: Path, split: str) -> list[Path]:
         found = [
             path
             for path in sorted(place.glob("*.parquet"))
-            if (said := SHARD.match(path.name)) and said[1] in names
+            if (said := SHARD.match(path.name)) and said[1] in names and path.is_file()
         ]
         if found:
             return _all_there(found)

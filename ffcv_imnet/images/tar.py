@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.images.folder import EXTENSIONS
 from ffcv_imnet.images.labels import all_labelled, labels_of
 
@@ -366,10 +367,11 @@ def index_tar(path: Path) -> TarIndex:
         RunError: a member is refused; see `scan_tar`.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        file = open_regular(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    try:
+    with file:
+        descriptor = file.fileno()
         state = os.fstat(descriptor)
         _check_is_tar(descriptor, path, state.st_size)
         key = np.array([FORMAT, state.st_size, state.st_mtime_ns], np.int64)
@@ -380,8 +382,6 @@ def index_tar(path: Path) -> TarIndex:
             if not index.fault:
                 _save(cache, key, index)
         return index
-    finally:
-        os.close(descriptor)
 
 
 def _check_is_tar(descriptor: int, path: Path, size: int) -> None:

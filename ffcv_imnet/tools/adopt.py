@@ -17,7 +17,7 @@ import numpy as np
 
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.names import fault_of, quoted
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import open_regular, path_of
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
@@ -27,6 +27,7 @@ from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.tools import ToolParser
 
 IMAGENET = {1_281_167, 50_000}  # images of its two splits
+LARGEST = 1 << 26  # bytes of a text of class names
 EXAMPLES = 3
 
 
@@ -112,7 +113,8 @@ def read_names(file: Path) -> tuple[str, ...]:
     if file.suffix == ".json":
         return beton.Manifest.load(file).classes
     try:
-        names = read_labels(file.read_text(encoding="utf-8-sig"))
+        with open_regular(file) as opened:
+            names = read_labels(opened.read(LARGEST).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"--classes {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

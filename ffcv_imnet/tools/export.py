@@ -128,7 +128,7 @@ def check_labels(path: Path, network: Network) -> str | None:
     text = write_labels(class_names(network))
     if not path.exists():
         return text
-    if path.read_bytes() == text.encode():
+    if path.is_file() and path.read_bytes() == text.encode():
         return None
     raise UsageError(f"{path} has the classes of another network: choose another folder for --out")
 

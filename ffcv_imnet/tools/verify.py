@@ -29,7 +29,7 @@ from PIL import Image
 
 from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import path_of, what_is
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
@@ -195,6 +195,8 @@ def targets(path: Path) -> list[Target]:
         if path.name in MD5:
             return [Target("archive", path, "")]
         raise UsageError(f"{path} is neither a .tar, a .beton nor a .parquet")
+    if not path.is_dir():
+        raise UsageError(f"{path}: {what_is(path)}")
     if betons := sorted([*path.glob("*.beton"), *path.glob("*.ffcv")]):
         return [target for beton_path in betons for target in targets(beton_path)]
     if shards := [Target("parquet", path / s, s) for s in ("train", "val") if has_shards(path, s)]:

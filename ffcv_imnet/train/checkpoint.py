@@ -17,6 +17,7 @@ from ffcv_imnet.core.atomic import NotWritten, drop_cached, link, partial_path, 
 from ffcv_imnet.core.bounded import SPARE, fault_of_zip, memory_at_most, size
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import fault_of_all
+from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.core.typed import fault_of_fields, is_value
 from ffcv_imnet.machine import device
 from ffcv_imnet.machine.device import DTYPES
@@ -162,7 +163,7 @@ def damage_of(path: Path, fresh: bool = False) -> str | None:
     `fresh`: just written and forced to the disk, so ask for the disk's bytes and not the cache's.
     """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             if fresh:
                 drop_cached(file)
             if fault := fault_of_zip(archive, file):
@@ -244,7 +245,7 @@ def read(path: Path) -> Any:
         RunError: it is damaged, or reading it would run what it holds.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(2)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None

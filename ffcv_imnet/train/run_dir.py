@@ -26,6 +26,7 @@ from ffcv_imnet.core import log, provenance
 from ffcv_imnet.core.atomic import NotWritten, atomic_write, link, make_folder, rename
 from ffcv_imnet.core.errors import NonFiniteLoss, RunError, UsageError, not_written
 from ffcv_imnet.core.log import LOG, Epoch, Header, Lowered, Reached, Record, Summary
+from ffcv_imnet.core.paths import what_is
 from ffcv_imnet.data.beton import Manifest
 from ffcv_imnet.machine.checks import say_at_start
 from ffcv_imnet.machine.distributed import Interrupted, World
@@ -457,7 +458,7 @@ def _checkpoint_to_resume(folder: Path, resume: str | None) -> Path | None:
     source = Path(resume)
     if not source.is_file():
         raise UsageError(
-            f"--resume {source}: no such checkpoint; --resume auto goes on with the run in {folder}"
+            f"--resume {source}: {what_is(source)}; --resume auto goes on with the run in {folder}"
         )
     if holds_run and source.resolve().parent != folder.resolve():
         raise UsageError(

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as train_im
 
 from tests.conftest import SmallData
 from tests.faults.damages import damages
+from tests.faults.inputs import inputs
 from tests.faults.kills import kills
 from tests.faults.lives import Row, changes_of, open_data, train, write_data
 from tests.faults.outside import full_disk, nodes, ranks, truncated
@@ -55,7 +56,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="*",
-        help="some of kills, damages, map, disk, ranks, soak; and of those left out without it: lost, nodes",
+        help="some of kills, damages, map, disk, ranks, soak; and of those left out without it: lost, nodes, inputs",
     )
     parser.add_argument("--dir", type=Path, help="kept; default: a temporary folder")
     parser.add_argument(
@@ -77,6 +78,7 @@ def main() -> int:
             "ranks": lambda: ranks(data, folder, signal.SIGSTOP),
             "lost": lambda: ranks(data, folder, signal.SIGKILL),
             "nodes": lambda: nodes(data, folder),
+            "inputs": lambda: inputs(data, folder, whole),
             "soak": lambda: soak(data, folder, given.soak, given.json),
         }  # fmt: skip
         rows: list[Row] = []

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Life:
         if self.pid == 0:
             self._live(main, environment)
         self.status: int | None = None
+        self.megabytes = 0.0  # at most, of what it had in memory
 
     def _live(self, main: Callable[[], int | None], environment: dict[str, str]) -> None:
         status = 70
@@ -70,6 +72,8 @@ class Life:
             run_main(main)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -77,8 +81,9 @@ class Life:
 
     def alive(self) -> bool:
         if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, used = os.wait4(self.pid, os.WNOHANG)
             if pid:
+                self.megabytes = used.ru_maxrss / 1024
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status is None
 
