@@ -1,11 +1,15 @@
-"""One checkpoint, evaluated and differentiated by one process and by 2, 3 and 4 gloo processes.
+"""What several gloo processes do of which one is known to do it right.
 
     python -m tests.ranks DIR        DIR/config.yaml and DIR/run/last.pt -> DIR/SIZE.pt for each size
 
-Forked from one process that has imported everything, so that a test pays for that once.
+The checkpoint is evaluated and differentiated by one process and by 2, 3 and 4; two of them also train, and
+evaluate as the command does (DIR/words.json: its words, DIR/two_N.json: the results). Forked from one process
+that has imported everything, so that a test pays for that once. If one fails, the others are ended at once.
 """
 
+import json
 import os
+import signal
 import sys
 import traceback
 from dataclasses import replace
@@ -26,6 +30,8 @@ from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data
 from ffcv_imnet.machine.distributed import World
+from ffcv_imnet.models import build_model
+from ffcv_imnet.tools import evaluate as evaluate_tool
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.epoch import build_learner, train_step
 from ffcv_imnet.train.validate import evaluate
@@ -81,6 +87,32 @@ def compiled_steps(world: World, settings: Settings, path: Path) -> dict[str, An
     return {"weights": weights, "graphs": made}
 
 
+def agreed(world: World, settings: Settings) -> dict[str, Any]:
+    """Validation with test-time augmentation of a new network, whose BatchNorm statistics were not those of
+    the others until they were shared; and a vote."""
+    model = build_model(settings, 10)
+    for buffer in model.buffers():  # ranks disagree, as after training
+        if buffer.shape == (16,) and not buffer.any():
+            buffer += 2.0 * world.rank
+    world.share(model)
+    loader = ValLoader(settings.data.val_dataset, 33, settings, world)
+    evaluated = evaluate(model, loader, world, torch.float32, tta=True)
+    mean = float(model[1][1].running_mean.mean())  # type: ignore[index]
+    found = [vars(evaluated), mean, world.any([world.rank == 0, False])]
+    assert world.agree(json.dumps(found)), found
+    return {"agreed": found}
+
+
+def evaluated_by_command(number: int, folder: Path, ports: list[int]) -> None:
+    """`evaluate` as torchrun would start it, for each line of DIR/words.json."""
+    words = folder / "words.json"
+    for place, line in enumerate(json.loads(words.read_text()) if words.exists() else []):
+        os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2",
+                          LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(ports[place]))  # fmt: skip
+        assert evaluate_tool.main([*line, "--out", str(folder / f"two_{place}.json")]) == 0
+
+
 def freeze(model: nn.Module) -> None:
     """Training, but for BatchNorm, whose statistics would be those of each process's own share."""
     model.train()
@@ -106,6 +138,8 @@ def rank(number: int, folder: Path, settings: Settings, ports: dict[int, int]) -
             found = found_by(world, settings, folder / "run/last.pt")
             if size <= 2:
                 found |= compiled_steps(world, settings, folder / "run/last.pt")
+            if size == 2:
+                found |= agreed(world, settings)
             if world.is_main:
                 torch.save(found, folder / f"{size}.pt")
             if size > 1:
@@ -118,20 +152,37 @@ def main() -> int:
     settings = load(folder / "config.yaml")
     open_data(Path(settings.data.train_dataset).parent)  # numba compiles here, once
     ports = {size: free_port() for size in SIZES}
-    children = []
+    more = [free_port() for _ in range(2)]
+    children = {}
     for number in range(max(SIZES)):
         if (pid := os.fork()) == 0:
             status = 1
             try:
                 rank(number, folder, settings, ports)
+                if number < 2:
+                    evaluated_by_command(number, folder, more)
                 status = 0
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(status)
-        children.append(pid)
-    statuses = [os.waitpid(pid, 0)[1] for pid in children]  # of all, whatever the first says
-    return int(any(statuses))
+        children[pid] = number
+    return wait_for_all(children)
+
+
+def wait_for_all(children: dict[int, int]) -> int:
+    """1 as soon as one of them fails, named by its number; its own words stand above."""
+    while children:
+        pid, status = os.wait()
+        number = children.pop(pid, None)
+        if number is not None and status:
+            print(
+                f"process {number} ended with {os.waitstatus_to_exitcode(status)}", file=sys.stderr
+            )
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

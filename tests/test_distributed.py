@@ -16,10 +16,24 @@ import torch
 from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.log import read_log
+from ffcv_imnet.data import loader as data
 from ffcv_imnet.machine.distributed import Ranks, World, read_ranks
+from ffcv_imnet.models import build_model
+from ffcv_imnet.tools import evaluate
 from ffcv_imnet.train.run_dir import RunFolder
+from ffcv_imnet.train.validate import Metrics
+from tests import ranks
 from tests.conftest import SmallData
+from tests.test_data import ALONE
+from tests.test_evaluation import assert_equal, plain_loop
 from tests.test_training import run
+
+
+def words_of(small: SmallData, folder: Path) -> list[list[str]]:
+    """Of `evaluate`: a .beton, and a folder of images."""
+    plain = ["--weights", str(folder / "run/best.pt"), "--num_workers", "1", "--batch_size", "16"]
+    places = small.val, small.val.parent / "images" / "val"
+    return [[*plain, "--data", str(place)] for place in places]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +43,7 @@ def found(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     settings = small.settings(folder / "run", training__epochs=1, training__batch_size=48)
     assert run(settings) == 0
     (folder / "config.yaml").write_text(to_yaml(settings))
+    (folder / "words.json").write_text(json.dumps(words_of(small, folder)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.ranks", str(folder)],
         capture_output=True,
@@ -36,7 +51,8 @@ def found(small: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[in
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return {size: torch.load(folder / f"{size}.pt", weights_only=True) for size in (1, 2, 3, 4)}
+    by_size = {size: torch.load(folder / f"{size}.pt", weights_only=True) for size in (1, 2, 3, 4)}
+    return by_size | {0: {"folder": folder}}
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -66,6 +82,44 @@ def test_two_compiled_processes_make_the_steps_of_one(found: dict[int, dict[str,
     assert 0 < first == second
     for ours, wanted in zip(found[2]["weights"], found[1]["weights"], strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_are_the_plain_loop(
+    found: dict[int, dict[str, Any]], small: SmallData, tmp_path: Path
+) -> None:
+    settings = small.settings(tmp_path)
+    model = build_model(settings, 10)
+    for buffer in model.buffers():
+        if buffer.shape == (16,) and not buffer.any():
+            buffer += 1.0  # the mean over both
+    reference = plain_loop(model, data.ValLoader(str(small.val), 33, settings, ALONE))
+    metrics, mean, votes = found[2]["agreed"]
+    assert_equal(Metrics(**metrics), reference)
+    assert mean == 1.0 and votes == [True, False]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_evaluate_command_gives_the_same_rows(
+    place: int, found: dict[int, dict[str, Any]], small: SmallData
+) -> None:
+    folder = found[0]["folder"]
+    one = folder / f"one_{place}.json"
+    assert evaluate.main([*words_of(small, folder)[place], "--out", str(one)]) == 0
+    both = json.loads((folder / f"two_{place}.json").read_text())
+    (alone,), (together,) = json.loads(one.read_text())["views"], both["views"]
+    assert both["world_size"] == 2 and together["images"] == alone["images"]
+    assert together["per_class"] == alone["per_class"] and together["confused"] == alone["confused"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert together["ece"] == pytest.approx(alone["ece"], abs=1e-6)
+
+
+def test_the_others_do_not_wait_for_one_that_failed(capfd: pytest.CaptureFixture[str]) -> None:
+    children = {}
+    for number, seconds in ((0, 600), (1, 0)):
+        words = ["sh", "-c", f"sleep {seconds}; echo why >&2; exit 3"]
+        children[os.posix_spawnp("sh", words, os.environ)] = number
+    assert ranks.wait_for_all(children) == 1
+    assert capfd.readouterr().err == "why\nprocess 1 ended with 3\n"
 
 
 GIVEN = {

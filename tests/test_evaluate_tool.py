@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -298,43 +296,6 @@ def test_a_folder_at_several_resolutions(
             guess = model(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]).argmax()
         right += classes[int(guess)] == image.parent.name
     assert views[1]["images"] == len(photographs) and views[1]["top_1"] == right / len(photographs)
-
-
-TWO = "import tests.networks, runpy; runpy.run_module('ffcv_imnet', run_name='__main__')\n"
-
-
-@pytest.mark.parametrize("kind", ["beton", "folder"])
-def test_two_processes_give_the_same_rows(
-    run: tuple[Path, Settings, tuple[str, ...]], small: SmallData, kind: str
-) -> None:
-    path, _, _ = run
-    where = small.val if kind == "beton" else small.val.parent / "images" / "val"
-    options = [
-        "--weights",
-        str(path),
-        "--data",
-        str(where),
-        "--num_workers",
-        "1",
-        "--batch_size",
-        "16",
-    ]
-    one, two = path.with_name("one.json"), path.with_name("two.json")
-    assert evaluate.main([*options, "--out", str(one)]) == 0
-    script = path.with_name("two.py")
-    script.write_text(TWO)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(script), "evaluate", *options, "--out", str(two)],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path.cwd())},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (alone,), (together,) = read(one)["views"], read(two)["views"]
-    assert read(two)["world_size"] == 2 and together["images"] == alone["images"]
-    assert together["per_class"] == alone["per_class"] and together["confused"] == alone["confused"]
-    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-    assert together["ece"] == pytest.approx(alone["ece"], abs=1e-6)
 
 
 def test_mistakes_are_one_line(

@@ -1,8 +1,5 @@
-"""Evaluation against a plain loop, alone and on two connected processes."""
+"""Evaluation against a plain loop, alone; on several processes in test_distributed.py."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.data import loader as data
 from ffcv_imnet.models import build_model
@@ -69,57 +65,6 @@ def test_evaluate_is_the_plain_loop(small: SmallData, tmp_path: Path) -> None:
     model = build_model(settings, 10)
     assert_equal(evaluate(model, loader, ALONE, torch.float32, tta=True), plain_loop(model, loader))
     assert evaluate(model, loader, ALONE, torch.float32).tta_top_1 is None
-
-
-TWO = """
-import json, sys, torch
-import tests.networks
-from ffcv_imnet.data import loader as data
-from ffcv_imnet.machine import distributed
-from ffcv_imnet.config import parsing
-from ffcv_imnet.train.validate import evaluate
-from ffcv_imnet.models import build_model
-from dataclasses import asdict
-chosen = parsing.load(sys.argv[1])
-world = distributed.describe_world()
-distributed.connect(world)
-model = build_model(chosen, 10)
-for buffer in model.buffers():  # ranks disagree, as after training
-    if buffer.shape == (16,) and not buffer.any():
-        buffer += 2.0 * world.rank
-world.share(model)
-loader = data.ValLoader(chosen.data.val_dataset, 33, chosen, world)
-metrics = evaluate(model, loader, world, torch.float32, tta=True)
-mean = float(model[1][1].running_mean.mean())
-votes = world.any([world.rank == 0, False])
-with open(f"{sys.argv[1]}.{world.rank}", "w") as file:
-    json.dump([asdict(metrics), mean, votes], file)
-distributed.disconnect(world)
-"""
-
-
-def test_two_processes_are_the_plain_loop(small: SmallData, tmp_path: Path) -> None:
-    settings = small.settings(tmp_path)
-    (tmp_path / "config.yaml").write_text(to_yaml(settings))
-    (tmp_path / "two.py").write_text(TWO)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "two.py"), str(tmp_path / "config.yaml")],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path.cwd())},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    results = [json.loads((tmp_path / f"config.yaml.{rank}").read_text()) for rank in (0, 1)]
-    model = build_model(settings, 10)
-    for buffer in model.buffers():
-        if buffer.shape == (16,) and not buffer.any():
-            buffer += 1.0  # the mean over both
-    reference = plain_loop(model, data.ValLoader(str(small.val), 33, settings, ALONE))
-    for metrics, mean, votes in results:
-        assert_equal(Metrics(**metrics), reference)
-        assert mean == 1.0 and votes == [True, False]
 
 
 def test_lost_weights_are_an_error(small: SmallData, tmp_path: Path) -> None:
