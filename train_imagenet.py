@@ -24,7 +24,13 @@ from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import NonFiniteLoss
 from ffcv_imnet.data.bus_error import explain_bus_error
 from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data, class_places, own_target
-from ffcv_imnet.machine.distributed import Interrupted, connect, describe_world, disconnect
+from ffcv_imnet.machine.distributed import (
+    Interrupted,
+    connect,
+    describe_world,
+    disconnect,
+    together,
+)
 from ffcv_imnet.models.registry import check_arch
 from ffcv_imnet.train.epoch import build_learner, train_epoch
 from ffcv_imnet.train.failures import explained
@@ -65,14 +71,15 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         return 0
 
     connect(world, timeout)
-    run.check_agreement()
-    watch = Watch(world, run.heart, settings.training.checkpoint_minutes)
-    explain_bus_error(settings.data.train_dataset, settings.data.val_dataset)
-    train_loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
-    places = class_places(train_set.classes, val_set.classes)
-    val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world, places)
-    learner = build_learner(settings, len(train_set.classes), world)
-    run.start(learner, train_set, val_set)
+    with together(world, timeout, "while they set up"):
+        run.check_agreement()
+        watch = Watch(world, run.heart, settings.training.checkpoint_minutes)
+        explain_bus_error(settings.data.train_dataset, settings.data.val_dataset)
+        train_loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
+        places = class_places(train_set.classes, val_set.classes)
+        val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world, places)
+        learner = build_learner(settings, len(train_set.classes), world)
+        run.start(learner, train_set, val_set)
 
     # The loop.
     try:

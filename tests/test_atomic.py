@@ -170,6 +170,34 @@ def test_a_reader_that_goes_is_no_error_and_another_pipe_is() -> None:
     assert (done.returncode, done.stderr) == (1, "error: Broken pipe\n")
 
 
+def test_streams_that_were_closed_are_not_given_to_files(tmp_path: Path) -> None:
+    """Else what is printed goes into whatever is opened next: a checkpoint, a .beton."""
+    code = (
+        "import os, sys; from ffcv_imnet.core.errors import run_main\n"
+        "def main():\n"
+        "    with open(sys.argv[1], 'w') as file:\n"
+        "        print('printed'); sys.stdout.flush(); os.write(2, b'written')\n"
+        "        file.write(str(file.fileno() > 2))\n"
+        "run_main(main)"
+    )
+    words = f'{sys.executable} -c "{code}" {tmp_path}/file <&- >&- 2>&-'
+    assert subprocess.run(["bash", "-c", words]).returncode == 0
+    assert (tmp_path / "file").read_text() == "True"
+
+
+def test_an_output_that_cannot_be_written_is_named() -> None:
+    code = "from ffcv_imnet.core.errors import run_main\nrun_main(lambda: print('x', flush=True))"
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: the standard output: No space left on device")
+        assert done.stderr.count("\n") == 1
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full)
+        assert done.returncode == 1
+
+
 def test_a_terminal_of_no_width_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """As some CI and `script` make one: tqdm draws nothing there, so neither bar nor lines were seen."""
     leader, follower = pty.openpty()

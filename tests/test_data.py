@@ -436,7 +436,11 @@ def test_missing_data(small: SmallData, tmp_path: Path) -> None:
 
 def test_batch_that_the_world_does_not_divide(small: SmallData, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the nearest that does is 15"):
-        data.local_batch_size(16, world(0, 3))
+        data.local_batch_size(16, world(0, 3), 100)
+    with pytest.raises(UsageError, match="the nearest that does is 6"):  # not 8: of seven images
+        data.local_batch_size(7, world(0, 2), 7)
+    with pytest.raises(UsageError, match="7 training images are too few for 8 processes"):
+        data.local_batch_size(8, world(0, 8), 7)
 
 
 def test_more_workers_than_cores(small: SmallData, tmp_path: Path) -> None:

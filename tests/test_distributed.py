@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from ffcv_imnet.config.parsing import to_yaml
-from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.data import loader as data
-from ffcv_imnet.machine.distributed import Ranks, World, read_ranks
+from ffcv_imnet.machine.distributed import Ranks, World, read_ranks, together
 from ffcv_imnet.models import build_model
 from ffcv_imnet.tools import evaluate
 from ffcv_imnet.train.run_dir import RunFolder
@@ -197,8 +197,15 @@ def test_processes_that_disagree_do_not_start(
         folder.check_agreement()
 
 
-def test_a_killed_process_comes_back_by_itself(small: SmallData, tmp_path: Path) -> None:
-    """torchrun --max_restarts: kill -9 of the first process; the run ends without a hand."""
+def descendants(pid: int) -> list[int]:
+    """Processes that `pid` started, and theirs."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid for child in found for pid in (int(child), *descendants(int(child)))]
+
+
+def test_a_job_that_is_killed_and_then_asked_to_end(small: SmallData, tmp_path: Path) -> None:
+    """kill -9 of the first process: torchrun --max_restarts starts both again, without a hand. Then SIGTERM to all,
+    as `scancel` sends it: the workers are asked, and once more by torchrun. The run goes on from there."""
     settings = small.settings(
         tmp_path / "run", training__epochs=4, training__checkpoint_minutes=1e-9
     )
@@ -206,52 +213,51 @@ def test_a_killed_process_comes_back_by_itself(small: SmallData, tmp_path: Path)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = ["--max_restarts=2", "-m", "tests.networks", "--resume", "auto"]
     words = [sys.executable, *torchrun, *script, "--config", str(tmp_path / "c.yaml")]
-    heartbeat = tmp_path / "run/heartbeat.json"
     # Else the processes of the second start may read the addresses of the first (docs/SCALING.md).
     alone = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=alone
     ) as process:
-        while process.poll() is None and not heartbeat.exists():
-            time.sleep(0.01)
-        os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGKILL)
-        said = process.communicate(timeout=600)[0].decode()
-    assert process.returncode == 0, said
-    log = read_log(tmp_path / "run")
-    assert [epoch.epoch for epoch in log.epochs] == [0, 1, 2, 3] and log.summary is not None
-    assert [header.world_size for header in log.headers][-1] == 2
-    assert json.loads(heartbeat.read_text())["doing"] == "finished"
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that `pid` started, and theirs."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid for child in found for pid in (int(child), *descendants(int(child)))]
-
-
-def test_sigterm_to_all_processes_of_a_job(small: SmallData, tmp_path: Path) -> None:
-    """As `scancel` does it: the workers are asked, and once more by torchrun. Then the run goes on."""
-    settings = small.settings(tmp_path / "run", training__epochs=3)
-    (tmp_path / "c.yaml").write_text(to_yaml(settings))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = ["-m", "tests.networks", "--config", str(tmp_path / "c.yaml")]
-    heartbeat = tmp_path / "run/heartbeat.json"
-    with subprocess.Popen(
-        [sys.executable, *torchrun, *script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        while process.poll() is None and not heartbeat.exists():
-            time.sleep(0.01)
+        first = beating(process, tmp_path / "run", 0)
+        os.kill(first, signal.SIGKILL)
+        beating(process, tmp_path / "run", first)
         workers = descendants(process.pid)
-        for pid in [*workers, process.pid]:  # the first batch is still seconds away
+        for pid in [*workers, process.pid]:
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)  # two at once may be one for a process that has no time to look
         for pid in workers:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         said = process.communicate(timeout=60)[0].decode()
-    assert "stopped by SIGTERM in epoch 0, step " in said, said
-    assert json.loads(heartbeat.read_text())["doing"] == "stopped"
+    assert "stopped by SIGTERM in epoch " in said, said
+    assert json.loads((tmp_path / "run/heartbeat.json").read_text())["doing"] == "stopped"
+    before = len(read_log(tmp_path / "run").epochs)
     assert run(settings, "auto") == 0
     log = read_log(tmp_path / "run")
-    assert [header.world_size for header in log.headers] == [2, 1]
-    assert log.headers[1].first_step > 0 and len(log.epochs) == 3
+    sizes = [header.world_size for header in log.headers]
+    assert sizes[-2:] == [2, 1] and log.summary is not None
+    assert log.headers[-1].first_epoch == before
+    assert [epoch.epoch for epoch in log.epochs] == [0, 1, 2, 3]
+
+
+def beating(process: "subprocess.Popen[bytes]", folder: Path, other_than: int) -> int:
+    """The process that writes the heartbeat, once it is another one than that."""
+    heartbeat = folder / "heartbeat.json"
+    while process.poll() is None:
+        time.sleep(0.01)
+        with suppress(FileNotFoundError):
+            if (pid := int(json.loads(heartbeat.read_text())["pid"])) != other_than:
+                return pid
+    assert process.stdout is not None
+    raise AssertionError(process.stdout.read().decode())
+
+
+def test_what_the_others_left_behind_is_one_sentence() -> None:
+    """Of a process that died while they set up, too: DistributedDataParallel asks the others first."""
+    two = World(0, 2, 0, 2, torch.device("cpu"))
+    error = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error")
+    said = r"process 0 lost the others while they set up: one of them died"
+    with pytest.raises(RunError, match=said), together(two, 10, "while they set up"):
+        raise error
+    with pytest.raises(RuntimeError, match=r"^shape"), together(two, 10, "there"):
+        raise RuntimeError("shape mismatch")

@@ -545,8 +545,7 @@ def test_killed_in_mid_epoch_and_resumed(whole: Path, small: SmallData, tmp_path
         for line in process.stdout:
             if line.startswith("epoch 0"):
                 process.kill()
-    done = command("--config", config, "--resume", "auto")
-    assert done.returncode == 0, done.stderr
+    assert run(settings, "auto") == 0
     assert results(read_log(tmp_path / "run")) == results(read_log(whole))
 
 

@@ -250,6 +250,17 @@ def test_killed_worker_ends_with_an_error(tree: Path) -> None:
     assert not multiprocessing.active_children()
 
 
+def test_workers_that_cannot_start(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run by an account that may not read the Python that they are started with, say."""
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/bin/false")
+    chunks = encode_all(ImageFolderTree(tree / "train"), PixelSettings(), beton.PAGE_SIZE, 1)
+    with pytest.raises(
+        RunError, match=r"before its first .* /bin/false does not run for this user"
+    ):
+        list(chunks)
+    assert not multiprocessing.active_children()
+
+
 @pytest.fixture
 def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Arguments of a run that takes seconds and whose partial file grows at once."""

@@ -143,14 +143,28 @@ def begin_script(work: Callable[[], T]) -> T:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    open_streams()
     # Read when torch loads. Threads that spin while they wait make a run on a CPU crawl as soon as
     # anything else is busy; asleep they cost little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return work()
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.status)
+        _end(error.status, f"error: {error}")
+
+
+def open_streams() -> None:
+    """Give the standard streams that the caller closed (`>&-`) to /dev/null: the next file that is opened would
+    take such a number, and what a library prints would go into a checkpoint."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:  # as Python has it then; `print` can do without, `flush` cannot
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -161,37 +175,49 @@ def run_main(main: Callable[[], int | None]) -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # the scripts set it before their imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a class or file name that the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.status)
+        _end(error.status, f"error: {error}")
     except ModuleNotFoundError as error:
         if (error.name or "ffcv_imnet").startswith("ffcv_imnet"):
             raise
-        print(
+        _end(
+            1,
             f"error: this Python, {sys.executable}, has no module {error.name!r}; `source .venv/bin/activate` "
             "takes the one that `make setup` made",
-            file=sys.stderr,
-            flush=True,
         )
-        sys.exit(1)
     except (MemoryError, ImportError) as error:
         if isinstance(error, ImportError) and "failed to map" not in str(error):
             raise
-        print("error: out of memory: raise the limit (ulimit -v) or free some", file=sys.stderr)
-        sys.exit(1)
+        _end(1, "error: out of memory: raise the limit (ulimit -v) or free some")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _end(130, "interrupted")
     except OSError as error:  # a full disk, a folder without permission
         if isinstance(error, BrokenPipeError) and _output_closed():
             sys.exit(128 + signal.SIGPIPE)  # without a word, as others end in `... | head`
-        print(f"error: {said_of(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        what = "the standard output: " if error.filename is None and _output_fails() else ""
+        _end(1, f"error: {what}{said_of(error)}")
     sys.exit(status or 0)
+
+
+def _end(status: int, said: str) -> NoReturn:
+    with suppress(OSError):  # a full disk may hold the standard error, too
+        print(said, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _output_fails() -> bool:
+    """Whether the standard output takes nothing, as on a full disk; what is left for it then goes nowhere."""
+    try:
+        os.write(1, b"\n")  # Python has forgotten what it could not write
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+    return False
 
 
 def _output_closed() -> bool:

@@ -111,14 +111,20 @@ def class_places(train: Sequence[str], val: Sequence[str]) -> list[int] | None:
     return [number[name] for name in val] if set(val) <= set(train) else None
 
 
-def local_batch_size(batch: int, world: World) -> int:
-    """This process's share of a global batch.
+def local_batch_size(batch: int, world: World, samples: int) -> int:
+    """This process's share of a global batch of `samples` training images.
 
     Raises:
         UsageError: the world does not divide the batch; names the nearest that fits.
     """
+    if samples < world.size:
+        raise UsageError(
+            f"{samples} training images are too few for {world.size} processes, each of which takes its "
+            f"share of every batch: start fewer"
+        )
     if batch % world.size:
-        fits = max(1, round(batch / world.size)) * world.size
+        most = samples // world.size
+        fits = min(most, max(1, round(batch / world.size))) * world.size
         raise UsageError(
             f"training.batch_size {batch} does not divide into {world.size} processes; "
             f"the nearest that does is {fits}"
@@ -410,7 +416,7 @@ class TrainLoader:
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.seed, self.world = samples, settings.training.seed, world
         self.start_told = False
-        local_batches = [local_batch_size(batch, world) for batch in batch_sizes(settings)]
+        local_batches = [local_batch_size(batch, world, samples) for batch in batch_sizes(settings)]
         whole = settings.data.decoder == "whole"
         self.decoder = CropDecoder(max(resolutions(settings)), samples, whole)
         control = self.decoder.control
@@ -431,7 +437,7 @@ class TrainLoader:
         self.decoder.control["epoch"] = plan.epoch
         self.decoder.control["scale"] = plan.crop_scale
         self.decoder.resolution = plan.resolution
-        self.loader.batch_size = local_batch_size(plan.batch_size, self.world)
+        self.loader.batch_size = plan.batch_size // self.world.size
         order = epoch_order(self.samples, self.seed, plan.epoch)
         order = share_of_order(order, self.loader.batch_size, self.world.rank, self.world.size)
         order = order[first_step * self.loader.batch_size :] if only is None else only

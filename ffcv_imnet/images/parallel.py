@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import spawn
 from typing import Protocol, Self, TypeVar
 
 import cv2
@@ -61,7 +62,7 @@ def in_order(
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     pending: deque[Future[list[T]]] = deque()
     starts = iter(range(0, len(order), CHUNK))
-    finished = False
+    started = finished = False
 
     def submit(count: int) -> None:
         for _, first in zip(range(count), starts, strict=False):
@@ -77,10 +78,16 @@ def in_order(
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while pending:
             chunk = pending.popleft().result()
+            started = True
             submit(1)
             yield chunk
         finished = True
-    except (BrokenProcessPool, MemoryError):
+    except (BrokenProcessPool, BrokenPipeError, MemoryError):
+        if not started:
+            raise RunError(
+                "a worker process died before its first images were done: for want of memory (try fewer"
+                f" than --num_workers {num_workers}), or because {os.fsdecode(spawn.get_executable())} does not run for this user"
+            ) from None
         raise RunError(
             "a worker process died, probably for want of memory:"
             f" try fewer than --num_workers {num_workers}"

@@ -6,7 +6,8 @@ import re
 import signal
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -21,6 +22,7 @@ from ffcv_imnet.machine import device as devices
 from ffcv_imnet.machine.host import usable_cores
 
 SAME_REQUEST = 10.0  # seconds; a checkpoint takes a few
+TIMEOUT = 600.0  # seconds that the tools wait for another process; training has a setting
 TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 
 
@@ -148,7 +150,7 @@ def describe_world(device: str = "auto") -> World:
     return World(**vars(ranks), device=chosen)
 
 
-def connect(world: World, timeout_seconds: float = 600.0) -> None:
+def connect(world: World, timeout_seconds: float = TIMEOUT) -> None:
     """Join the other processes: gloo for the host, NCCL for GPUs. A world of one stays alone.
 
     torch gets this process's share of the cores: importing ffcv leaves it with one thread, and
@@ -169,6 +171,28 @@ def connect(world: World, timeout_seconds: float = 600.0) -> None:
                 f"distributed.timeout_seconds {timeout_seconds:g} ({reason_of(error)}): were all of "
                 f"them started, and can this machine reach the first one's?"
             ) from error
+
+
+@contextmanager
+def together(world: World, timeout_seconds: float, doing: str) -> Iterator[None]:
+    """Around whatever the processes do with each other.
+
+    Args:
+        doing: when, in words.
+
+    Raises:
+        RunError: in place of torch's error, when one of the others died or was silent for so long.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no exception of its own; its messages begin with its file's name.
+        if world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RunError(
+            f"process {world.rank} lost the others {doing}: one of them died, or was "
+            f"silent for distributed.timeout_seconds {timeout_seconds:g} ({reason_of(error)})"
+        ) from error
 
 
 def disconnect(world: World) -> None:

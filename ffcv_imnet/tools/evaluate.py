@@ -41,7 +41,14 @@ from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.preprocess import Preprocess
 from ffcv_imnet.machine.device import DTYPES, choose_precision
-from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect
+from ffcv_imnet.machine.distributed import (
+    TIMEOUT,
+    World,
+    connect,
+    describe_world,
+    disconnect,
+    together,
+)
 from ffcv_imnet.tools import ToolParser
 from ffcv_imnet.train.validate import Loader
 
@@ -95,10 +102,11 @@ def main(argv: list[str]) -> int:
     try:
         for how in hows:
             loader = open_data(options, network, how, world)
-            evaluated = collect_outcomes(
-                model, loader, world, DTYPES[precision], outputs, tta=options.tta,
-                what=f"{how.resolution} px",
-            )  # fmt: skip
+            with together(world, TIMEOUT, "in the evaluation"):
+                evaluated = collect_outcomes(
+                    model, loader, world, DTYPES[precision], outputs, tta=options.tta,
+                    what=f"{how.resolution} px",
+                )  # fmt: skip
             for view, outcomes in evaluated.items():
                 views.append({**asdict(how), "view": view, **score(outcomes, names)})
     finally:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from ffcv_imnet.config.schedules import EpochPlan
-from ffcv_imnet.core.errors import RunError, reason_of
+from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.machine.device import peak_memory, reset_peak_memory, room
-from ffcv_imnet.machine.distributed import World
+from ffcv_imnet.machine.distributed import World, together
 from ffcv_imnet.train.checkpoint import Learner
 
 SPARE = 0.1  # of the memory: what the caching allocator loses between blocks of many sizes
@@ -31,20 +30,13 @@ def explained(
         RunError: in place of torch's error for a full memory, and for a process that died or was
             silent for `distributed.timeout_seconds`.
     """
+    doing = f"in epoch {plan.epoch} (--resume auto goes on from the last checkpoint)"
     try:
-        yield
+        with together(world, timeout_seconds, doing):
+            yield
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the batch and its activations
         raise RunError(_out_of_memory(learner, plan, world, val_batch)) from None
-    except RuntimeError as error:
-        # gloo has no exception of its own; its messages begin with its file's name.
-        if world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise RunError(
-            f"process {world.rank} lost the others in epoch {plan.epoch}: one of them died, or was "
-            f"silent for distributed.timeout_seconds {timeout_seconds:g} "
-            f"({reason_of(error)}); --resume auto goes on from the last checkpoint"
-        ) from error
 
 
 def _out_of_memory(learner: Learner, plan: EpochPlan, world: World, val_batch: int) -> str:

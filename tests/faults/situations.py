@@ -17,7 +17,7 @@ from pathlib import Path
 import train_imagenet
 import write_ffcv
 from ffcv_imnet.config.parsing import to_yaml
-from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.errors import RunError, UsageError, run_main
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.data import beton
 from ffcv_imnet.train.run_dir import RunFolder
@@ -34,9 +34,9 @@ ENDS = (0, 1, 2)
 def life_of(prepare: Prepare, main: Callable[[], int | None], words: Path) -> Life:
     """`main` in a process that `prepare` has changed."""
 
-    def both() -> int | None:
+    def both() -> None:
         prepare()
-        return main()
+        run_main(main)  # as a process that was started so
 
     return Life(both, words)
 
