@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.names import fault_of, quoted
-from ffcv_imnet.core.paths import open_regular, path_of
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
@@ -113,8 +114,7 @@ def read_names(file: Path) -> tuple[str, ...]:
     if file.suffix == ".json":
         return beton.Manifest.load(file).classes
     try:
-        with open_regular(file) as opened:
-            names = read_labels(opened.read(LARGEST).decode("utf-8-sig"))
+        names = read_labels(read_at_most(file, LARGEST).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"--classes {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
