@@ -194,8 +194,9 @@ def test_an_output_that_cannot_be_written_is_named() -> None:
         assert done.returncode == 1
         assert done.stderr.startswith("error: the standard output: No space left on device")
         assert done.stderr.count("\n") == 1
-        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full)
-        assert done.returncode == 1
+        assert (
+            subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full).returncode == 1
+        )
 
 
 def test_a_terminal_of_no_width_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from ffcv_imnet.core.errors import UsageError
 
@@ -35,7 +35,7 @@ def path_of(text: str) -> Path:
     return Path(expanded(text))
 
 
-def open_regular(path: Path | str | bytes) -> IO[bytes]:
+def open_regular(path: Path | str | bytes) -> BinaryIO:
     """A file open for reading, its size in `os.fstat`. A pipe would be waited for, a device read for ever.
 
     Raises:

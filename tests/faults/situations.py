@@ -171,7 +171,7 @@ def jumping(seconds: float) -> Prepare:
 
 def closed(*streams: int) -> Prepare:
     """File descriptors that are closed, as `<&- >&- 2>&-` leaves them."""
-    return lambda: [os.close(stream) for stream in streams]
+    return lambda: list(map(os.close, streams))
 
 
 PREPARATIONS: dict[str, Prepare] = {
