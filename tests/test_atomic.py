@@ -17,7 +17,8 @@ import pytest
 
 from ffcv_imnet.core import progress
 from ffcv_imnet.core.atomic import NotWritten, atomic_write, drop_cached, force, link, make_folder
-from ffcv_imnet.core.errors import said_of
+from ffcv_imnet.core.errors import RunError, not_written, said_of
+from ffcv_imnet.train import checkpoint
 
 
 @contextmanager
@@ -62,6 +63,22 @@ def test_whole_or_as_it_was(tmp_path: Path) -> None:
         pass
     assert path.read_text(encoding="utf-8") == "ö\n"
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "folder"}
+
+
+def test_what_cannot_get_its_name_is_not_left(tmp_path: Path) -> None:
+    """A folder stands in the way, which a rename refuses as a full disk may."""
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(NotWritten, match=r"b could not be written \(Is a directory\)"):
+        link(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(RunError, match=r"b could not be written \(Is a directory\)"):
+        checkpoint.save({}, tmp_path / "a", tmp_path / "b")  # the checkpoint before is kept there
+    with pytest.raises(RunError, match=r"b could not be written \(Is a directory\)"):
+        checkpoint.save({}, tmp_path / "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert (tmp_path / "a").read_text() == "x"
+    failed = OSError(errno.EIO, "Input/output error")
+    assert not_written("a", failed).endswith("(Input/output error): is its disk sound?")
 
 
 def test_an_error_of_something_else_is_not_called_an_error_of_writing(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from numba.core import caching
 
 from ffcv_imnet.data import decoders as d
+from ffcv_imnet.data.jit import jit
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 VECTORS = [
@@ -28,6 +30,17 @@ def test_philox_gives_the_published_vectors(
     counter: tuple[int, ...], key: tuple[int, int], result: tuple[int, ...]
 ) -> None:
     assert d.philox(np.uint64(key[0] | key[1] << 32), *counter) == result
+
+
+def test_where_no_code_can_be_kept_it_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only tree and a user without a home: numba has nowhere to keep it, and refuses to compile."""
+
+    def double(number: int) -> int:
+        return 2 * number
+
+    assert type(jit()(double)._cache).__name__ == "FunctionCache"
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+    assert jit()(double)(21) == 42
 
 
 def plain_philox(key: int, *counter: int) -> tuple[int, ...]:

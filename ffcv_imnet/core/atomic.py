@@ -51,11 +51,7 @@ def atomic_write(
     own = path.with_name(f"{path.name}.{os.getpid()}.partial") if shared else partial_path(path)
     with written(path, mode, partial=own, sync=sync) as file:
         yield file
-    try:
-        rename(own, path, sync=sync)
-    except NotWritten:
-        own.unlink(missing_ok=True)
-        raise
+    rename(own, path, sync=sync, discard=True)
 
 
 @contextmanager
@@ -83,13 +79,17 @@ def written(
         raise
 
 
-def rename(partial: Path, path: Path, *, sync: bool = True) -> None:
-    """The second half: `partial`, a file or folder, becomes `path`. Raises NotWritten."""
+def rename(partial: Path, path: Path, *, sync: bool = True, discard: bool = False) -> None:
+    """The second half: `partial`, a file or folder, becomes `path`, or is removed if it is to be discarded
+    when it cannot. Raises NotWritten."""
     try:
         partial.replace(path)
         if sync:
             force_folder(path.parent)
     except OSError as error:
+        if discard:
+            with suppress(OSError):  # it may have its name, and only the folder was not forced
+                partial.unlink()
         raise NotWritten(path, error) from error
 
 
@@ -108,7 +108,7 @@ def link(source: Path, target: Path) -> None:
                 shutil.copyfileobj(original, copy)
     except OSError as error:
         raise NotWritten(target, error) from error
-    rename(partial, target)
+    rename(partial, target, discard=True)
 
 
 def make_folder(path: Path) -> None:

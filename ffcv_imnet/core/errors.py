@@ -82,6 +82,8 @@ def not_written(path: object, error: BaseException) -> str:
         return f"{path} could not be written ({reason}): raise the limit (ulimit -f)"
     if system.errno in (errno.EEXIST, errno.ENOTDIR):
         return f"{path} could not be written: its folder is a file, name another"
+    if system.errno == errno.EIO:
+        return f"{path} could not be written ({reason}): is its disk sound?"
     remedy = "is its folder still there, and yours to write in?"
     return f"{path} could not be written ({reason}): {remedy}"
 

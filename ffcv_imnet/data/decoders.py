@@ -28,11 +28,12 @@ from ffcv.libffcv import ctypes_imdecode, ctypes_resize
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
-from numba import carray, get_thread_id, njit, prange, types
+from numba import carray, get_thread_id, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import RunError
+from ffcv_imnet.data.jit import jit
 from ffcv_imnet.native import build
 
 MASK = np.uint64(0xFFFFFFFF)
@@ -41,7 +42,7 @@ UNIT = 1.0 / 2**32
 ATTEMPTS = 10  # to fit a box of random area and aspect ratio, as torchvision and FFCV do
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10: four random 32-bit words for a 64-bit key and a counter of four 32-bit words.
 
@@ -58,7 +59,7 @@ def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple[Any, Any, Any,
     return x0, x1, x2, x3
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit(error_model="numpy")
 def random_crop(
     height: int, width: int, seed: int, epoch: int, sample: int, scale: Any, ratio: Any
 ) -> tuple[int, int, int, int]:
@@ -82,7 +83,7 @@ def random_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def mirrored(mode: int, seed: int, epoch: int, sample: int) -> bool:
     """Whether the sample is flipped in this epoch; `mode` is its place in `FLIPS`.
 
@@ -98,14 +99,14 @@ def mirrored(mode: int, seed: int, epoch: int, sample: int) -> bool:
     return bit == np.uint64(1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit(error_model="numpy")
 def central_crop(height: int, width: int, ratio: float) -> tuple[int, int, int, int]:
     """The validation crop: a central square whose side is `ratio` of the shorter side, px."""
     side = max(1, int(ratio * min(height, width)))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def mirror(image: Any) -> None:
     """Flip an image (height, width, 3) left to right, in place."""
     height, width = image.shape[0], image.shape[1]
@@ -159,7 +160,7 @@ JPEG = int(IMAGE_MODES["jpg"])
 MOST_SCANS, MOST_COEFFICIENTS = 100, 512 << 20
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@jit(error_model="numpy")
 def chosen_crop(
     height: int, width: int, sample: int, words: Any, numbers: Any
 ) -> tuple[int, int, int, int]:
@@ -171,7 +172,7 @@ def chosen_crop(
     return random_crop(height, width, words[0], words[1], sample, scale, ratio)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def place_of(pointer: Any, pointers: Any, sizes: Any, length: int) -> tuple[Any, Any]:
     """Start and size of the stored bytes that the tables say, size 0 where those are not in the file.
 
@@ -186,7 +187,7 @@ def place_of(pointer: Any, pointers: Any, sizes: Any, length: int) -> tuple[Any,
     return np.int64(pointer), np.int64(size)
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def fault_of_stored(stored: Any, jpeg: bool, height: int, width: int) -> int:
     """What keeps FFCV's functions from stored bytes, as a place in `DAMAGES`; they look at nothing."""
     if height == 0 or width == 0 or len(stored) < (1 if jpeg else 3 * height * width):
@@ -194,7 +195,7 @@ def fault_of_stored(stored: Any, jpeg: bool, height: int, width: int) -> int:
     return fault_of_jpeg(stored, height, width) if jpeg else 0
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def fault_of_jpeg(stored: Any, height: int, width: int) -> int:
     """Another size in the JPEG's own header, or a progressive one beyond the bounds."""
     at, size = 2, len(stored)
@@ -216,7 +217,7 @@ def fault_of_jpeg(stored: Any, height: int, width: int) -> int:
     return DAMAGED
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def scans(stored: Any) -> int:
     """Start-of-scan markers in a JPEG; those of a thumbnail count too."""
     count = 0
@@ -228,7 +229,7 @@ def scans(stored: Any) -> int:
 _crop_resize: Any = types.ExternalFunction(build.FUNCTION, types.int64(*[types.int64] * 15))
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+@jit(parallel=True, error_model="numpy")
 def _decode_natively(
     indices: Any,
     out: Any,

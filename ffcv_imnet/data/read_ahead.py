@@ -5,8 +5,10 @@ from threading import Semaphore, Thread
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
+
+from ffcv_imnet.data.jit import jit
 
 PAGE, WILLNEED = mmap.PAGESIZE, mmap.MADV_WILLNEED
 REQUEST = 128 << 10  # bytes; the kernel cuts a request that is longer than the disk's own limit
@@ -71,7 +73,7 @@ def stretches(
     return starts[np.r_[0, cuts]], ends[np.r_[cuts - 1, -1]]
 
 
-@njit(nogil=True, cache=True)
+@jit()
 def _ask(file_at: int, starts: Any, ends: Any) -> None:
     """madvise(2) that these stretches are wanted; does not wait for them.
 

@@ -83,14 +83,11 @@ def in_order(
             yield chunk
         finished = True
     except (BrokenProcessPool, BrokenPipeError, MemoryError):
-        if not started:
-            raise RunError(
-                "a worker process died before its first images were done: for want of memory (try fewer"
-                f" than --num_workers {num_workers}), or because {os.fsdecode(spawn.get_executable())} does not run for this user"
-            ) from None
+        python = os.fsdecode(spawn.get_executable())
+        start = "" if started else f"; or does {python} not start for this user?"
         raise RunError(
             "a worker process died, probably for want of memory:"
-            f" try fewer than --num_workers {num_workers}"
+            f" try fewer than --num_workers {num_workers}{start}"
         ) from None
     finally:
         if not finished:

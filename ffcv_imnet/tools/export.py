@@ -97,6 +97,11 @@ def main(argv: list[str]) -> int:
         write_onnx(network, how, options, notes, out)
         difference = compare(network.model, partial_path(out), examples)
         write_safetensors(network, notes, weights)
+        if labels is not None:
+            with atomic_write(out.with_name("labels.txt"), "w") as file:
+                file.write(labels)
+        for path in (weights, out):
+            rename(partial_path(path), path)
     except BaseException:
         for path in (out, weights):
             partial_path(path).unlink(missing_ok=True)
@@ -106,11 +111,6 @@ def main(argv: list[str]) -> int:
         f"ONNX Runtime gives PyTorch's logits on {len(examples)} {what}: largest difference "
         f"{difference:.1e} (tolerance {TOLERANCE:g}) of the largest logit, all top-1 the same"
     )
-    if labels is not None:
-        with atomic_write(out.with_name("labels.txt"), "w") as file:
-            file.write(labels)
-    for path in (weights, out):
-        rename(partial_path(path), path)
     describe(out, network, how, options)
     return 0
 

@@ -2,6 +2,7 @@
 
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,8 @@ def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> Non
             link(path, previous)
         rename(partial, path)
     except NotWritten as error:
+        with suppress(OSError):  # whichever step failed
+            partial.unlink()
         raise RunError(f"{error}; --resume auto goes on from the checkpoint before") from error
 
 
