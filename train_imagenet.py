@@ -9,6 +9,7 @@
 """
 
 import time
+from dataclasses import replace
 
 from ffcv_imnet.config.parsing import parse
 from ffcv_imnet.core.errors import begin_script, run_main
@@ -24,6 +25,7 @@ from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import NonFiniteLoss
 from ffcv_imnet.data.bus_error import explain_bus_error
 from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data, class_places, own_target
+from ffcv_imnet.data.remote import local_copies
 from ffcv_imnet.machine.distributed import (
     Interrupted,
     connect,
@@ -58,6 +60,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     price = cost.price(settings.cost)
     limit = cost.limit(settings.training, price)
     world = describe_world(settings.training.device)
+    settings = replace(settings, data=local_copies(settings.data))
     train_set, val_set = check_data(settings.data, world)
     settings = own_target(settings, train_set.classes, world.is_main)
     plans = plan_run(settings, train_set.samples)

@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
 from ffcv_imnet.core.names import shown
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import path_of, path_or_address
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
-from ffcv_imnet.data import beton
+from ffcv_imnet.data import beton, remote
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
 from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
@@ -66,6 +66,7 @@ EXAMPLE_COMMANDS = """examples:
   python write_ffcv.py --split train --subset 10000 --out_dir data/beton_small
   python write_ffcv.py --data_dir my_images --holdout 0.1 --out_dir data/mine       # both, from one set
   python write_ffcv.py --split train --data_dir images --labels train.csv
+  python write_ffcv.py --split train --out_dir s3://bucket/imagenet
 """
 
 
@@ -117,15 +118,19 @@ def build_parser() -> Parser:
     add("--data_dir", type=path_of, action="append", metavar="DIR",
         help="holds train/ and val/ (or validation/, valid/, dev/, test/), one folder a class in each, or"
         " Kaggle's layout; several are merged by class (default: data/imagenet)")  # fmt: skip
-    add("--tar", type=path_of, metavar="FILE",
-        help="read ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar in place instead")  # fmt: skip
+    add("--tar", type=path_or_address, metavar="FILE",
+        help="read ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar in place instead; at an address"
+        " (s3://BUCKET/NAME) it is copied into --cache_dir first")  # fmt: skip
     add("--parquet", type=path_of, metavar="DIR",
         help="read the Hugging Face hub's SPLIT-*.parquet instead (needs pyarrow)")  # fmt: skip
     add("--labels", "--val_labels", type=path_of, metavar="FILE",
         help="classes of images that lie in no class folders: a CSV, TSV or JSON-lines of file and class,"
         " a text with both on a line, LOC_val_solution.csv or the devkit's .tar.gz")  # fmt: skip
-    add("--out_dir", type=path_of, default=Path("data/beton"), metavar="DIR",
-        help="where the .beton and its manifest go (default: %(default)s)")  # fmt: skip
+    add("--out_dir", type=path_or_address, default=Path("data/beton"), metavar="DIR",
+        help="where the .beton and its manifest go (default: %(default)s); to an address they are uploaded"
+        " from --cache_dir")  # fmt: skip
+    add("--cache_dir", type=path_of, default=Path("data/cache"), metavar="DIR",
+        help="copies of what is at an address (default: %(default)s)")  # fmt: skip
     add("--max_resolution", type=side, metavar="PIXELS",
         help="shrink to this longest side; 0: do not (default: 400)")  # fmt: skip
     add("--short_side", type=side, metavar="PIXELS",
@@ -197,6 +202,7 @@ class Job:
 
     split: str
     path: Path
+    address: str | None  # where it is uploaded to
     source: ImageSource
     settings: PixelSettings
     recorded: dict[str, Any]  # the settings that decide the content, as the manifest holds them
@@ -212,13 +218,16 @@ def find_source(options: argparse.Namespace) -> ImageSource:
     Raises:
         UsageError: they are not as they should be, or --allow_odd is wanted.
     """
-    if options.holdout is not None and not options.tar and not options.parquet:
+    tar = options.tar
+    if isinstance(tar, str):
+        tar = remote.fetch(tar, options.cache_dir)
+    if options.holdout is not None and not tar and not options.parquet:
         source = open_undivided(options.data_dir, options.labels)
     else:
         source = open_source(
             options.split or "train",
             options.data_dir,
-            tar=options.tar,
+            tar=tar,
             parquet=options.parquet,
             labels=options.labels,
         )
@@ -226,6 +235,14 @@ def find_source(options: argparse.Namespace) -> ImageSource:
     if not options.allow_odd:
         check_oddities(source)
     return source
+
+
+def placed(out_dir: Path | str, name: str, cache_dir: Path) -> tuple[Path, str | None]:
+    """Where a file is written, and the address it is uploaded to then."""
+    if isinstance(out_dir, Path):
+        return out_dir / name, None
+    address = f"{out_dir.rstrip('/')}/{name}"
+    return remote.copy_path(address, cache_dir), address
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
@@ -260,7 +277,8 @@ def plan(options: argparse.Namespace) -> list[Job]:
     return [
         Job(
             split=split,
-            path=options.out_dir / f"{split}.beton",
+            path=path,
+            address=address,
             source=source,
             settings=settings,
             recorded=recorded,
@@ -270,6 +288,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
             skip_bad=options.skip_bad,
         )
         for split in (["train", "val"] if options.holdout is not None else [options.split])
+        for path, address in [placed(options.out_dir, f"{split}.beton", options.cache_dir)]
     ]
 
 
@@ -344,12 +363,24 @@ def differences(job: Job, said: beton.Manifest) -> list[str]:
     return found
 
 
-def up_to_date(job: Job) -> bool:
-    """Whether the file is there and is what would be written.
+def up_to_date(job: Job, cache_dir: Path) -> bool:
+    """Whether the file is where it shall be and is what would be written.
 
     Raises:
         UsageError: something else is there, which only --force may replace.
     """
+    if job.address is None:
+        return is_here(job)
+    said = remote.manifest_at(job.address, cache_dir)
+    if said is not None and (found := differences(job, said)):
+        raise UsageError(
+            f"{job.address} is there already and differs: {'; '.join(found)}; --force replaces it"
+        )
+    return said is not None
+
+
+def is_here(job: Job) -> bool:
+    """Like `up_to_date`, of the file on this disk."""
     path = job.path
     if beton.repair_beton(path):
         print(f"{path}: the last run was stopped before its manifest was in place; done now")
@@ -487,6 +518,20 @@ def write(file: IO[bytes], job: Job) -> beton.Manifest:
     return manifest
 
 
+def write_file(job: Job) -> None:
+    """The file and its manifest under their names, and a line that says so."""
+    with beton.partial_file(job.path) as file:
+        announce(job)
+        manifest = write(file, job)
+    # Outside that block: once the first of the two has its name, nothing may be removed.
+    beton.commit_beton(job.path)
+    unreadable_list(job).unlink(missing_ok=True)  # of an attempt before
+    print(
+        f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
+        f" {size(manifest.bytes)}, {manifest.content_checksum}"
+    )
+
+
 def encoded_again(job: Job, kept: NDArray[np.int64]) -> dict[int, bytes]:
     """Digests, by stored index, of a seeded choice of images read from the source once more."""
     count = min(VERIFIED, len(kept))
@@ -508,24 +553,20 @@ def main(argv: list[str] | None = None) -> int:
     """Write one split, or both. Exit status 0; see ffcv_imnet/core/errors.py for the others."""
     options = parse(argv)
     jobs = plan(options)
-    waiting = [job for job in jobs if options.force or not up_to_date(job)]
+    waiting = [job for job in jobs if options.force or not up_to_date(job, options.cache_dir)]
     for job in jobs:
         if job not in waiting:
-            print(f"{job.path} is up to date")
+            print(f"{job.address or job.path} is up to date")
     one_thread()
     restore = exit_when_asked()
     try:
         for job in divide(waiting) if options.holdout is not None and waiting else waiting:
-            with beton.partial_file(job.path) as file:
-                announce(job)
-                manifest = write(file, job)
-            # Outside that block: once the first of the two has its name, nothing may be removed.
-            beton.commit_beton(job.path)
-            unreadable_list(job).unlink(missing_ok=True)  # of an attempt before
-            print(
-                f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
-                f" {size(manifest.bytes)}, {manifest.content_checksum}"
-            )
+            # An upload that failed finds its file written.
+            if job.address is None or options.force or not is_here(job):
+                write_file(job)
+            if job.address is not None:
+                remote.put_beton(job.path, job.address)
+                print(f"{job.address}: uploaded; {job.path} is its copy here")
     finally:
         restore()
     return 0

@@ -1,6 +1,6 @@
 """What `train_imagenet.py --dry_run` prints: settings, plan, cost estimate; with --measure what this machine takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -10,6 +10,7 @@ from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
+from ffcv_imnet.data.remote import local_copies
 from ffcv_imnet.models.registry import check_arch
 
 
@@ -20,6 +21,7 @@ def dry_run(settings: Settings, measuring: bool, started: float) -> int:
     """
     check_arch(settings.model.arch)
     price = cost.price(settings.cost)
+    settings = replace(settings, data=local_copies(settings.data, manifests_only=not measuring))
     if measuring:
         measured = measure.measure_run(settings, started)
         if measured is not None:

@@ -67,8 +67,13 @@ class Model:
 class Data:
     """Files and their loading"""
 
-    train_dataset: str = _path("data/beton/train.beton", ".beton to train on")
-    val_dataset: str = _path("data/beton/val.beton", ".beton to validate on")
+    train_dataset: str = _path(
+        "data/beton/train.beton", ".beton to train on; a path, or an address"
+    )
+    val_dataset: str = _path("data/beton/val.beton", ".beton to validate on; likewise")
+    cache_dir: str = _path(
+        "data/cache", "where files at an address (s3://BUCKET/train.beton) are copied, once"
+    )
     num_workers: int | None = _int(
         None, "decoding threads of one process; default: usable cores over local processes", 1
     )
@@ -277,6 +282,7 @@ class Settings:
 NOT_OF_THE_RESULT = (
     "data.train_dataset",
     "data.val_dataset",
+    "data.cache_dir",
     "data.num_workers",
     "data.batches_ahead",
     "data.read_ahead",

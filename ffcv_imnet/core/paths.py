@@ -18,7 +18,7 @@ def expanded(text: str) -> str:
     Raises:
         UsageError: there is no such variable or user, and no file of that very name.
     """
-    if "://" in text or ("$" in text and os.path.lexists(text)):
+    if is_address(text) or ("$" in text and os.path.lexists(text)):
         return text
     path = os.path.expanduser(os.path.expandvars(text))  # noqa: PTH111 - Path would refuse ~nobody
     if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
@@ -28,8 +28,20 @@ def expanded(text: str) -> str:
     return path
 
 
+def is_address(text: str) -> bool:
+    """Whether it is of a store elsewhere: s3://BUCKET/NAME, https://..."""
+    return "://" in text
+
+
+def path_or_address(text: str) -> Path | str:
+    """An argparse type."""
+    return text if is_address(text) else path_of(text)
+
+
 def path_of(text: str) -> Path:
     """An argparse type."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{text} is an address: copy it here, and name the copy")
     if not text:
         raise argparse.ArgumentTypeError("an empty path; the current folder is .")
     return Path(expanded(text))
