@@ -13,6 +13,7 @@ import torch
 from ffcv_imnet.core.bounded import read_at_most, size
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.names import quoted
+from ffcv_imnet.images.notes import read_notes
 from ffcv_imnet.train import checkpoint
 
 
@@ -100,3 +101,27 @@ def test_parts_of_a_zip_lie_apart(tmp_path: Path) -> None:
     data[second + 42 : second + 46] = bytes(4)  # its place: that of the first
     (path := tmp_path / "last.pt").write_bytes(data)
     assert "lie over each other" in str(checkpoint.damage_of(path))
+
+
+# ---- what export noted --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "reason"),
+    [
+        ("classes", "5", "has 5 as its classes"),
+        ("classes", '["a", "a"]', "has 'a' twice"),
+        ("classes", "[" * 10**5, "is not JSON"),
+        ("resolution", '"x"', "has 'x' as its resolution"),
+        ("resolution", "0", "has 0 as its resolution"),
+        ("crop_ratio", "NaN", "has nan as its crop_ratio"),
+        ("interpolation", '"magic"', "has 'magic' as its interpolation"),
+        ("mean", "[1]", "as its mean"),
+        ("std", "[1, 1, 0]", "as its std"),
+        ("arch", "{}", "as its arch"),
+    ],
+)
+def test_notes_are_checked_before_they_are_believed(key: str, text: str, reason: str) -> None:
+    assert read_notes({"ffcv_imnet.arch": "null", "format": "pt"}) == {}
+    with pytest.raises(ValueError, match=reason):
+        read_notes({"ffcv_imnet." + key: text})

@@ -1,6 +1,5 @@
 """An ONNX file as a network, run by ONNX Runtime on the CPU."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ffcv_imnet.core.bounded import SPARE, memory_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.optional import EXPORT, require
+from ffcv_imnet.images.notes import read_notes
 from ffcv_imnet.machine.distributed import read_ranks
 from ffcv_imnet.machine.host import usable_cores
 
@@ -48,9 +49,11 @@ class OnnxNetwork(nn.Module):
         # Not torch's number: importing ffcv leaves torch with one thread.
         options.intra_op_num_threads = max(1, usable_cores() // read_ranks().local_size)
         try:
-            self.session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            # Constants that it computes when it is loaded may claim any size.
+            with memory_at_most(4 * path.stat().st_size + SPARE):
+                self.session = ort.InferenceSession(
+                    str(path), options, providers=["CPUExecutionProvider"]
+                )
         except Exception as error:  # a class of its own for every kind of damage
             raise RunError(f"{path}: ONNX Runtime cannot load it ({reason_of(error)})") from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
@@ -71,13 +74,12 @@ class OnnxNetwork(nn.Module):
             classes = self(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
         self.outputs: int = classes
 
-    def metadata(self) -> dict[str, Any]:
+    def notes(self) -> dict[str, Any]:
         """What `export` noted in the file: classes, crop ratio, interpolation; else empty."""
-        found = self.session.get_modelmeta().custom_metadata_map
         try:
-            return {key: json.loads(found[key]) for key in found if key.startswith("ffcv_imnet.")}
+            return read_notes(self.session.get_modelmeta().custom_metadata_map)
         except ValueError as error:
-            raise RunError(f"{self.path}: its metadata are damaged ({error})") from error
+            raise RunError(f"{self.path}: {reason_of(error)}") from None
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 pixels -> (N, classes) float32, on the device of `images`."""

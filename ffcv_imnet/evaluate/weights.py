@@ -5,7 +5,6 @@ ONNX files.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from ffcv_imnet.core.optional import EXPORT, require
 from ffcv_imnet.core.paths import what_is
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
+from ffcv_imnet.images.notes import read_notes
 from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
 from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite
 from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
@@ -118,9 +118,7 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
     try:
         with package.safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            found = file.metadata() or {}
-            notes = {key: json.loads(found["ffcv_imnet." + key]) for key in
-                     (k.removeprefix("ffcv_imnet.") for k in found if k.startswith("ffcv_imnet."))}  # fmt: skip
+            notes = read_notes(file.metadata() or {})
     except Exception as error:
         raise RunError(f"{path}: not a readable safetensors file ({reason_of(error)})") from error
     return state, notes
@@ -179,14 +177,16 @@ def _from_onnx(path: Path, mean: Channels | None, std: Channels | None) -> Netwo
     if (mean is None) != (std is None):
         raise UsageError("an ONNX file needs both of --mean and --std, or neither (raw pixels)")
     model = OnnxNetwork(path, mean, std)
-    notes = {key.removeprefix("ffcv_imnet."): value for key, value in model.metadata().items()}
+    notes = model.notes()
     how = Preprocess(model.resolution or Preprocess().resolution)
     network = Network(model, model.outputs, None, how, f"ONNX, {model.outputs} classes")
     return _with_notes(network, notes)
 
 
 def _with_notes(network: Network, notes: dict[str, Any]) -> Network:
-    """What `export` wrote beside the numbers."""
+    """What `export` wrote beside the numbers. Raises RunError if it is of another network."""
+    if "classes" in notes and len(notes["classes"]) != network.outputs:
+        raise RunError(f"{network.origin}: the file names {len(notes['classes']):,} classes")
     how = {k: notes[k] for k in ("resolution", "crop_ratio", "interpolation") if k in notes}
     classes = tuple(notes["classes"]) if "classes" in notes else network.classes
     return replace(network, classes=classes, how=replace(network.how, **how))

@@ -1,8 +1,9 @@
-"""Throw forged tables and mutated manifests at the project for a while; counts as JSON.
+"""Throw forged tables and mutated files of all kinds at the project for a while; counts as JSON.
 
 python -m tests.fuzz tables --seconds 3600 --sanitize
 python -m tests.fuzz manifests --cases 80000
 python -m tests.fuzz settings --cases 24000
+python -m tests.fuzz checkpoints --cases 20000      and of READERS below
 
 `--sanitize` compiles the decoder under gcc's address and undefined-behaviour sanitizers, which end the
 process at the first access that is wrong. Exit status 0: nothing crashed, hung or was accepted wrongly.
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from ffcv_imnet.native import build
 
+READERS = ["checkpoints", "logs", "mats", "labels", "images", "safetensors", "parquet"]
 PLACE = "FUZZ_LIBRARY"  # names the sanitized library for the process that was started with them
 FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 
@@ -26,9 +28,9 @@ FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-saniti
 def main() -> int:
     """Parse, start anew under the sanitizers if asked, fuzz."""
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
-    parser.add_argument("what", choices=["tables", "manifests", "settings"])
+    parser.add_argument("what", choices=["tables", "manifests", "settings", *READERS])
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--cases", type=int, default=80_000, help="of manifests")
+    parser.add_argument("--cases", type=int, default=80_000, help="not of tables")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loader_every", type=float, default=20.0, help="seconds")
     parser.add_argument("--sanitize", action="store_true")
@@ -41,6 +43,14 @@ def main() -> int:
         from tests.fuzz.settings import fuzz as fuzz_settings
 
         counts: dict[str, int] = fuzz_settings(options.cases, options.seed)
+    elif options.what == "checkpoints":
+        from tests.fuzz.checkpoints import fuzz as fuzz_checkpoints
+
+        counts = fuzz_checkpoints(options.cases, options.seed)
+    elif options.what in READERS:
+        from tests.fuzz.readers import fuzz as fuzz_readers
+
+        counts = fuzz_readers(options.what, options.cases, options.seed)
     elif options.what == "manifests":
         from tests.fuzz.manifests import fuzz as fuzz_manifests
 
