@@ -157,7 +157,7 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
             records = [log.from_dict(record) for record in held["records"]]
             for record in records:
                 log.to_line(record)
-            checkpoint.Trained(**held["trained"] if "trained" in held else {})
+            checkpoint.Trained(**held.get("trained", {}))
             float(held.get("elapsed_seconds", 0.0))
             if len(set(held["classes"])) < len(held["classes"]) or not all(
                 map(str.strip, held["classes"])
