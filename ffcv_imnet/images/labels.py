@@ -7,20 +7,18 @@ have an order of their own, and taking them for labels is the classic way to an 
 
 import gzip
 import io
-import math
+import re
 import struct
 import sys
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.io import loadmat
 
-from ffcv_imnet.core.bounded import memory_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.core.paths import open_regular
@@ -28,10 +26,24 @@ from ffcv_imnet.images.label_table import Rows, read_table
 
 LARGEST = 64 << 20  # bytes that the devkit unpacks to; the real one has a few MB
 LARGEST_MAT = 8 << 20  # bytes of all variables of meta.mat, unpacked; the real one has 1 MB
-DEEPEST = 8  # matrices in each other there; the real one has two
 HEADER = 128  # bytes of a .mat file before its first element
-INT32, MATRIX, COMPRESSED = 5, 14, 15  # types of its elements
+MATRIX, COMPRESSED = 14, 15  # types of its elements
+NUMBERS = {
+    1: "i1",
+    2: "u1",
+    3: "i2",
+    4: "u2",
+    5: "i4",
+    6: "u4",
+    7: "f4",
+    9: "f8",
+    12: "i8",
+    13: "u8",
+}
+CHARACTERS = 4  # the class of a matrix
+WNID = re.compile(r"n\d{8}", re.ASCII)
 Order = Literal["<", ">"]
+ORDERS: dict[Order, Literal["little", "big"]] = {"<": "little", ">": "big"}
 VAL_NAME = "ILSVRC2012_val_{:08d}"  # the n-th line of the devkit's ground truth is this image's
 
 
@@ -138,25 +150,66 @@ def _read_devkit(path: Path) -> dict[str, str]:
         raise UsageError(f"{path}: its meta.mat and ground truth do not agree ({what})") from None
 
 
+# MathWorks' "MAT-File Format", level 5: a header, then elements of a type, a size and data. scipy reads
+# all of it, descends as deep as a file says and ends the process on some damaged ones; this reads the one
+# struct array that is wanted, and nothing that its bytes do not hold.
+
+
 def _synsets(mat: bytes) -> dict[int, str]:
     """wnid by ILSVRC2012_ID, from the struct array `synsets`. Raises ValueError, KeyError."""
     if len(mat) < HEADER or mat[124:128] not in (b"\x00\x01IM", b"\x01\x00MI"):
         raise ValueError("meta.mat is no level 5 .mat file")
     order: Order = "<" if mat[126:128] == b"IM" else ">"
-    plain = _unpacked(mat, order)
-    _check_nesting(plain, order)
-    try:
-        with memory_at_most(LARGEST):
-            held = loadmat(
-                io.BytesIO(mat[:HEADER] + plain), variable_names=["synsets"], simplify_cells=True
-            )
-        rows = np.atleast_1d(held["synsets"])
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]).strip() for row in rows}
-    except Exception as error:  # scipy has a dozen kinds for a damaged file
-        raise ValueError(f"meta.mat: {reason_of(error)}") from None
+    for kind, body in _elements(_unpacked(mat, order), order):
+        parts = list(_elements(body, order)) if kind == MATRIX else []
+        if len(parts) > 5 and parts[2][1] == b"synsets":
+            break
+    else:
+        raise ValueError("meta.mat has no struct array synsets")
+    width, names = int.from_bytes(parts[3][1], ORDERS[order]), parts[4][1]
+    if not 0 < width <= len(names):
+        raise ValueError("meta.mat is damaged in the names of its fields")
+    fields = [names[at : at + width].split(b"\0")[0] for at in range(0, len(names), width)]
+    cells = [_value(body, order) for _, body in parts[5:]]
+    found: dict[int, str] = {}
+    for first in range(0, len(cells) - len(fields) + 1, len(fields)):
+        row = dict(zip(fields, cells[first : first + len(fields)], strict=True))
+        number, wnid = row.get(b"ILSVRC2012_ID"), row.get(b"WNID")
+        if type(number) is not int or not isinstance(wnid, str) or not WNID.fullmatch(wnid):
+            raise ValueError(f"meta.mat has a synset {quoted(number)} called {quoted(wnid)}")
+        found[number] = wnid
+    return found
 
 
-# MathWorks' "MAT-File Format", level 5: a header, then elements of a type, a size and data.
+def _value(body: bytes, order: Order) -> int | str | None:
+    """The text of a matrix of characters, the first of one of numbers; None of any other."""
+    parts = list(_elements(body, order))
+    if len(parts) != 4:  # flags, dimensions, name, data
+        return None
+    flags, (kind, data) = parts[0][1], parts[3]
+    if flags[0 if order == "<" else 3 : 4][:1] == bytes([CHARACTERS]):
+        coding = {4: f"utf-16-{ORDERS[order][0]}e", 17: f"utf-16-{ORDERS[order][0]}e", 16: "utf-8"}
+        return data.decode(coding.get(kind, "latin-1")).strip()
+    if kind not in NUMBERS or len(data) < np.dtype(NUMBERS[kind]).itemsize:
+        return None
+    first = np.frombuffer(data, order + NUMBERS[kind], count=1)[0]
+    return int(first) if np.isfinite(first) else None
+
+
+def _elements(data: bytes, order: Order) -> Iterator[tuple[int, bytes]]:
+    """Type and data of the elements that follow one another. Raises ValueError where one is truncated."""
+    at = 0
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from(order + "II", data, at)
+        start, after = at + 8, at + 8 + size + (-size % 8)
+        if kind >> 16:  # a small one: its size above its type, its data in the word behind
+            kind, size, start, after = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+            if size > 4:
+                raise ValueError("meta.mat is damaged: a small element of more than four bytes")
+        if start + size > len(data):
+            raise ValueError("meta.mat is truncated")
+        yield kind, data[start : start + size]
+        at = after
 
 
 def _unpacked(mat: bytes, order: Order) -> bytes:
@@ -165,43 +218,14 @@ def _unpacked(mat: bytes, order: Order) -> bytes:
     while at + 8 <= len(mat):
         kind, size = struct.unpack_from(order + "II", mat, at)
         data = mat[at + 8 : at + 8 + size]
-        if kind == COMPRESSED:
-            stream = zlib.decompressobj()
-            try:
-                plain += stream.decompress(data, LARGEST_MAT + 1)
-            except zlib.error as error:
-                raise ValueError(f"meta.mat: {error}") from None
-        else:
-            stream = None
-            plain += mat[at : at + 8] + data
+        stream = zlib.decompressobj() if kind == COMPRESSED else None
+        try:
+            plain += stream.decompress(data, LARGEST_MAT + 1) if stream else mat[at : at + 8] + data
+        except zlib.error as error:
+            raise ValueError(f"meta.mat: {error}") from None
         if len(plain) > LARGEST_MAT:
             raise ValueError(f"meta.mat unpacks to more than {LARGEST_MAT >> 20} MB")
         if len(data) < size or (stream and not stream.eof):
             raise ValueError("meta.mat is truncated")
         at += 8 + size
     return bytes(plain)
-
-
-def _check_nesting(plain: bytes, order: Order) -> None:
-    """Raises ValueError where matrices lie in matrices more than `DEEPEST` deep, or claim more elements
-    than there are bytes: scipy descends in C, without a bound, and makes room for what is claimed.
-    """
-    parts = [(0, len(plain), 0)]
-    while parts:
-        at, end, depth = parts.pop()
-        if depth > DEEPEST:
-            raise ValueError(f"meta.mat nests more than {DEEPEST} deep")
-        place = 0
-        while at + 8 <= end:
-            kind, size = struct.unpack_from(order + "II", plain, at)
-            if kind >> 16:  # a small element: its size above its type, its data in the word behind
-                kind, size, data, after = kind & 0xFFFF, kind >> 16, at + 4, at + 8
-            else:
-                data, after = at + 8, at + 8 + size + (-size % 8)
-            if kind == MATRIX:
-                parts.append((data, min(data + size, end), depth + 1))
-            elif kind == INT32 and place == 1:  # a matrix' dimensions stand after its flags
-                sides = np.frombuffer(plain[data : data + size // 4 * 4], f"{order}i4").tolist()
-                if math.prod(sides) > len(plain) or min(sides, default=0) < 0:
-                    raise ValueError("meta.mat claims more elements than it has bytes")
-            at, place = after, place + 1
