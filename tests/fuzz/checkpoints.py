@@ -56,7 +56,7 @@ def values(draw: random.Random) -> Any:
         "a\nb", "\ud800", "\u202ex", "a" * 5000, b"x", [], {}, (), [[]], {"": 1}, {1: 2}, {"a": {}}, ["a", "a"],
         ["a", None], set(), {1}, 1j, torch.float32, torch.Size([1]), torch.device("cpu"), Counter("aab"),
         one, one * float("nan"), one.expand(10**6), one.expand(10**12), torch.zeros(0), torch.zeros(3, 4),
-        one.to_sparse(), torch.ones(1, device="meta"), one.int(), one.bool(), one.half(), one.cfloat(),
+        one.to_sparse(), torch.ones(1, device="meta"), one.int(), one.bool(), one.half(), one.to(torch.complex64),
         torch.nn.Parameter(one), twice, itself, deep, Calls(bytearray, 10**12), Calls(bytearray, 10**9),
         Calls(torch.Tensor, 10**6, 10**6), Calls(print, "run"), bytearray(9), 66.0, 100,
     ])  # fmt: skip
@@ -92,7 +92,7 @@ def rezipped(data: bytes, draw: random.Random) -> bytes:
     deflate = draw.random() < 0.3
     with zipfile.ZipFile(io.BytesIO(data)) as old, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parts = [[part.filename, old.read(part)] for part in old.infolist()]
+        parts: list[Any] = [[part.filename, old.read(part)] for part in old.infolist()]
         for _ in range(draw.randint(1, 2)):
             kind, part = draw.randrange(5), draw.choice(parts)
             if kind == 0:

@@ -115,14 +115,15 @@ def images() -> Kind:
     exif = Image.Exif()
     exif[274], exif[305] = 6, "x" * 40
     sound = []
-    for kind, how in [
+    formats: list[tuple[str, dict[str, Any]]] = [
         ("JPEG", {"exif": exif, "icc_profile": bytes(200)}), ("JPEG", {"progressive": True}), ("PNG", {"exif": exif}),
         ("PNG", {"icc_profile": bytes(300)}), ("PNG", {"save_all": True, "append_images": [rgb.rotate(9)]}),
         ("TIFF", {"compression": "tiff_adobe_deflate"}), ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {}),
         ("GIF", {"save_all": True, "append_images": [rgb.rotate(9)]}), ("WEBP", {"exif": exif}),
         ("WEBP", {"lossless": True}), ("WEBP", {"save_all": True, "append_images": [rgb.rotate(9)]}),
         ("BMP", {}), ("PPM", {}), ("AVIF", {}),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for kind, how in formats:
         for image in (rgb, rgb.convert("L"), rgb.convert("P")):
             file = io.BytesIO()
             try:
