@@ -298,6 +298,15 @@ def test_pipe_is_unreadable_not_a_hang(tmp_path: Path) -> None:
     assert not isinstance(bad, Stored) and "it is a pipe" in bad.reason
 
 
+def test_a_file_of_terabytes_is_not_read(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    source = ImageFolderTree(tmp_path / "train")
+    with Path(source.where, source.name(0)).open("r+b") as file:
+        file.truncate(1 << 40)  # a hole, which takes no place on the disk
+    with pytest.raises(OSError, match="it has more than 2 GB"):
+        source.read(0)
+
+
 def test_wrong_folders_are_explained(tmp_path: Path) -> None:
     make_tree(tmp_path, split="Train")
     with pytest.raises(UsageError, match=r"no folder 'train'.*holds Train \(did you mean Train"):

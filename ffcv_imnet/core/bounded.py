@@ -4,6 +4,7 @@ Many times larger than those of any honest file; a reader that needs no bound of
 compares its header with the file's length) is not in here.
 """
 
+import errno
 import os
 import resource
 import zipfile
@@ -18,17 +19,17 @@ from ffcv_imnet.core.paths import open_regular
 SPARE = 1 << 30  # bytes of address space for a reader's threads and buffers, whatever it reads
 
 
-def read_at_most(path: Path, most: int) -> bytes:
+def read_at_most(path: Path | str, most: int) -> bytes:
     """A whole file of at most `most` bytes.
 
     Raises:
         OSError: it cannot be opened, is larger, or is a folder, pipe or device; says which.
     """
     with open_regular(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(0, f"it has more than {size(most)}", str(path))
-    return data
+        length = os.fstat(file.fileno()).st_size
+        if length > most:
+            raise OSError(errno.EINVAL, f"it has more than {size(most)}", str(path))
+        return file.read(length)  # not `most`, for which Python would make room
 
 
 def size(count: int) -> str:

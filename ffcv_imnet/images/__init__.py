@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
+LARGEST_FILE = (
+    2 << 30
+)  # bytes of an encoded one: --max_pixels of four times 16 bits have three quarters
 
 
 class ImageSource(Protocol):

@@ -12,11 +12,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.names import fault_of, quoted, shown
 from ffcv_imnet.core.optional import is_there
-from ffcv_imnet.core.paths import open_regular
-from ffcv_imnet.images import leftovers
+from ffcv_imnet.images import LARGEST_FILE, leftovers
 from ffcv_imnet.images.leftovers import Left
 
 HEIC = (b".heic", b".heif", b".hif")
@@ -88,8 +88,8 @@ class ImageFolderTree:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The file's bytes and its label; OSError when it cannot be read."""
-        with open_regular(f"{self.where}/{self.name(index)}") as file:
-            return file.read(), int(self.labels[index])
+        data = read_at_most(f"{self.where}/{self.name(index)}", LARGEST_FILE)
+        return data, int(self.labels[index])
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
         """The same tree with these images alone, in this order."""

@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ffcv_imnet.core.atomic import atomic_write
+from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
-from ffcv_imnet.images import Pixels
+from ffcv_imnet.images import LARGEST_FILE, Pixels
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.preprocess import resize_and_crop
@@ -83,9 +84,7 @@ def main(argv: list[str]) -> int:
 def read(path: Path) -> Pixels:
     """An image's pixels. Raises RunError if there is none or it is damaged."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise BadImage("not a file")
-        return decode_rgb(path.read_bytes())
+        return decode_rgb(read_at_most(path, LARGEST_FILE))
     except OSError as error:
         raise RunError(f"{path}: the image cannot be read ({error.strerror or error})") from error
     except BadImage as error:
