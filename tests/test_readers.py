@@ -1,6 +1,7 @@
 """Files that cost more than they have bytes: each reader refuses them in a sentence, at once."""
 
 import io
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.images.notes import read_notes
 from ffcv_imnet.train import checkpoint
+from tests.fuzz.readers import fuzz
 
 
 def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
@@ -125,3 +127,10 @@ def test_notes_are_checked_before_they_are_believed(key: str, text: str, reason:
     assert read_notes({"ffcv_imnet.arch": "null", "format": "pt"}) == {}
     with pytest.raises(ValueError, match=reason):
         read_notes({"ffcv_imnet." + key: text})
+
+
+@pytest.mark.parametrize("what", ["labels", "mats", "images"])
+def test_some_mutated_files(what: str) -> None:
+    """`python -m tests.fuzz WHAT` goes on where this stops."""
+    seed = int.from_bytes(os.urandom(4))
+    assert set(fuzz(what, cases=60, seed=seed)) <= {"read", "refused"}, seed

@@ -132,8 +132,7 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
     }  # fmt: skip
     sound = checkpoint.state_of(learner, run)
     draw, counts = random.Random(seed), Counter[str]()
-    bounded()
-    with tempfile.TemporaryDirectory() as name:
+    with bounded(), tempfile.TemporaryDirectory() as name:
         path = Path(name) / "last.pt"
 
         def read() -> None:

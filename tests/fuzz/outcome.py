@@ -5,7 +5,8 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -53,15 +54,21 @@ def outcome(read: Callable[[], object], path: Path) -> str:
     return f"{said}, too large" if _now("VmHWM") - before > LARGEST else said
 
 
-def bounded() -> None:
-    """To be called once in this process."""
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Around the calls of `outcome`: what a late case is told by, and a ceiling of memory."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise Late
 
-    signal.signal(signal.SIGPROF, late)
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    before = signal.signal(signal.SIGPROF, late)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_now("VmSize") + CEILING, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGPROF, before)
 
 
 def _now(name: str) -> int:

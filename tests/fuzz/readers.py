@@ -370,8 +370,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
 def fuzz(what: str, cases: int, seed: int) -> Counter[str]:
     """`cases` files of one kind; keys other than "read" and "refused" are failures, each said once."""
     kind, draw, counts = KINDS[what](), random.Random(seed), Counter[str]()
-    bounded()
-    with tempfile.TemporaryDirectory() as folder:
+    with bounded(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / kind.name
         for case in range(cases):
             path.write_bytes(kind.make(draw))
