@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.bounded import memory_at_most, size
-from ffcv_imnet.core.errors import RunError, UsageError
-from ffcv_imnet.core.names import LONGEST, fault_of, quoted
+from ffcv_imnet.core.errors import RunError, UsageError, reason_of
+from ffcv_imnet.core.names import LONGEST, fault_of, quoted, shown
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 
@@ -171,7 +171,7 @@ class ParquetShards:
         try:
             value = _row_group(self.shards[shard], group)[row].as_py()
         except (ValueError, MemoryError, LookupError) as error:
-            raise OSError(" ".join(str(error).split())) from None
+            raise OSError(shown(reason_of(error))) from None
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None:
             raise OSError("the shard holds no bytes of it, only a path")
@@ -214,7 +214,7 @@ class _Columns:
         for column in ("image", "label"):
             if column not in schema.names:
                 raise UsageError(
-                    f"{shard} has no column {column!r}, it has {', '.join(schema.names)}"
+                    f"{shard} has no column {column!r}, it has {shown(', '.join(schema.names[:9])[:200])}"
                 )
         self._check_types(schema.field("image").type, schema.field("label").type)
         self._check_size(Path(shard).stat().st_size)
@@ -229,12 +229,12 @@ class _Columns:
             types.is_binary(encoded) or types.is_large_binary(encoded) or types.is_null(encoded)
         ) or (self.has_path and not (types.is_string(path) or types.is_large_string(path))):
             raise UsageError(
-                f"the column image of {self.shard} holds {str(image)[:200]}, not encoded images"
+                f"the column image of {self.shard} holds {shown(str(image)[:200])}, not encoded images"
             )
         kind = label.value_type if types.is_dictionary(label) else label
         if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
             raise UsageError(
-                f"the column label of {self.shard} holds {str(label)[:200]}, not numbers or names"
+                f"the column label of {self.shard} holds {shown(str(label)[:200])}, not numbers or names"
             )
 
     def _check_size(self, length: int) -> None:
@@ -272,7 +272,9 @@ class _Columns:
         if not (said := HUB_NAME.fullmatch(file)):
             return file
         if self.wnids.setdefault(label, said[2]) != said[2]:
-            raise RunError(f"{self.shard}: label {label} is {self.wnids[label]} and {said[2]}")
+            raise RunError(
+                f"{self.shard}: label {quoted(label)} is {self.wnids[label]} and {said[2]}"
+            )
         return said[1] + said[3]
 
 
@@ -296,13 +298,13 @@ def class_names(
         if wrong := [n for n, wnid in enumerate(imagenet_names()) if wnids.get(n, wnid) != wnid]:
             raise RunError(
                 f"{where}: files of label {wrong[0]} are named {wnids[wrong[0]]}, but its metadata"
-                f" calls it {said[wrong[0]]!r}"
+                f" calls it {quoted(said[wrong[0]])}"
             )
     elif wnids:
         found = dict(wnids)
-        if lost := sorted(map(str, labels - set(wnids))):
+        if lost := sorted(labels - set(wnids), key=str):
             raise RunError(
-                f"{where}: the files of some classes are named by a wnid, those of label {lost[0]}"
+                f"{where}: the files of some classes are named by a wnid, those of label {quoted(lost[0])}"
                 " are not: are shards of two data sets mixed?"
             )
     else:
@@ -311,7 +313,7 @@ def class_names(
     nameless = [label for label in labels if not found.get(label)]
     if nameless:
         raise UsageError(
-            f"{where} numbers its classes and does not name {nameless[0]}: no file name ends in a"
+            f"{where} numbers its classes and does not name {quoted(nameless[0])}: no file name ends in a"
             " wnid and its metadata holds no name"
         )
     used = {label: found[label] for label in labels}
@@ -319,7 +321,9 @@ def class_names(
         raise UsageError(f"{where} calls a class {quoted(bad)}, which {fault_of(bad)}")
     for label, name in used.items():
         if twice := [other for other in used if used[other] == name and other != label]:
-            raise RunError(f"{where}: the labels {label} and {twice[0]} are both called {name!r}")
+            raise RunError(
+                f"{where}: the labels {quoted(label)} and {quoted(twice[0])} are both called {quoted(name)}"
+            )
     return used
 
 
@@ -338,7 +342,7 @@ def _unreadable(shard: Path, error: Exception) -> str:
     with shard.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             return f"{shard} is only Git's pointer to the file: fetch it with `git lfs pull`"
-    return f"{shard} cannot be read, is its download complete? ({' '.join(str(error).split())})"
+    return f"{shard} cannot be read, is its download complete? ({shown(reason_of(error))})"
 
 
 def _hub_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
