@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import spawn
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,7 @@ def test_killed_worker_ends_with_an_error(tree: Path) -> None:
 
 def test_workers_that_cannot_start(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run by an account that may not read the Python that they are started with, say."""
-    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/bin/false")
+    monkeypatch.setattr(spawn, "_python_exe", b"/bin/false")
     chunks = encode_all(ImageFolderTree(tree / "train"), PixelSettings(), beton.PAGE_SIZE, 1)
     with pytest.raises(
         RunError, match=r"worker process died.* does /bin/false not start for this user"

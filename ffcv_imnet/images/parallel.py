@@ -57,9 +57,7 @@ def in_order(
     """
     order = np.arange(len(source)) if order is None else order
     others = set(multiprocessing.active_children())
-    # spawn: the caller may have threads, and a forked copy of a held lock never opens.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+    pool = _pool(num_workers)
     pending: deque[Future[list[T]]] = deque()
     starts = iter(range(0, len(order), CHUNK))
     started = finished = False
@@ -83,17 +81,29 @@ def in_order(
             yield chunk
         finished = True
     except (BrokenProcessPool, BrokenPipeError, MemoryError):
-        python = os.fsdecode(spawn.get_executable())
-        start = "" if started else f"; or does {python} not start for this user?"
-        raise RunError(
-            "a worker process died, probably for want of memory:"
-            f" try fewer than --num_workers {num_workers}{start}"
-        ) from None
+        raise _died(num_workers, started) from None
     finally:
         if not finished:
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(num_workers: int) -> ProcessPoolExecutor:
+    # spawn: the caller may have threads, and a forked copy of a held lock never opens.
+    context = multiprocessing.get_context("spawn")
+    try:
+        return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+    except BrokenPipeError:  # of the process that counts the locks, started as the workers are
+        raise _died(num_workers, False) from None
+
+
+def _died(num_workers: int, started: bool) -> RunError:
+    start = f"; or does {os.fsdecode(spawn.get_executable())} not start for this user?"
+    return RunError(
+        "a worker process died, probably for want of memory:"
+        f" try fewer than --num_workers {num_workers}{'' if started else start}"
+    )
 
 
 def one_thread() -> None:
