@@ -83,7 +83,9 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
             " decompression bomb, or a large image that --max_pixels allows"
         ) from None
     except UnidentifiedImageError:
-        raise BadImage(f"not an image ({', '.join(FORMATS)}), or its start is damaged") from None
+        raise BadImage(
+            _unread(data) or f"not an image ({', '.join(FORMATS)}), or its start is damaged"
+        ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         if "MAX_TEXT" in reason:  # a name in Pillow
@@ -91,6 +93,16 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
                 "a PNG whose texts or colour profile unpack to more than 1 MB, or to 64 MB together"
             )
         raise BadImage(reason) from None
+
+
+def _unread(data: bytes) -> str | None:
+    """What a sound file is that Pillow takes for none; None if nothing is known of it."""
+    frame = re.search(rb"\xff[\xc0-\xc3\xc9-\xcb]..([\x02-\x10])", data[: 1 << 16], re.DOTALL)
+    if data[:2] == b"\xff\xd8" and frame and frame[1] != b"\x08":
+        return f"a JPEG of {frame[1][0]} bits a sample, of which only 8 are read: convert it to PNG"
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF of a kind that is not read, or damaged: convert it to 8 or 16 bits a sample"
+    return None
 
 
 def _slow(data: bytes) -> str | None:
