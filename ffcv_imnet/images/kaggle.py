@@ -7,6 +7,7 @@
 Training images are an ImageFolder tree as they stand; `flat.FlatFolder` reads the other half.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 INSIDE = Path("ILSVRC/Data/CLS-LOC")
@@ -16,8 +17,9 @@ SOLUTION = "LOC_val_solution.csv"
 def images_of(root: Path) -> Path | None:
     """The folder with train/ and val/ if `root` is, or holds, Kaggle's layout; None otherwise."""
     for folder in (root / INSIDE, root / Path(*INSIDE.parts[1:]), root):
-        if folder.absolute().name == INSIDE.name and folder.is_dir():
-            return folder
+        with suppress(PermissionError):  # of `root`, which whoever opens it will name
+            if folder.absolute().name == INSIDE.name and folder.is_dir():
+                return folder
     return None
 
 

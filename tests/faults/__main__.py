@@ -26,7 +26,7 @@ from tests.faults.inputs import inputs
 from tests.faults.kills import kills
 from tests.faults.lives import Row, changes_of, open_data, train, write_data
 from tests.faults.outside import full_disk, nodes, ranks, truncated
-from tests.faults.situations import limits, phases, stops, surroundings, worlds
+from tests.faults.situations import classes, limits, phases, stops, surroundings, worlds
 from tests.faults.soak import soak
 from tests.test_training import FULL
 
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="*",
-        help="some of kills, damages, map, disk, ranks, soak; and of those left out without it: lost, nodes, inputs, worlds, phases, stops, surroundings, limits",
+        help="some of kills, damages, map, disk, ranks, soak; and of those left out without it: lost, nodes, inputs, worlds, phases, stops, surroundings, limits, classes",
     )
     parser.add_argument("--dir", type=Path, help="kept; default: a temporary folder")
     parser.add_argument(
@@ -85,6 +85,7 @@ def main() -> int:
             "stops": lambda: stops(data, folder, whole),
             "surroundings": lambda: surroundings(data, folder),
             "limits": lambda: limits(data, folder),
+            "classes": lambda: classes(folder),
             "soak": lambda: soak(data, folder, given.soak, given.json),
         }  # fmt: skip
         rows: list[Row] = []

@@ -1,6 +1,6 @@
 """Odd surroundings: limits, closed streams, stopped and killed processes, worlds that are too large.
 
-    python -m tests.faults --only worlds phases stops surroundings limits
+    python -m tests.faults --only worlds phases stops surroundings limits classes
 
 Each is a run of its own, forked where the situation can begin after the imports. Well is: it goes on as if
 nothing were, or ends in one sentence with status 1 or 2, in bounded time, and loses nothing that was announced.
@@ -24,7 +24,7 @@ from ffcv_imnet.train.run_dir import RunFolder
 from tests.conftest import SmallData
 from tests.faults.lives import PATIENCE, Life, Row, changes_of, open_data, same_run, train
 from tests.faults.outside import LONG, free_port
-from tests.pictures import make_slow_tree, make_tree
+from tests.pictures import make_slow_tree, make_tree, picture, save
 from tests.test_training import FULL
 
 Prepare = Callable[[], object]
@@ -328,3 +328,23 @@ def worlds(folder: Path) -> Iterator[Row]:
                 said = f"status {statuses}: {lives[0].error()[:160]}"
             injected = f"{size} processes, 7 and 2 images, batch {batch}"
             yield Row("ranks", injected, said + f" {fault or ''}", "nothing", fault is None)
+
+
+def classes(folder: Path) -> Iterator[Row]:
+    """Five thousand classes of an image each, half of them without validation."""
+    root = folder / "many"
+    first = root / "first.jpg"
+    save(first, picture(1, 40, 40))
+    for split, count in (("train", 5000), ("val", 2500)):
+        for number in range(5000):
+            (own := root / f"images/{split}/{number:04d}").mkdir(parents=True)
+            if number < count:
+                os.link(first, own / "x.jpg")
+        words = f"--split {split} --data_dir {root}/images --out_dir {root} --num_workers 2"
+        life = Life(lambda words=words: write_ffcv.main(words.split()), folder / "many.txt")  # type: ignore[misc]
+        yield row("writing", f"5,000 classes, {split}", life)
+    data = open_data(root)
+    run = folder / "many_run"
+    more = {"training__batch_size": 100, "validation__batch_size": 100, "training__epochs": 1}
+    life = Life(training(data, run, **more), run.with_suffix(".txt"))
+    yield row("training", "5,000 classes, half of them without validation", life)
