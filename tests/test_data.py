@@ -461,3 +461,11 @@ def test_the_start_is_timed_once(small: SmallData, tmp_path: Path) -> None:
     seen = [loader.loader.start_seconds for _ in range(2) for _ in loader.epoch(plan)]
     assert len(set(seen)) == 1 and seen[0] is not None
     assert seen[0] > loader.loader.construction_seconds > 0
+
+
+def test_the_reader_of_the_file_is_compiled_once(small: SmallData, tmp_path: Path) -> None:
+    loaders = [
+        data.ValLoader(str(small.val), 33, small.settings(tmp_path), ALONE).loader for _ in range(2)
+    ]
+    first, second = (loader.memory_manager.compile_reader() for loader in loaders)
+    assert first is second

@@ -236,12 +236,20 @@ class _Mapped(OSCacheManager):
     """FFCV's access to a mapped file, without the dicts and sets of all samples that its base class
     builds and only its other cache reads: seconds and a gigabyte at ImageNet's count."""
 
+    compiled: Any = None
+
     def __init__(self, reader: Reader) -> None:
         table = reader.alloc_table
         order = np.argsort(table["ptr"])  # a place in the file is looked up by bisection
         self.reader = reader
         self.ptrs, self.sizes = table["ptr"][order], table["size"][order]
         self.context = OSCacheContext(self)
+
+    def compile_reader(self) -> Any:
+        """Once a process: FFCV would compile the same code for each loader, which takes half a second."""
+        if _Mapped.compiled is None:
+            _Mapped.compiled = super().compile_reader()
+        return _Mapped.compiled
 
 
 class _OrderedLoader:

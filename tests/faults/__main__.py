@@ -93,7 +93,8 @@ def main() -> int:
             if name in (given.only or BY_DEFAULT):
                 for row in part():
                     rows.append(row)
-                    print(f"{row.kind}: {row.injected}", file=sys.stderr, flush=True)
+                    used = sum(os.times()[:4])  # of this process and of all lives that ended
+                    print(f"{used:5.0f} s {row.kind}: {row.injected}", file=sys.stderr, flush=True)
                     if given.json:
                         lines = [json.dumps(asdict(row)) + "\n" for row in rows]
                         given.json.write_text("".join(lines))

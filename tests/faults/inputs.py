@@ -128,8 +128,10 @@ def inputs(data: SmallData, folder: Path, whole: Path) -> Iterator[Row]:
                 faults.append(f"{name}: status {status}: {life.error()[:150]}")
             elif life.megabytes > 1000:
                 faults.append(f"{name}: {life.megabytes:.0f} MB")
-            elif list(own.glob("out*")):
-                faults.append(f"{name}: left {[p.name for p in own.glob('out*')]}")
+            elif (left := [path.name for path in own.glob("out*") if not path.is_dir()]) or (
+                left := [path.name for path in (own / "out").rglob("*")]
+            ):
+                faults.append(f"{name}: left {left}")
         with (folder / "inputs.txt").open("a") as file:
             file.writelines(f"{place} | {name} | {text}\n" for name, text in said.items())
         happened = "; ".join(faults) or "one sentence each"

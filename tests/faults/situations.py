@@ -98,7 +98,11 @@ def limits(data: SmallData, folder: Path) -> Iterator[Row]:
             status = life.end(300)
             also = half_written(own)
             shown = f"{value - address >> 20} MB more than at the start" if name == "AS" else value
-            yield row(what, f"RLIMIT_{name} {shown}", life, also)
+            if (name, value) == ("FSIZE", 0):  # what it says is a file, too
+                well = status in ENDS and not also
+                yield Row(what, "RLIMIT_FSIZE 0", f"status {status}", "nothing", well)
+            else:
+                yield row(what, f"RLIMIT_{name} {shown}", life, also)
             again = training(data, own, "--resume", "auto") if what == "training" else main
             second = life_of(lambda: None, again, own.with_suffix(".txt"))
             if status and second.end(300):
