@@ -5,11 +5,10 @@ encode them in worker processes; lay the file out in order under a temporary nam
 it in place. The same images and settings give the same bytes, whatever the number of workers.
 """
 
-import signal
+from ffcv_imnet.core.errors import begin_script
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C during the imports ends the process and shows no traceback; `run_main` puts it back.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    begin_script(lambda: None)  # before the slow imports
 
 import argparse
 import datetime

@@ -270,7 +270,7 @@ class EngineModel:
 def read_labels(path: str) -> List[str]:
     """Class names in index order: the first word of a line `n01440764 tench`, else the line."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # Windows may mark it
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error

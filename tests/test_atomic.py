@@ -232,6 +232,22 @@ def test_a_terminal_of_no_width_gets_lines(monkeypatch: pytest.MonkeyPatch) -> N
     os.close(leader)
 
 
+def test_a_folder_that_is_gone_and_imports_without_memory(tmp_path: Path) -> None:
+    begin = "from ffcv_imnet.core.errors import begin_script\nbegin_script(lambda: None)\n"
+    code = begin + "raise ImportError('libtorch.so: failed to map segment from shared object')"
+    cases = {f"cd {tmp_path}; rmdir {tmp_path}": (begin, 2), "true": (code, 1)}
+    for before, (text, status) in cases.items():
+        words = f'{before}; exec {sys.executable} -c "{text}"'
+        done = subprocess.run(
+            ["bash", "-c", words],
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": str(Path.cwd())},
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
+        assert done.stderr.startswith(("error: the current folder is gone", "error: out of memory"))
+
+
 def test_too_little_memory_for_the_imports_is_one_sentence() -> None:
     code = "from ffcv_imnet.core.errors import run_main\ndef main():\n    raise {}\nrun_main(main)"
     for error in ("MemoryError", "ImportError('libtorch.so: failed to map segment')"):

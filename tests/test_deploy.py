@@ -83,6 +83,8 @@ def test_it_needs_nothing_but_numpy_and_pillow() -> None:
 def test_labels(deploy: Any, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text(write_labels(("n01440764", "my cat", "n99999999")))
     assert deploy.read_labels(str(tmp_path / "labels.txt")) == ["n01440764", "my cat", "n99999999"]
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")  # as Windows writes it
+    assert deploy.read_labels(str(tmp_path / "labels.txt")) == ["cat", "dog"]
 
 
 def test_percentiles(deploy: Any) -> None:

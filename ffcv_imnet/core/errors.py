@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -31,6 +32,9 @@ REMEDIES = {  # by what the system says
     errno.EAGAIN: ": no more processes or threads can be started here (ulimit -u), take fewer workers",
     errno.ENOMEM: ": out of memory, take fewer workers",
 }
+
+
+OUT_OF_MEMORY = "error: out of memory: raise the limit (ulimit -v) or free some"
 
 
 class UsageError(Exception):
@@ -146,13 +150,38 @@ def begin_script(work: Callable[[], T]) -> T:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     open_streams()
+    sys.excepthook = _say_memory  # of the imports
     # Read when torch loads. Threads that spin while they wait make a run on a CPU crawl as soon as
     # anything else is busy; asleep they cost little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        _check_folder()
         return work()
     except (UsageError, RunError) as error:
         _end(error.status, f"error: {error}")
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        raise UsageError("the current folder is gone: cd to one that exists") from None
+
+
+def _say_memory(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if _is_of_memory(error):
+        print(OUT_OF_MEMORY, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether memory ended, also where it did in loading a library."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, ImportError) and "failed to map" in str(error)
+    )
 
 
 def open_streams() -> None:
@@ -181,6 +210,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a class or file name that the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _check_folder()
         status = main()
     except (UsageError, RunError) as error:
         _end(error.status, f"error: {error}")
@@ -193,9 +223,9 @@ def run_main(main: Callable[[], int | None]) -> None:
             "takes the one that `make setup` made",
         )
     except (MemoryError, ImportError) as error:
-        if isinstance(error, ImportError) and "failed to map" not in str(error):
+        if not _is_of_memory(error):
             raise
-        _end(1, "error: out of memory: raise the limit (ulimit -v) or free some")
+        _end(1, OUT_OF_MEMORY)
     except KeyboardInterrupt:
         _end(130, "interrupted")
     except OSError as error:  # a full disk, a folder without permission

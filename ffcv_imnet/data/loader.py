@@ -246,7 +246,7 @@ class _Mapped(OSCacheManager):
         self.context = OSCacheContext(self)
 
     def compile_reader(self) -> Any:
-        """Once a process: FFCV would compile the same code for each loader, which takes half a second."""
+        """Once a process: FFCV would compile the same code for each loader."""
         if _Mapped.compiled is None:
             _Mapped.compiled = super().compile_reader()
         return _Mapped.compiled
