@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tests.networks  # noqa: F401
+from ffcv_imnet import ImageLoader
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.config.schema import Settings
@@ -113,6 +114,15 @@ def evaluated_by_command(number: int, folder: Path, ports: list[int]) -> None:
         assert evaluate_tool.main([*line, "--out", str(folder / f"two_{place}.json")]) == 0
 
 
+def counted(world: World, settings: Settings) -> torch.Tensor:
+    """How many images of each class the public loader gives all processes together, which it finds by itself."""
+    counts = torch.zeros(10, dtype=torch.int64)
+    loader = ImageLoader(settings.data.val_dataset, 5, 32, train=False, device="cpu", num_workers=1)
+    for _, labels in loader:
+        counts += torch.bincount(labels, minlength=10)
+    return world.sum(counts)
+
+
 def freeze(model: nn.Module) -> None:
     """Training, but for BatchNorm, whose statistics would be those of each process's own share."""
     model.train()
@@ -136,6 +146,7 @@ def rank(number: int, folder: Path, settings: Settings, ports: dict[int, int]) -
                     timeout=timedelta(seconds=600),
                 )
             found = found_by(world, settings, folder / "run/last.pt")
+            found["label_counts"] = counted(world, settings)
             if size <= 2:
                 found |= compiled_steps(world, settings, folder / "run/last.pt")
             if size == 2:

@@ -63,6 +63,8 @@ def test_validation_counts_are_those_of_one_process(
     assert several["images"] == 33
     assert (several["top_1"], several["top_5"]) == (one["top_1"], one["top_5"])
     assert several["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    counts = [found[processes]["label_counts"].tolist() for processes in (1, size)]  # ImageLoader's
+    assert sum(counts[0]) == 33 and counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

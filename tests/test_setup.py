@@ -28,6 +28,7 @@ NOT_LOCKED = {
     "timm",
     "boards",
     "peers",
+    "lightning",
 }  # optional groups that `make setup` leaves out
 # Ours, from the lowest floor up: a folder imports only from lower floors, so two folders of one floor
 # never import each other. README.md shows the same table.

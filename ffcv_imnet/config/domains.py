@@ -4,12 +4,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastargs.validation import Checker
 
 from ffcv_imnet.config.strict_yaml import StrictError, load_yaml
-from ffcv_imnet.core.errors import nearest
+from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.core.paths import expanded
 
@@ -23,6 +23,18 @@ NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})?(\.[0-9]{0,99})?([eE][-+]?[0-9]{
 
 class RowError(ValueError):
     """What is wrong with a value, in words for the user, where its domain does not say it all."""
+
+
+def argument(name: str, value: object, checker: Checker) -> Any:
+    """The argument `name` of a function, as `checker` takes it. Raises UsageError.
+
+    A number of numpy's counts as Python's.
+    """
+    plain = value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value
+    try:
+        return checker.check(plain)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UsageError(f"{name} must be {checker.help()}, not {quoted(plain)}") from None
 
 
 class Number(Checker):

@@ -23,16 +23,18 @@ import ffcv_imnet.data.fast_import  # noqa: F401
 # isort: split
 import llvmlite.binding
 import numpy as np
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+from ffcv.fields.rgb_image import IMAGE_MODES, RGBImageField, SimpleRGBImageDecoder
 from ffcv.libffcv import ctypes_imdecode, ctypes_resize
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 from numba import carray, get_thread_id, prange, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
-from ffcv_imnet.core.errors import RunError
+from ffcv_imnet.config.domains import Choice, Number, argument
+from ffcv_imnet.config.schema import declared
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data.jit import jit
 from ffcv_imnet.native import build
 
@@ -139,11 +141,13 @@ CONTROL = np.dtype(
         ("scale", "<f8", 2),
         ("ratio", "<f8", 2),
         ("central", "<f8"),
+        ("used", "<u8"),  # 1 once a batch of this epoch was decoded
     ]
 )
 WORDS = CONTROL.itemsize // 8
-RANDOM_WORD, FLIP_WORD, SCALE_WORD, RATIO_WORD, CENTRAL_WORD = 2, 3, 4, 6, 8
+RANDOM_WORD, FLIP_WORD, SCALE_WORD, RATIO_WORD, CENTRAL_WORD, USED_WORD = 2, 3, 4, 6, 8, 9
 FLIPS = ("none", "random", "alternating")
+WHOLE_RANGE = (0.08, 1.0)  # of a crop's area: GoogLeNet's, torchvision's and FFCV's default
 # What is wrong with a sample, by the number that a decoder leaves in `CropDecoder.damaged`.
 DAMAGES = (
     "",
@@ -185,6 +189,34 @@ def place_of(pointer: Any, pointers: Any, sizes: Any, length: int) -> tuple[Any,
     if pointer > np.uint64(length) or size > np.uint64(length) - pointer:
         return 0, 0
     return np.int64(pointer), np.int64(size)
+
+
+def stored_bytes(pointer: Any, storage: Any) -> Any:
+    """In compiled code: the bytes of a sample, none where the tables place them outside the file.
+
+    `storage` is what FFCV hands to decoders: the mapped file, or with `os_cache=False` the pages that it
+    has read and where each of them is.
+    """
+    raise NotImplementedError
+
+
+@overload(stored_bytes)
+def _stored_bytes(pointer: Any, storage: Any) -> Callable[..., Any]:
+    def of_mapping(pointer: Any, storage: Any) -> Any:
+        file, pointers, sizes = storage
+        start, size = place_of(pointer, pointers, sizes, len(file))
+        return file[start : start + size]
+
+    def of_pages(pointer: Any, storage: Any) -> Any:
+        pages, pointers, sizes, slots = storage
+        page_size = pages.shape[1]
+        start, size = place_of(pointer, pointers, sizes, len(slots) * page_size)
+        page, offset = start // page_size, start % page_size
+        if size > page_size - offset:
+            size = 0
+        return pages[slots[page], offset : offset + size]
+
+    return of_mapping if len(storage) == 3 else of_pages
 
 
 @jit()
@@ -234,9 +266,7 @@ def _decode_natively(
     indices: Any,
     out: Any,
     metadata: Any,
-    file: Any,
-    pointers: Any,
-    sizes: Any,
+    storage: Any,
     words: Any,
     numbers: Any,
     damaged: Any,
@@ -245,15 +275,15 @@ def _decode_natively(
     for slot in prange(len(indices)):
         sample = indices[slot]
         field = metadata[sample]
-        start, size = place_of(field["data_ptr"], pointers, sizes, len(file))
+        stored = stored_bytes(field["data_ptr"], storage)
         height: Any = np.int64(field["height"])
         width: Any = np.int64(field["width"])
         top, left, h, w = chosen_crop(height, width, sample, words, numbers)
         damaged[sample] = _crop_resize(
-            file.ctypes.data,
-            np.int64(len(file)),
-            start,
-            size,
+            stored.ctypes.data,
+            np.int64(len(stored)),
+            np.int64(0),
+            np.int64(len(stored)),
             np.int64(field["mode"] == JPEG),
             height,
             width,
@@ -287,9 +317,14 @@ def native_kernel() -> ctypes.CDLL | None:
     return library
 
 
-def _zeros(size: int) -> NDArray[np.uint8]:
+def _domain(setting: str) -> Any:
+    """What values the training setting of the same meaning takes."""
+    return declared()[setting].metadata["checker"]
+
+
+def _zeros(size: int, dtype: type) -> NDArray[Any]:
     try:
-        return np.zeros(size, dtype=np.uint8)
+        return np.zeros(size, dtype)
     except MemoryError:
         raise RunError(
             f"to decode its largest image whole takes {size / 1e9:,.1f} GB in all threads: store images "
@@ -298,33 +333,127 @@ def _zeros(size: int) -> NDArray[np.uint8]:
 
 
 class CropDecoder(SimpleRGBImageDecoder):
-    """FFCV decoder: crop, resize and perhaps mirror each image of a batch into uint8 (H, W, 3).
+    """FFCV decoder: crop, resize and perhaps mirror each image of a batch into uint8 (height, width, 3).
 
-    `control` may be changed between epochs, `resolution` too; neither recompiles anything. An
-    image is decoded into its thread's own scratch memory, not into a buffer per image of the
-    batch (at 500 px, batch 1024: a megabyte a core instead of 4 GB).
+    It stands first in the pipeline of an image field of `ffcv.Loader`, where FFCV's
+    RandomResizedCropRGBImageDecoder or CenterCropRGBImageDecoder stood, and takes their arguments.
+    Of a JPEG it decodes the rows and columns of the crop alone, at the smallest DCT scale that suffices.
+    Crops and flips are functions of (seed, epoch, sample), the same at any number of workers; the epoch
+    is counted from 0 and goes on by itself with every pass of the loader.
 
     Args:
-        resolution: side of the output, px.
-        samples: in the whole file.
+        output_size: (height, width) of the output, or its side, px. May be set anew between passes,
+            `decoder.output_size = (160, 160)`; nothing is compiled again.
+        scale: area of a random crop over that of its image, (least, most).
+        ratio: width over height of a random crop, (least, most); or one number: the central square
+            whose side is this part of the image's shorter side, as validation takes it.
+        flip: mirror images: "none" (as RandomHorizontalFlip may follow), "random" (half of them), or
+            "alternating" (every image in every second epoch, arXiv:2404.00498).
+        seed: of crops and flips, from 0 to 2**63 - 1.
+        on_damaged: "stop": the pass after one that met a stored image that does not decode raises
+            RunError; "skip": it goes on. The image is black in either case: see `check`.
         whole: decode whole images, with FFCV's functions, even where the C kernel is there.
 
     Attributes:
         damaged: (samples,) int8, what was wrong with a sample when it was last decoded: a place
-            in `DAMAGES`, 0 if nothing. Its pixels are black then.
+            in `DAMAGES`, 0 if nothing.
+        control: (1,) of `CONTROL`, what compiled code reads of all this.
+
+    Raises:
+        UsageError: an argument out of its domain; in the constructor of the loader: a field that holds
+            no images, or another operation before this one.
     """
 
-    def __init__(self, resolution: int, samples: int, whole: bool = False) -> None:
+    def __init__(
+        self,
+        output_size: int | tuple[int, int],
+        scale: tuple[float, float] = WHOLE_RANGE,
+        ratio: float | tuple[float, float] = (3 / 4, 4 / 3),
+        *,
+        flip: str = "none",
+        seed: int = 0,
+        on_damaged: str = "stop",
+        whole: bool = False,
+    ) -> None:
         super().__init__()
-        self.resolution = resolution
+        self.output_size = output_size
+        self.on_damaged = argument("on_damaged", on_damaged, Choice(["stop", "skip"]))
         self.control = np.zeros(1, dtype=CONTROL)
-        self.damaged = np.zeros(samples, dtype=np.int8)  # FFCV makes uint8 arrays read-only
-        self.scratch = np.zeros(0, dtype=np.uint8)
+        self.control["seed"] = argument("seed", seed, _domain("training.seed"))
+        self.control["flip"] = FLIPS.index(argument("flip", flip, _domain("augmentation.flip")))
+        self.control["scale"] = argument("scale", scale, _domain("augmentation.crop_scale"))
+        self.control["random"] = isinstance(ratio, list | tuple)
+        if self.control["random"][0]:
+            self.control["ratio"] = argument("ratio", ratio, _domain("augmentation.crop_ratio"))
+        else:
+            self.control["central"] = argument("ratio", ratio, _domain("validation.crop_ratio"))
+            if scale != WHOLE_RANGE:
+                raise UsageError(
+                    f"CropDecoder: ratio {ratio:g} takes the central square, for which there is no scale: leave"
+                    f" scale out, or give ratio as (least, most) for random crops"
+                )
+        self.damaged = np.zeros(0, dtype=np.int8)
+        # What compiled code points into, for as long as it may run; by kind and size.
+        self.kept: dict[tuple[str, int], Any] = {}
         self.native = not whole and native_kernel() is not None
 
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of what comes out, px."""
+        return self._output_size
+
+    @output_size.setter
+    def output_size(self, size: int | tuple[int, int]) -> None:
+        sides = (size, size) if isinstance(size, int | np.integer) else tuple(size)
+        if len(sides) != 2:
+            raise UsageError(f"output_size must be one side or (height, width), not {size!r}")
+        height, width = (argument("output_size", side, Number(int, 1, 4096)) for side in sides)
+        self._output_size = height, width
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is `epoch`, counted from 0, and those after it follow: a resumed run needs this."""
+        self.control["epoch"] = argument("epoch", epoch, Number(int, 0, 2**32 - 1))
+        self.control["used"] = 0
+
+    def check(self) -> None:
+        """Raises RunError for the first stored image that did not decode when it was last asked for."""
+        if not self.damaged.any():
+            return
+        sample = int(np.flatnonzero(self.damaged)[0])
+        raise RunError(
+            f"the image of sample {sample} {DAMAGES[self.damaged[sample]]}, and {np.count_nonzero(self.damaged)} in"
+            f' all: write the .beton again, or take them as black images: CropDecoder(on_damaged="skip")'
+        )
+
+    def accept_field(self, field: Any) -> None:
+        """FFCV says what it decodes."""
+        if not isinstance(field, RGBImageField):
+            raise UsageError(
+                f"CropDecoder decodes images, and the field of this pipeline is a {type(field).__name__}"
+            )
+        super().accept_field(field)
+
+    def accept_globals(self, metadata: Any, memory_read: Any) -> None:
+        """FFCV gives it the table of the file's samples, at the start of every epoch too."""
+        super().accept_globals(metadata, memory_read)
+        self.damaged = self._keep(
+            "damaged", len(metadata), np.int8
+        )  # uint8 would be made read-only
+
+    def _keep(self, kind: str, size: int, dtype: type) -> NDArray[Any]:
+        if (kind, size) not in self.kept:
+            self.kept[kind, size] = _zeros(size, dtype)
+        return self.kept[kind, size]
+
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        """FFCV asks this at the start of every epoch: the output buffer, (side, side, 3) an image."""
-        shape = (self.resolution, self.resolution, 3)
+        """FFCV asks this at construction and at the start of every epoch: the output buffer of an image."""
+        if previous_state.shape is not None:
+            raise UsageError("CropDecoder must be the first operation of its pipeline")
+        if self.on_damaged == "stop":
+            self.check()
+        if self.control["used"][0]:
+            self.set_epoch(int(self.control["epoch"][0]) + 1)
+        shape = (*self.output_size, 3)
         state = replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1"))
         return state, AllocationQuery(shape, np.dtype("u1"))
 
@@ -339,15 +468,14 @@ class CropDecoder(SimpleRGBImageDecoder):
         def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
             control: Any = _pointer(control_at)  # type: ignore[call-arg]  # numba adds one
             marks: Any = _pointer(damaged_at)
-            file, pointers, sizes = storage
+            words = carray(control, WORDS, np.uint64)
+            words[USED_WORD] = 1
             _decode_natively(
                 indices,
                 destination,
                 metadata,
-                file,
-                pointers,
-                sizes,
-                carray(control, WORDS, np.uint64),
+                storage,
+                words,
                 carray(control, WORDS, np.float64),
                 carray(marks, samples, np.int8),
             )
@@ -360,26 +488,27 @@ class CropDecoder(SimpleRGBImageDecoder):
         widths = self.metadata["width"].astype(np.int64)
         stride = int((heights * widths).max()) * 3 if len(heights) else 0
         threads = Compiler.num_threads
-        if self.scratch.size != threads * stride:
-            self.scratch = _zeros(threads * stride)
+        # An image is decoded into its thread's own scratch memory, not into a buffer per image of the
+        # batch (at 500 px, batch 1024: a megabyte a core instead of 4 GB).
+        scratch = self._keep("scratch", threads * stride, np.uint8)
 
         parallel = threads > 1
-        scratch_at, control_at = self.scratch.ctypes.data, self.control.ctypes.data
+        scratch_at, control_at = scratch.ctypes.data, self.control.ctypes.data
         damaged_at, samples = self.damaged.ctypes.data, len(self.damaged)
         loop = Compiler.get_iterator()
 
         def decode(indices, destination, metadata, storage):  # type: ignore[no-untyped-def]
+            used: Any = _pointer(control_at)  # type: ignore[call-arg]  # numba adds one
+            carray(used, WORDS, np.uint64)[USED_WORD] = 1
             for slot in loop(len(indices)):
-                control: Any = _pointer(control_at)  # type: ignore[call-arg]  # numba adds one
+                control: Any = _pointer(control_at)
                 words = carray(control, WORDS, np.uint64)
                 numbers = carray(control, WORDS, np.float64)
                 marks: Any = _pointer(damaged_at)
                 damaged = carray(marks, samples, np.int8)
                 sample = indices[slot]
                 field = metadata[sample]
-                file, pointers, sizes = storage
-                start, size = place_of(field["data_ptr"], pointers, sizes, len(file))
-                stored = file[start : start + size]
+                stored = stored_bytes(field["data_ptr"], storage)
                 height, width = np.int64(field["height"]), np.int64(field["width"])
                 pixels = stored
                 jpeg = field["mode"] == JPEG
@@ -389,8 +518,8 @@ class CropDecoder(SimpleRGBImageDecoder):
                     continue
                 if jpeg:
                     thread = get_thread_id() if parallel else 0
-                    scratch: Any = _pointer(scratch_at + thread * stride)
-                    pixels = carray(scratch, height * width * 3, np.uint8)
+                    own: Any = _pointer(scratch_at + thread * stride)
+                    pixels = carray(own, height * width * 3, np.uint8)
                     status = ctypes_imdecode(  # without a crop (0, 0), at scale 1 / 1
                         stored.ctypes.data, stored.size, height, width,
                         pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False,

@@ -36,7 +36,7 @@ from ffcv_imnet.data.beton import (
     content_checksum,
     manifest_path,
 )
-from ffcv_imnet.data.decoders import DAMAGES, FLIPS, CropDecoder
+from ffcv_imnet.data.decoders import DAMAGES, CropDecoder
 from ffcv_imnet.data.read_ahead import ReadAhead
 from ffcv_imnet.images.imagenet import data_set
 from ffcv_imnet.machine.device import copies_to, make_current
@@ -426,11 +426,16 @@ class TrainLoader:
         self.start_told = False
         local_batches = [local_batch_size(batch, world, samples) for batch in batch_sizes(settings)]
         whole = settings.data.decoder == "whole"
-        self.decoder = CropDecoder(max(resolutions(settings)), samples, whole)
-        control = self.decoder.control
-        control["seed"], control["random"] = self.seed, 1
-        control["flip"] = FLIPS.index(settings.augmentation.flip)
-        control["ratio"] = settings.augmentation.crop_ratio
+        how = settings.augmentation
+        self.decoder = CropDecoder(
+            max(resolutions(settings)),
+            how.crop_scale,
+            how.crop_ratio,
+            flip=how.flip,
+            seed=self.seed,
+            on_damaged="skip",  # this loader looks at every batch
+            whole=whole,
+        )
         self.loader = _OrderedLoader(
             path,
             max(local_batches),
@@ -442,9 +447,9 @@ class TrainLoader:
     def epoch(self, plan: EpochPlan, first_step: int = 0, only: Indices | None = None) -> Batches:
         """This process's batches of one epoch from a step on, or what they make of the samples
         `only`, in that order; see `_OrderedLoader.batches`."""
-        self.decoder.control["epoch"] = plan.epoch
+        self.decoder.set_epoch(plan.epoch)
         self.decoder.control["scale"] = plan.crop_scale
-        self.decoder.resolution = plan.resolution
+        self.decoder.output_size = plan.resolution
         self.loader.batch_size = plan.batch_size // self.world.size
         order = epoch_order(self.samples, self.seed, plan.epoch)
         order = share_of_order(order, self.loader.batch_size, self.world.rank, self.world.size)
@@ -483,12 +488,14 @@ class ValLoader:
             self.places = torch.tensor([*places, PADDING], device=world.device)
         self.order, self.local_batch = exact_share(samples, settings.validation.batch_size, world)
         whole = settings.data.decoder == "whole"
-        decoder = CropDecoder(settings.validation.resolution, samples, whole)
-        decoder.control["central"] = settings.validation.crop_ratio
+        how = settings.validation
+        self.decoder = CropDecoder(
+            how.resolution, ratio=how.crop_ratio, on_damaged="skip", whole=whole
+        )
         self.loader = _OrderedLoader(
             path,
             self.local_batch,
-            decoder,
+            self.decoder,
             workers_of(settings.data.num_workers, world),
             settings.data,
         )

@@ -42,14 +42,12 @@ class Decoders:
 
     def __init__(self, metadata: NDArray[Any]) -> None:
         Compiler.set_num_threads(1)
-        self.crop = CropDecoder(SIDE, SAMPLES)
-        self.whole = CropDecoder(SIDE, SAMPLES, whole=True)
+        self.crop = CropDecoder(SIDE, (0.1, 1.0))
+        self.whole = CropDecoder(SIDE, (0.1, 1.0), whole=True)
         largest = metadata["f0"].copy()
         largest["height"] = largest["width"] = 1024  # what its scratch memory holds
-        self.whole.metadata = largest
         for decoder in (self.crop, self.whole):
-            decoder.control["scale"], decoder.control["ratio"] = (0.1, 1.0), (0.75, 4 / 3)
-            decoder.control["random"], decoder.control["central"] = 1, 0.875
+            decoder.accept_globals(largest, None)
         self.decode_whole = njit(nogil=True)(self.whole._plain_code())
 
     def run(self, data: bytes, metadata: NDArray[Any], table: NDArray[Any]) -> Counter[str]:
@@ -64,9 +62,8 @@ class Decoders:
         if self.crop.native:
             words = self.crop.control.view(np.uint64)
             numbers = self.crop.control.view(np.float64)
-            _decode_natively(
-                indices, out, image, file, pointers, sizes, words, numbers, self.crop.damaged
-            )
+            storage = file, pointers, sizes
+            _decode_natively(indices, out, image, storage, words, numbers, self.crop.damaged)
             statuses += Counter(f"crop: {DAMAGES[n] or 'decoded'}" for n in self.crop.damaged)
             assert not out[self.crop.damaged > 0].any(), "pixels of a damaged image"
         image["height"], image["width"] = image["height"] % 1025, image["width"] % 1025
