@@ -2,15 +2,16 @@
 
     python -m ffcv_imnet.bench.loaders NAME SPEC         SPEC: the fields of `Spec` as JSON
 
-Each line on its standard input is a resolution; for each it makes one pass and answers with a line of
-JSON. `tools/benchmark.py` starts and drives it. Every peer makes random crops of 8 to 100 % of the
-area and of aspect ratio 3/4 to 4/3, mirrors half of them, and hands out uint8 batches; it is set up as
-its own documentation advises for a CPU.
+Each line on its standard input is a resolution and the least area of a crop, "128 0.08"; for each it makes
+one pass and answers with a line of JSON. `bench/peers.py` starts and drives it. Every peer makes random
+crops of that part to all of the area and of aspect ratio 3/4 to 4/3, mirrors half of them, and hands out
+uint8 batches; it is set up as its own documentation advises for a CPU.
 """
 
 import ctypes
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -28,16 +29,17 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core.errors import RunError, run_main
 from ffcv_imnet.data.beton import read_tables
-from ffcv_imnet.data.decoders import native_kernel, random_crop
+from ffcv_imnet.data.decoders import CropDecoder, native_kernel, random_crop
 from ffcv_imnet.data.loader import TrainLoader, epoch_order
 from ffcv_imnet.machine.distributed import World
 
-SCALE, RATIO = (0.08, 1.0), (0.75, 4 / 3)
+RATIO = (0.75, 4 / 3)
 AHEAD = 3  # batches prepared ahead, in every loader that asks
-Pass = Callable[[int], Iterable[int]]  # resolution -> sizes of the batches of one pass
+Scale = tuple[float, float]  # area of a crop over that of its image, least and most
+Pass = Callable[[int, Scale], Iterable[int]]  # resolution -> sizes of the batches of one pass
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Spec:
     """What all peers load, and how."""
 
@@ -61,44 +63,55 @@ def ours(spec: Spec) -> Pass:
     first = plan_run(settings, samples)[0]
     epoch = 0
 
-    def one_pass(resolution: int) -> Iterator[int]:
+    def one_pass(resolution: int, scale: Scale) -> Iterator[int]:
         nonlocal epoch
         epoch += 1
-        plan = replace(first, epoch=epoch, resolution=resolution, crop_scale=SCALE)
+        plan = replace(first, epoch=epoch, resolution=resolution, crop_scale=scale)
         for images, _ in loader.epoch(plan):
             yield len(images)
 
     return one_pass
 
 
-def stock(spec: Spec) -> Pass:
+def stock(spec: Spec, decoder_class: Any = None) -> Pass:
     """The training pipeline of ffcv-imagenet up to its host tensor, without normalisation."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
-    decoder = RandomResizedCropRGBImageDecoder((64, 64), SCALE, RATIO)
-    loader = Loader(
-        spec.beton,
-        batch_size=spec.batch_size,
-        num_workers=spec.num_workers,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        drop_last=True,
-        batches_ahead=AHEAD,
-        pipelines={
-            "image": [decoder, RandomHorizontalFlip(), ToTensor(), ToTorchImage()],
-            "label": [IntDecoder(), ToTensor(), Squeeze()],
-        },
-    )
+    made: dict[Scale, tuple[Any, Any]] = {}  # FFCV's decoder cannot take another scale
 
-    def one_pass(resolution: int) -> Iterator[int]:
+    def build(scale: Scale) -> tuple[Any, Any]:
+        decoder = (decoder_class or RandomResizedCropRGBImageDecoder)((64, 64), scale, RATIO)
+        return decoder, Loader(
+            spec.beton,
+            batch_size=spec.batch_size,
+            num_workers=spec.num_workers,
+            order=OrderOption.RANDOM,
+            os_cache=True,
+            drop_last=True,
+            batches_ahead=AHEAD,
+            pipelines={
+                "image": [decoder, RandomHorizontalFlip(), ToTensor(), ToTorchImage()],
+                "label": [IntDecoder(), ToTensor(), Squeeze()],
+            },
+        )
+
+    def one_pass(resolution: int, scale: Scale) -> Iterator[int]:
+        if scale not in made:
+            made[scale] = build(scale)
+        decoder, loader = made[scale]
         decoder.output_size = (resolution, resolution)
         for images, _ in loader:
             yield len(images)
 
     return one_pass
+
+
+def two_lines(spec: Spec) -> Pass:
+    """The same pipeline with this project's decoder in it: `examples/stock_ffcv.py`."""
+    return stock(spec, CropDecoder)
 
 
 def torchvision(spec: Spec) -> Pass:
@@ -107,10 +120,10 @@ def torchvision(spec: Spec) -> Pass:
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    def one_pass(resolution: int) -> Iterator[int]:
+    def one_pass(resolution: int, scale: Scale) -> Iterator[int]:
         augment = transforms.Compose(
             [
-                transforms.RandomResizedCrop(resolution, SCALE, RATIO),
+                transforms.RandomResizedCrop(resolution, scale, RATIO),
                 transforms.RandomHorizontalFlip(),
                 transforms.PILToTensor(),
             ]
@@ -134,9 +147,9 @@ def dali(spec: Spec) -> Pass:
     from nvidia.dali import fn, pipeline_def
     from nvidia.dali import types as dali_types
 
-    pipelines: dict[int, Any] = {}
+    pipelines: dict[tuple[int, Scale], Any] = {}
 
-    def build(resolution: int) -> Any:
+    def build(resolution: int, scale: Scale) -> Any:
         @pipeline_def(
             batch_size=spec.batch_size,
             num_threads=spec.num_workers,
@@ -148,7 +161,7 @@ def dali(spec: Spec) -> Pass:
                 file_root=spec.folder, random_shuffle=True, name="files"
             )
             images = fn.decoders.image_random_crop(
-                jpegs, device="cpu", random_area=list(SCALE), random_aspect_ratio=list(RATIO)
+                jpegs, device="cpu", random_area=list(scale), random_aspect_ratio=list(RATIO)
             )
             images = fn.resize(
                 images,
@@ -163,11 +176,11 @@ def dali(spec: Spec) -> Pass:
         built.build()
         return built
 
-    def one_pass(resolution: int) -> Iterator[int]:
-        if resolution not in pipelines:
+    def one_pass(resolution: int, scale: Scale) -> Iterator[int]:
+        if (resolution, scale) not in pipelines:
             pipelines.clear()
-            pipelines[resolution] = build(resolution)
-        ready = pipelines[resolution]
+            pipelines[resolution, scale] = build(resolution, scale)
+        ready = pipelines[resolution, scale]
         for _ in range(ready.epoch_size("files") // spec.batch_size):
             images, _ = ready.run()
             yield len(images.as_tensor().shape()) and spec.batch_size
@@ -183,16 +196,17 @@ def spdl(spec: Spec) -> Pass:
     from spdl.pipeline import PipelineBuilder
 
     files = [str(path) for path in sorted(Path(spec.folder).rglob("*")) if path.is_file()]
-    scale, ratio = np.array(SCALE), np.array(RATIO)
+    ratio = np.array(RATIO)
 
-    def one_pass(resolution: int) -> Iterator[int]:
+    def one_pass(resolution: int, scale: Scale) -> Iterator[int]:
+        area = np.array(scale)
         order = random.sample(range(len(files)), len(files))
 
         def decode(sample: int) -> Any:
             seed = random.getrandbits(32)
             packets = spdl.io.demux_image(files[sample])
             height, width = packets.height, packets.width
-            top, left, h, w = random_crop(height, width, seed, 0, sample, scale, ratio)
+            top, left, h, w = random_crop(height, width, seed, 0, sample, area, ratio)
             flip = ",hflip" if seed & 1 else ""
             return spdl.io.decode_packets(
                 packets,
@@ -231,26 +245,26 @@ def turbojpeg(spec: Spec) -> Pass:
     shapes = np.stack([tables.heights, tables.widths], 1).astype(np.int64)
     starts = tables.pointers.astype(np.int64) + file.ctypes.data
     lengths = tables.sizes.astype(np.int64)
-    scale, ratio = np.array(SCALE), np.array(RATIO)
+    ratio = np.array(RATIO)
     set_num_threads(spec.num_workers)
 
     @njit(parallel=True, nogil=True)
-    def run(order: Any, epoch: int, side: int) -> None:
+    def run(order: Any, epoch: int, side: int, area: Any) -> None:
         for place in prange(len(order)):
             i = order[place]
             h, w = shapes[i]
-            top, left, rows, columns = random_crop(h, w, 0, epoch, i, scale, ratio)
+            top, left, rows, columns = random_crop(h, w, 0, epoch, i, area, ratio)
             decode(starts[i], lengths[i], h, w, top, left, rows, columns, side, side)
 
     epoch = 0
 
-    def one_pass(resolution: int) -> Iterator[int]:
+    def one_pass(resolution: int, scale: Scale) -> Iterator[int]:
         nonlocal epoch
         epoch += 1
         assert len(file) > 0  # this closure keeps the mapping that `starts` points into
         order = epoch_order(len(lengths), 0, epoch)
         for start in range(0, len(order) - spec.batch_size + 1, spec.batch_size):
-            run(order[start : start + spec.batch_size], epoch, resolution)
+            run(order[start : start + spec.batch_size], epoch, resolution, np.array(scale))
             yield spec.batch_size
 
     return one_pass
@@ -258,6 +272,7 @@ def turbojpeg(spec: Spec) -> Pass:
 
 PEERS: dict[str, Callable[[Spec], Pass]] = {
     "ffcv_imnet": ours,
+    "ffcv+CropDecoder": two_lines,
     "ffcv": stock,
     "torchvision": torchvision,
     "dali": dali,
@@ -301,6 +316,12 @@ class PeakMemory:
 # ---- the process --------------------------------------------------------------------------------
 
 
+def cpu_seconds() -> float:
+    """Of this process, its threads, and those of its workers that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def main() -> int:
     """Build the loader, then one pass for each line. The first pass at a resolution warms up."""
     name, fields = sys.argv[1:]
@@ -311,14 +332,16 @@ def main() -> int:
     memory = PeakMemory()
     one_pass = PEERS[name](spec)
     for line in sys.stdin:
-        started = time.perf_counter()
+        resolution, least = line.split()
+        started, spent = time.perf_counter(), cpu_seconds()
         first = images = 0.0
-        for size in one_pass(int(line)):
+        for size in one_pass(int(resolution), (float(least), 1.0)):
             images += size
             first = first or time.perf_counter() - started
         answer = {
             "images": int(images),
             "seconds": time.perf_counter() - started,
+            "cpu_seconds": cpu_seconds() - spent,
             "first_batch_seconds": first,
             "peak_memory_bytes": max(0, memory.peak - before),
         }

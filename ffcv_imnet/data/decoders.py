@@ -387,7 +387,7 @@ class CropDecoder(SimpleRGBImageDecoder):
             self.control["ratio"] = argument("ratio", ratio, _domain("augmentation.crop_ratio"))
         else:
             self.control["central"] = argument("ratio", ratio, _domain("validation.crop_ratio"))
-            if scale != WHOLE_RANGE:
+            if tuple(scale) != WHOLE_RANGE:
                 raise UsageError(
                     f"CropDecoder: ratio {ratio:g} takes the central square, for which there is no scale: leave"
                     f" scale out, or give ratio as (least, most) for random crops"
@@ -404,8 +404,8 @@ class CropDecoder(SimpleRGBImageDecoder):
 
     @output_size.setter
     def output_size(self, size: int | tuple[int, int]) -> None:
-        sides = (size, size) if isinstance(size, int | np.integer) else tuple(size)
-        if len(sides) != 2:
+        sides = (size, size) if isinstance(size, int | np.integer) else size
+        if not isinstance(sides, list | tuple) or len(sides) != 2:
             raise UsageError(f"output_size must be one side or (height, width), not {size!r}")
         height, width = (argument("output_size", side, Number(int, 1, 4096)) for side in sides)
         self._output_size = height, width
@@ -419,10 +419,11 @@ class CropDecoder(SimpleRGBImageDecoder):
         """Raises RunError for the first stored image that did not decode when it was last asked for."""
         if not self.damaged.any():
             return
-        sample = int(np.flatnonzero(self.damaged)[0])
+        samples = np.flatnonzero(self.damaged)
+        what = DAMAGES[self.damaged[samples[0]]]
         raise RunError(
-            f"the image of sample {sample} {DAMAGES[self.damaged[sample]]}, and {np.count_nonzero(self.damaged)} in"
-            f' all: write the .beton again, or take them as black images: CropDecoder(on_damaged="skip")'
+            f"{len(samples):,} of the images did not decode, first that of sample {samples[0]}, which {what}: write"
+            f' the .beton again, or take them as black images: CropDecoder(on_damaged="skip")'
         )
 
     def accept_field(self, field: Any) -> None:
@@ -436,9 +437,8 @@ class CropDecoder(SimpleRGBImageDecoder):
     def accept_globals(self, metadata: Any, memory_read: Any) -> None:
         """FFCV gives it the table of the file's samples, at the start of every epoch too."""
         super().accept_globals(metadata, memory_read)
-        self.damaged = self._keep(
-            "damaged", len(metadata), np.int8
-        )  # uint8 would be made read-only
+        # Not uint8, which numba would take as read-only.
+        self.damaged = self._keep("damaged", len(metadata), np.int8)
 
     def _keep(self, kind: str, size: int, dtype: type) -> NDArray[Any]:
         if (kind, size) not in self.kept:

@@ -141,8 +141,13 @@ def keep_compilations(runs: Path) -> None:
 # ---- cores --------------------------------------------------------------------------------------
 
 
+def core_numbers() -> list[int]:
+    """The cores this process may run on at all, ascending."""
+    return sorted(os.sched_getaffinity(0))
+
+
 def affinity_cores() -> int:
-    """Cores this process may run on at all; numba and FFCV refuse more threads."""
+    """How many these are; numba and FFCV refuse more threads."""
     return len(os.sched_getaffinity(0))
 
 

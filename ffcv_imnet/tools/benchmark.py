@@ -1,12 +1,14 @@
 """Measure loaders against each other, training steps against each other, or a recipe's loader against its model.
 
-python -m ffcv_imnet benchmark loader --beton data/beton/train.beton --resolution 128 160 192 --json OUT
+python -m ffcv_imnet benchmark loader --beton data/beton/train.beton --json OUT.json --figure OUT.png
 python -m ffcv_imnet benchmark step --arch resnet18 --resolution 128 160 192 --json OUT
 python -m ffcv_imnet benchmark train --config rn_configs/rn18_16ep.yaml
 
 `loader`: each loader in its own process, in alternation, medians of several rounds. DALI and SPDL
 take part where they are installed; libjpeg-turbo, decoding the same crops and nothing else, is the
-limit. `step`: forward, backward and update on a batch that stays on the device, in alternation: this
+limit. `--cores 1 2` pins the processes to that many cores, in alternation too; `--min_crop 0.08 0.5` takes
+crops of those areas and more. What is done stands in the JSON file after every resolution and crop, and
+`--resume` goes on behind it. `step`: forward, backward and update on a batch that stays on the device, in alternation: this
 project's with SGD and with Muon, compiled and not, in each 16-bit type the device computes, beside
 ffcv-imagenet's (autocast, GradScaler, not compiled); what compiling took and what share of the
 step the optimizer is. `train`: images/s of the loader alone, of the model alone on a batch that stays on the device,
@@ -15,13 +17,11 @@ and of both, at every resolution of the plan.
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,25 @@ from ffcv_imnet.bench.cost import image_flops
 from ffcv_imnet.bench.loaders import NEEDS, PEERS, Spec
 from ffcv_imnet.bench.measure import PILOT_STEPS, bottleneck
 from ffcv_imnet.bench.measure import measure as measure_training
+from ffcv_imnet.bench.peers import (
+    READ_FILES,
+    Case,
+    Passes,
+    Peer,
+    installed,
+    listed,
+    measure,
+    summarise,
+    table,
+    unlisted,
+    unpack,
+)
 from ffcv_imnet.bench.steps import ARCHS, STEPS, Stepper, batch_of, ours, public
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.atomic import atomic_write
-from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.core.errors import UsageError, in_range
 from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
@@ -46,7 +59,8 @@ from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
 from ffcv_imnet.machine.device import DTYPES, choose_precision
 from ffcv_imnet.machine.distributed import connect, describe_world, disconnect
-from ffcv_imnet.machine.host import usable_cores
+from ffcv_imnet.machine.host import core_numbers, usable_cores
+from ffcv_imnet.report.loader_rates import draw_loaders
 from ffcv_imnet.tools import ToolParser
 from ffcv_imnet.train.epoch import build_learner
 
@@ -74,9 +88,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--beton", type=path_of, help="loader: the .beton that is loaded")
     add("--data_dir", type=path_of, help="its images as a folder a class; default: those it stores")
     pixels, some = in_range(int, 1, 4096), in_range(int, 1)
-    add("--resolution", type=pixels, nargs="+", default=[128, 160, 192], metavar="PX")
+    add("--resolution", type=pixels, nargs="+", metavar="PX",
+        help="default: 128 160 192; loader: and 224")  # fmt: skip
+    add("--min_crop", type=in_range(float, 0.001, 1), nargs="+", default=[0.08], metavar="AREA",
+        help="loader: least area of a crop over that of its image (default: 0.08)")  # fmt: skip
     add("--batch_size", type=some, default=512, metavar="N")
     add("--num_workers", type=in_range(int, 1, cores), default=cores, metavar="N")
+    add("--cores", type=in_range(int, 1, cores), nargs="+", metavar="N",
+        help="loader: pin each process to so many cores, with as many workers; default: --num_workers, not pinned")  # fmt: skip
     add("--rounds", type=some, default=ROUNDS, metavar="N", help="default: %(default)s")
     add("--seconds", type=in_range(float, 0.1), default=30.0, metavar="S",
         help="train, step: of measuring at each resolution (default: %(default)g)")  # fmt: skip
@@ -88,13 +107,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_device()
     add("--loaders", nargs="+", choices=list(PEERS), help="default: all that are installed")
     add("--json", type=path_of, help="where the rows go")
+    add("--figure", type=path_of, help="loader: a PNG of the rows")
+    add("--resume", action="store_true", help="loader: go on with what --json holds")
     options = parser.parse_args(argv)
+    options.resolution = (
+        options.resolution or [128, 160, 192, 224][: 4 if options.what == "loader" else 3]
+    )
     if options.what == "train" and not options.config:
         raise UsageError("benchmark train needs --config, a recipe")
     if options.what == "step" and options.batch_size < 2:
         raise UsageError("--batch_size 1: BatchNorm needs two images; take 2 or more")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {options.json}: its folder does not exist; make it first")
+    for name in ("json", "figure"):
+        path = getattr(options, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"--{name} {path}: its folder does not exist; make it first")
+    if options.resume and options.json is None:
+        raise UsageError("--resume needs --json, the file to go on with")
     if options.what == "loader" and options.beton is None:
         raise UsageError("benchmark loader needs --beton, a file of write_ffcv.py")
     for name in set(options.loaders or []) & set(NEEDS):
@@ -107,7 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def benchmark_loader(options: argparse.Namespace) -> int:
-    """Rounds of all loaders in alternation; table, JSON."""
+    """Rounds of all loaders in alternation; table, JSON, figure."""
     tables = read_tables(options.beton)
     if len(tables.labels) < options.batch_size:
         raise UsageError(
@@ -115,169 +143,82 @@ def benchmark_loader(options: argparse.Namespace) -> int:
             f"{options.batch_size}: take a smaller batch"
         )
     names = options.loaders or installed(bool((tables.modes == 0).all()))
-    with ExitStack() as stack:
-        folder = options.data_dir
-        if folder is not None and not any(folder.glob("*/*")):
-            raise UsageError(
-                f"--data_dir {folder}: no folders of images there; leave it out to unpack the .beton's own"
-            )
-        if folder is None and set(names) & {"torchvision", "dali", "spdl"}:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            unpack(options.beton, folder)
-        spec = Spec(
-            beton=str(options.beton),
-            folder=str(folder),
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-        )
-        peers = {name: stack.enter_context(Peer(name, spec)) for name in names}
-        passes = measure(peers, options.resolution, options.rounds)
+    counts = options.cores or [options.num_workers]
+    cases = [
+        Case(*case) for case in itertools.product(options.resolution, options.min_crop, counts)
+    ]
+    about = describe_loaders(options, names, len(tables.labels))
+    passes = earlier_passes(options.json, about) if options.resume else {}
+
+    def save() -> None:
+        if options.json:
+            rows = {"rows": summarise(passes), "passes": listed(passes)}
+            write_json(options.json, about | rows)
+
+    if any(case not in passes for case in cases):
+        with ExitStack() as stack:
+            peers = start_peers(options, names, stack)
+            measure(peers, cases, options.rounds, passes, save)
     rows = summarise(passes)
-    print(table(rows, options.num_workers))
-    if options.json:
-        write_json(options.json, describe_loaders(options, rows, passes))
+    print(table(rows))
+    if options.figure:
+        draw_loaders(options.figure, rows, f"{provenance.cpu_name()}, batch {options.batch_size}")
     return 0
 
 
-def installed(jpegs: bool) -> list[str]:
-    """The loaders that can run here; those that read JPEG files only where the .beton stores such."""
-    there = [name for name in PEERS if name not in NEEDS or is_there(NEEDS[name])]
-    return [name for name in there if jpegs or name in ("ffcv_imnet", "ffcv")]
-
-
-def unpack(beton: Path, folder: Path) -> None:
-    """The stored JPEGs as files, a folder a class: the same bytes for the loaders that read files."""
-    tables = read_tables(beton)
-    with beton.open("rb") as file:
-        for i, label in enumerate(tables.labels):
-            (folder / f"{label:04}").mkdir(exist_ok=True)
-            file.seek(int(tables.pointers[i]))
-            path = folder / f"{label:04}" / f"{i:08}.jpg"
-            path.write_bytes(file.read(int(tables.sizes[i])))
-
-
-class Peer:
-    """A loader in its process (`ffcv_imnet.bench.loaders`)."""
-
-    def __init__(self, name: str, spec: Spec) -> None:
-        self.name = name
-        command = [sys.executable, "-m", "ffcv_imnet.bench.loaders", name, json.dumps(asdict(spec))]
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+def start_peers(
+    options: argparse.Namespace, names: list[str], stack: ExitStack
+) -> dict[tuple[str, int], Peer]:
+    """The loaders' processes, by loader and cores, and the files that some of them read, until `stack` closes."""
+    folder: Path | None = options.data_dir
+    if folder is not None and not any(folder.glob("*/*")):
+        raise UsageError(
+            f"--data_dir {folder}: no folders of images there; leave it out to unpack the .beton's own"
         )
-
-    def one_pass(self, resolution: int) -> dict[str, Any]:
-        """What the process says of one pass. Raises RunError with its last words if it ended."""
-        assert self.process.stdin and self.process.stdout
-        line = ""
-        if self.process.poll() is None:
-            self.process.stdin.write(f"{resolution}\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            words = self.errors.read().strip().splitlines() or ["no message"]
-            raise RunError(f"the loader {self.name} failed: {words[-1]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def __enter__(self) -> "Peer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
+    if folder is None and set(names) & set(READ_FILES):
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        unpack(options.beton, folder)
+    peers = {}
+    for name, cores in itertools.product(names, options.cores or [options.num_workers]):
+        spec = Spec(str(options.beton), str(folder), options.batch_size, cores)
+        pinned = core_numbers()[:cores] if options.cores else ()
+        peers[name, cores] = stack.enter_context(Peer(name, spec, pinned))
+    return peers
 
 
-Passes = dict[tuple[str, int], list[dict[str, Any]]]
-
-
-def measure(peers: dict[str, Peer], resolutions: list[int], rounds: int) -> Passes:
-    """`rounds` passes of each loader at each resolution, in turns; an unmeasured one before."""
-    passes: Passes = {}
-    total = len(resolutions) * (rounds + 1) * len(peers)
-    with Progress(total, "benchmark", "pass") as progress:
-        for resolution in resolutions:
-            for number in range(rounds + 1):
-                for name, peer in peers.items():
-                    answer = peer.one_pass(resolution)
-                    if number:
-                        passes.setdefault((name, resolution), []).append(answer)
-                    progress.update(1, f"{name} {resolution} px")
-    return passes
-
-
-def summarise(passes: Passes) -> list[dict[str, Any]]:
-    """One row a loader and resolution: median rate, spread (max - min over median), ratios, memory.
-
-    The ratios are medians of the rounds' own ratios: what slows a round slows all its loaders.
-    """
-
-    def rates(name: str, resolution: int) -> list[float]:
-        return [p["images"] / p["seconds"] for p in passes.get((name, resolution), [])]
-
-    def ratio(name: str, other: str, resolution: int) -> float | None:
-        pairs = zip(rates(name, resolution), rates(other, resolution), strict=False)
-        ratios = [a / b for a, b in pairs]
-        return round(statistics.median(ratios), 3) if ratios else None
-
-    rows = []
-    for (name, resolution), runs in passes.items():
-        own = rates(name, resolution)
-        median = statistics.median(own)
-        row = {
-            "loader": name,
-            "resolution": resolution,
-            "images_per_second": round(median, 1),
-            "spread": round((max(own) - min(own)) / median, 4),
-            "ratio_to_stock": ratio(name, "ffcv", resolution),
-            "ratio_to_limit": ratio(name, "turbojpeg", resolution),
-            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
-        }
-        rows.append({key: value for key, value in row.items() if value is not None})
-    return rows
-
-
-def table(rows: list[dict[str, Any]], cores: int) -> str:
-    """The rows for a person."""
-    columns = "loader", "px", "images/s", "a core", "spread", "x stock", "of limit", "peak memory"
-    lines = [
-        (
-            row["loader"],
-            row["resolution"],
-            f"{row['images_per_second']:,.0f}",
-            f"{row['images_per_second'] / cores:,.0f}",
-            f"{row['spread']:.1%}",
-            f"{row['ratio_to_stock']:.2f}" if "ratio_to_stock" in row else "",
-            f"{row['ratio_to_limit']:.0%}" if "ratio_to_limit" in row else "",
-            f"{row['peak_memory_bytes'] / 1e6:,.0f} MB",
-        )
-        for row in rows
-    ]
-    return tabulate(lines, columns, disable_numparse=True, stralign="right")
-
-
-def describe_loaders(
-    options: argparse.Namespace, rows: list[dict[str, Any]], passes: Passes
-) -> dict[str, Any]:
-    """Rows, every single pass, and how they were made."""
+def describe_loaders(options: argparse.Namespace, names: list[str], samples: int) -> dict[str, Any]:
+    """How rows were made; what has to be the same where `--resume` goes on."""
     manifest = manifest_path(options.beton)
     return {
-        "samples": len(read_tables(options.beton).labels),
+        "samples": samples,
         "stored": Manifest.load(manifest).settings if manifest.is_file() else {},
         "batch_size": options.batch_size,
         "num_workers": options.num_workers,
+        "cores_pinned": options.cores or [],
         "rounds": options.rounds,
-        "rows": rows,
-        "passes": [
-            {"loader": name, "resolution": side, **run}
-            for (name, side), runs in passes.items()
-            for run in runs
-        ],
+        "loaders": names,
     }
+
+
+def earlier_passes(path: Path, about: dict[str, Any]) -> Passes:
+    """The passes of an earlier `--json`; none if there is no such file.
+
+    Raises:
+        UsageError: it is another measurement's.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        other = [key for key, value in about.items() if held.get(key) != value]
+        passes = unlisted(held["passes"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"--resume: {path} is no result of `benchmark loader --json`") from None
+    if other:
+        raise UsageError(
+            f"--resume: {path} was measured with other {', '.join(other)}: name another file"
+        )
+    return passes
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
