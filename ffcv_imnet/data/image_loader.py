@@ -123,8 +123,11 @@ class ImageLoader:
             "batches_ahead": batches_ahead,
             "on_damaged": on_damaged,
         }
-        given = {name: _checked(name, value) for name, value in given.items() if value is not None}
-        self.train, self.copy = (argument("train or copy", v, Switch()) for v in (train, copy))
+        if num_workers is None:  # left to the machine
+            del given["num_workers"]
+        given = {name: _checked(name, value) for name, value in given.items()}
+        self.train = argument("train", train, Switch())
+        self.copy = argument("copy", copy, Switch())
         self.path, self.batch_size = Path(given["path"]), int(given["batch_size"])
         self.resolution, self.epoch = resolution, 0
         self.world = _world(device, rank, world_size)
