@@ -86,7 +86,7 @@ def test_what_was_measured_is_not_measured_again() -> None:
     cases = [Case(side, 0.5, cores) for side in (32, 48) for cores in (1, 2)]
     passes: Passes = {cases[0]: {"ffcv": [run(1)]}, cases[1]: {"ffcv": [run(1)]}}
     saved: list[int] = []
-    both = {("ffcv", 1): Noted(), ("ffcv", 2): Noted()}
+    both: dict[tuple[str, int], peers.Peer] = {("ffcv", 1): Noted(), ("ffcv", 2): Noted()}
     peers.measure(both, cases, 3, passes, lambda: saved.append(len(passes)))
     assert asked == [(48, 0.5)] * 8 and saved == [4]
     assert [len(found["ffcv"]) for found in passes.values()] == [1, 1, 3, 3]

@@ -54,19 +54,20 @@ class Peer:
         )
 
     def one_pass(self, resolution: int, min_crop: float = 0.08) -> dict[str, Any]:
-        """What the process says of one pass. Raises RunError with its last words if it ended."""
+        """What the process says of one pass. Raises RunError with its last words if it ended or made no image."""
         assert self.process.stdin and self.process.stdout
         line = ""
         if self.process.poll() is None:
             self.process.stdin.write(f"{resolution} {min_crop}\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
-        if not line:
+        answer: dict[str, Any] = json.loads(line or "{}")
+        if not answer.get("images"):  # SPDL notes that FFmpeg is missing, and makes empty batches
+            self.process.kill()
             self.process.wait()
             self.errors.seek(0)
             words = self.errors.read().strip().splitlines() or ["no message"]
-            raise RunError(f"the loader {self.name} failed: {words[-1]}")
-        answer: dict[str, Any] = json.loads(line)
+            raise RunError(f"the loader {self.name} failed: {words[-1][:300]}")
         return answer
 
     def __enter__(self) -> "Peer":
