@@ -245,6 +245,7 @@ def test_shards_that_cost_more_than_their_bytes(
             ParquetShards([path])
     # One value, named 10,000 times; the bounds are lower here to save the test from filling them.
     monkeypatch.setattr(bounded, "SPARE", 64 << 20)
+    monkeypatch.setattr(bounded, "THREAD", 8 << 20)
     monkeypatch.setattr(shards, "LARGEST_LABELS", 64 << 20)
     label = pyarrow.DictionaryArray.from_arrays(np.zeros(10_000, "i4"), ["a" * 10**6])
     parquet.write_table(pyarrow.table({"image": [bytes(9)] * 10_000, "label": label}), path)

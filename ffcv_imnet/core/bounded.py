@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 from ffcv_imnet.core.paths import open_regular
 
-SPARE = 1 << 30  # bytes of address space for a reader's threads and buffers, whatever it reads
+SPARE = 1 << 30  # bytes of address space for a reader's libraries and buffers, whatever it reads
+THREAD = 192 << 20  # and for each thread: glibc reserves 128 MB of heap and 8 MB of stack
 
 
 def read_at_most(path: Path | str, most: int) -> bytes:
@@ -58,12 +59,13 @@ def fault_of_zip(archive: zipfile.ZipFile, file: BinaryIO) -> str | None:
 
 
 @contextmanager
-def memory_at_most(extra: int) -> Iterator[None]:
+def memory_at_most(extra: int, threads: int = 0) -> Iterator[None]:
     """Within, this process may ask for `extra` bytes and `SPARE`; what asks for more gets none (MemoryError,
     or what a library makes of it).
 
     It is the address space that is bounded: for readers that touch about what they ask for. Not to be
-    used where other threads allocate.
+    used where other threads allocate. `threads`: as many may be started within, which reserve what they
+    never touch.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
@@ -71,7 +73,7 @@ def memory_at_most(extra: int) -> Iterator[None]:
     except (OSError, ValueError, IndexError):  # no Linux: no bound
         yield
         return
-    most = pages * resource.getpagesize() + extra + SPARE
+    most = pages * resource.getpagesize() + extra + SPARE + threads * THREAD
     if soft != resource.RLIM_INFINITY:
         most = min(most, soft)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))

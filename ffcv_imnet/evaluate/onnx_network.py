@@ -50,7 +50,9 @@ class OnnxNetwork(nn.Module):
         options.intra_op_num_threads = max(1, usable_cores() // read_ranks().local_size)
         try:
             # Constants that it computes when it is loaded may claim any size.
-            with memory_at_most(4 * path.stat().st_size + SPARE):
+            with memory_at_most(
+                4 * path.stat().st_size + SPARE, threads=options.intra_op_num_threads
+            ):
                 self.session = ort.InferenceSession(
                     str(path), options, providers=["CPUExecutionProvider"]
                 )

@@ -37,6 +37,7 @@ LARGEST_GROUP = (
 LARGEST_LABELS = (
     1 << 30
 )  # bytes of a row group's names and labels; those of a million images have a third
+THREADS = 8  # of Arrow, that read files
 ALIKE = 900  # class names that must be ImageNet's, in its order, for the others to be taken as such
 Label = int | str
 
@@ -200,7 +201,9 @@ class ParquetShards:
 def _row_group(shard: str, group: int) -> "pyarrow.ChunkedArray":
     # One is kept: a worker's images come from the same one. Its size, about 12 MB on the hub,
     # is what a worker needs in memory. No threads: the workers are the parallelism.
-    with memory_at_most(LARGEST_GROUP):  # a dictionary of one large value unpacks to any size
+    with memory_at_most(
+        LARGEST_GROUP, THREADS
+    ):  # a dictionary of one large value unpacks to any size
         file = _pyarrow().ParquetFile(shard)
         return file.read_row_group(group, columns=["image"], use_threads=False).column("image")
 
@@ -254,7 +257,7 @@ class _Columns:
     def read(self, group: int) -> tuple[list[str], list[Label]]:
         """File names and labels of a row group."""
         columns = ["image.path", "label"] if self.has_path else ["label"]
-        with memory_at_most(LARGEST_LABELS):
+        with memory_at_most(LARGEST_LABELS, THREADS):
             table = self.file.read_row_group(group, columns=columns, use_threads=False)
             labels = table.column("label").to_pylist()
             paths = [""] * len(labels)

@@ -15,7 +15,7 @@ from ffcv_imnet.images.pixels import BadImage
 
 LONGEST = 600  # characters of a message, the file's name not counted
 PATIENCE = 10.0  # seconds of processor time
-LARGEST = 1 << 30  # bytes of memory that reading may add
+LARGEST = 5 << 28  # bytes of memory that reading may add: 1 GB, and a quarter for the reader itself
 CEILING = 8 << 30  # of address space beyond the start's: a case ends there, the machine does not
 
 
