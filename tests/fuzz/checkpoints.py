@@ -140,7 +140,7 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
             try:
                 resume()
             except RunError as error:
-                refused = error
+                refused = RunError(str(error))  # not `error`, whose frames hold what was read
             network = load_network(path)  # may be a state dict, which no run resumes
             if network.classes is not None and len(network.classes) != network.outputs:
                 raise Wrong("classes")
