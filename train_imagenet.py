@@ -70,6 +70,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     # in for a damaged last.pt. Settings and data that shape the result must be those of the run.
     run = open_run(settings, resume, train_set, val_set, world, started)
     if run.finished:
+        run.complete(price)
         print(f"{run.path}: the run is finished after {len(run.epochs)} epochs; nothing to do")
         return 0
 

@@ -25,7 +25,7 @@ from ffcv_imnet.data.beton import Manifest, manifest_path
 from ffcv_imnet.data.loader import epoch_order
 from ffcv_imnet.machine.device import choose_precision
 from ffcv_imnet.machine.distributed import Interrupted, World
-from ffcv_imnet.train import checkpoint
+from ffcv_imnet.train import checkpoint, run_dir
 from ffcv_imnet.train.checkpoint import Trained
 from ffcv_imnet.train.norms import QUANTITIES
 from ffcv_imnet.train.run_dir import RunFolder, open_run
@@ -297,6 +297,29 @@ def test_resume_auto(whole: Path, small: SmallData, capsys: pytest.CaptureFixtur
         run(settings)
     with pytest.raises(UsageError, match=r"other settings \(lr.lr 0.05 -> 0.06\)"):
         run(small.settings(whole, **FULL, lr__lr=0.06), "auto")
+
+
+@pytest.mark.parametrize(("lost", "epochs"), [("link", 1), ("link", 2), ("append", 1)])
+def test_a_disk_that_was_full_after_the_checkpoint(
+    lost: str, epochs: int, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """best.pt and the log's line come after it: a resume makes both, also where nothing is left to train."""
+    settings = small.settings(tmp_path / "run", training__epochs=epochs)
+
+    def full(first: Path, second: Path | object) -> None:
+        if lost == "append" or (isinstance(second, Path) and second.name == "best.pt"):
+            raise RunError("make room")
+        link(first, second)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched, pytest.raises(RunError, match="make room"):
+        patched.setattr(run_dir.log if lost == "append" else run_dir, lost, full)
+        run(settings)
+    assert run(settings, "auto") == 0
+    log = read_log(tmp_path / "run")
+    assert [epoch.epoch for epoch in log.epochs] == list(range(epochs))
+    assert log.summary is not None and log.summary.epochs == epochs
+    saved = checkpoint.load(tmp_path / "run/best.pt")["run"]["records"]
+    assert sum(record["type"] == "epoch" for record in saved) == log.summary.best_epoch + 1
 
 
 def test_resume_on_other_data(whole: Path, small: SmallData, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class RunFolder:
     state: dict[str, Any] | None = None  # the checkpoint to go on from, until `start`
     trained: Trained = field(default_factory=Trained)  # of the epoch after those in `records`
     damaged: bool = False  # last.pt is, and `state` is the one before
+    from_last: bool = False  # `state` is that of a sound last.pt
     records: list[Record] = field(default_factory=list)
     heart: Heartbeat = SILENT
     trackers: Trackers | None = None
@@ -172,6 +173,9 @@ class RunFolder:
             with atomic_write(self.path / "classes.txt", "w") as file:
                 file.writelines(f"{name}\n" for name in self.classes)
             log.rewrite(self.path / LOG, self.records)
+            # Where the disk was full between the checkpoint and this.
+            if self.from_last and self.epochs and not self.trained.steps:
+                self._keep_best()
         except OSError as error:
             raise UsageError(f"logging.folder: {not_written(self.path, error)}") from None
         except NotWritten as error:
@@ -233,13 +237,33 @@ class RunFolder:
         if not self.world.is_main:
             return
         self._save(learner, epoch.elapsed_seconds)
-        *earlier, newest = [log.best_of(one)[0] for one in self.epochs]
-        if newest > max(earlier, default=-1.0):
-            link(self.path / LAST, self.path / BEST)
+        self._keep_best()
         log.append(self.path / LOG, epoch)
         if self.trackers is not None:
             self.trackers.add(epoch)
         print(log.describe_epoch(epoch, self.settings.training.epochs), flush=True)
+
+    def _keep_best(self) -> None:
+        """best.pt is last.pt where the epoch that ends there is the best so far."""
+        *earlier, newest = [log.best_of(one)[0] for one in self.epochs]
+        if newest > max(earlier, default=-1.0):
+            link(self.path / LAST, self.path / BEST)
+
+    def complete(self, price: float | None) -> None:
+        """What a finished run's folder lacks, if the disk was full after its last checkpoint."""
+        if not self.world.is_main:
+            return
+        try:
+            summary = log.read_log(self.path).summary
+        except (UsageError, RunError):
+            summary = None
+        if summary is None or summary.stopped is not None:
+            self._lock()
+            if self.from_last:
+                self._keep_best()
+            self.began = time.perf_counter() - self.epochs[-1].elapsed_seconds
+            self._summarise(price, None)
+            self.release()
 
     def _record(
         self, plan: EpochPlan, validation: Validation, first_batch_seconds: float | None
@@ -406,6 +430,7 @@ def open_run(
         return run
 
     run.state, run.damaged = _load(source)
+    run.from_last = not run.damaged and source.resolve() == (folder / LAST).resolve()
     saved = run.state["run"]
     if differ := differences(to_dict(settings), saved["settings"]):
         raise UsageError(
