@@ -37,6 +37,7 @@ from ffcv_imnet.models.registry import check_arch
 from ffcv_imnet.train.epoch import build_learner, train_epoch
 from ffcv_imnet.train.failures import explained
 from ffcv_imnet.train.run_dir import open_run
+from ffcv_imnet.train.start import start_from
 from ffcv_imnet.train.trackers import check_trackers
 from ffcv_imnet.train.validate import validate
 from ffcv_imnet.train.watch import Watch
@@ -73,6 +74,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         run.complete(price)
         print(f"{run.path}: the run is finished after {len(run.epochs)} epochs; nothing to do")
         return 0
+    start = start_from(settings, train_set.classes) if run.state is None else None
 
     connect(world, timeout)
     with together(world, timeout, "while they set up"):
@@ -83,7 +85,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         places = class_places(train_set.classes, val_set.classes)
         val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world, places)
         learner = build_learner(settings, len(train_set.classes), world)
-        run.start(learner, train_set, val_set)
+        run.start(learner, train_set, val_set, start)
 
     # The loop.
     try:

@@ -92,6 +92,12 @@ def test_plan_is_the_schedule() -> None:
         assert plan.lr_end == pytest.approx(after.lr_start, abs=0.5 / 2 / 1251)
 
 
+def test_one_resolution_is_no_ramp() -> None:
+    """Also where it is no multiple of 32, to which a ramp rounds."""
+    settings = load(resolution__min_res=48, resolution__max_res=48, resolution__end_ramp=3)
+    assert schedules.resolutions(settings) == (48,)
+
+
 def test_batch_larger_than_the_data() -> None:
     with pytest.raises(UsageError, match=r"training\.batch_size 1024 is larger than the 500"):
         schedules.plan_run(load("rn_configs/rn18_16ep.yaml"), 500)

@@ -11,7 +11,9 @@ from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_r
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.remote import local_copies
+from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.models.registry import check_arch
+from ffcv_imnet.train.start import describe_start, start_from
 
 
 def dry_run(settings: Settings, measuring: bool, started: float) -> int:
@@ -27,12 +29,14 @@ def dry_run(settings: Settings, measuring: bool, started: float) -> int:
         if measured is not None:
             print(measure.describe(measured, price))
         return 0
-    train = counted(settings.data.train_dataset, IMAGENET_TRAIN_IMAGES, cost.IMAGENET_CLASSES)
-    val = counted(settings.data.val_dataset, cost.IMAGENET_VAL_IMAGES, cost.IMAGENET_CLASSES)
+    train = counted(settings.data.train_dataset, IMAGENET_TRAIN_IMAGES)
+    val = counted(settings.data.val_dataset, cost.IMAGENET_VAL_IMAGES)
     plans = plan_run(settings, train.images)
     print(to_yaml(settings))
     print(f"{train.images:,} training images ({train.source})")
     print(f"{val.images:,} validation images ({val.source})\n")
+    if (start := start_from(settings, train.names)) is not None:
+        print(describe_start(start.record, train.classes) + "\n")
     print(plan_table(plans))
     print("\n" + cost.describe(settings, plans, val.images, train.classes))
     return 0
@@ -43,12 +47,17 @@ class Counted:
     """How large a data set is, and who says so."""
 
     images: int
-    classes: int
+    names: tuple[str, ...]  # of classes
     source: str
 
+    @property
+    def classes(self) -> int:
+        """How many."""
+        return len(self.names)
 
-def counted(path: str, images: int, classes: int) -> Counted:
-    """Of the file that is there; ImageNet's `images` and `classes` where there is none.
+
+def counted(path: str, images: int) -> Counted:
+    """Of the file that is there; ImageNet's `images` and classes where there is none.
 
     Raises:
         UsageError, RunError: it is damaged.
@@ -56,11 +65,14 @@ def counted(path: str, images: int, classes: int) -> Counted:
     beton, manifest = Path(path), manifest_path(Path(path))
     if manifest.is_file():
         said = Manifest.load(manifest)
-        return Counted(said.samples, len(said.classes), str(manifest))
+        return Counted(said.samples, said.classes, str(manifest))
     if beton.is_file():
         labels = read_tables(beton).labels
-        return Counted(len(labels), 1 + int(labels.max(initial=0)), str(beton))
-    return Counted(images, classes, f"ImageNet's number, as {manifest} does not exist")
+        numbers = map(str, range(1 + int(labels.max(initial=0))))
+        return Counted(len(labels), tuple(numbers), str(beton))
+    return Counted(
+        images, tuple(imagenet_names()), f"ImageNet's number, as {manifest} does not exist"
+    )
 
 
 def plan_table(plans: tuple[EpochPlan, ...]) -> str:

@@ -112,6 +112,43 @@ class Choice(Checker):
         return "one of " + ", ".join(self.words)
 
 
+class Channels(Checker):
+    """A number for each of red, green and blue, or one for all, in units of pixels from 0 to 255."""
+
+    def __init__(self, low: float) -> None:
+        self.number = Number(float, low, 1e4)
+
+    def check(self, value: object) -> tuple[float, float, float]:
+        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
+        if isinstance(parts, int | float):
+            parts = [parts]
+        if not isinstance(parts, list | tuple) or len(parts) not in (1, 3):
+            raise ValueError
+        numbers = [self.number.check(p.strip() if isinstance(p, str) else p) for p in parts]
+        if 0 < max(numbers) <= 1:
+            raise RowError(
+                f"{quoted(value)} must be of pixels from 0 to 255 (torchvision's 0.229 is 58.395)"
+            )
+        red, green, blue = numbers * (3 // len(numbers))
+        return float(red), float(green), float(blue)
+
+    def help(self) -> str:
+        return f"one or three numbers from {self.number.low:g}, of pixels from 0 to 255"
+
+
+class Freeze(Checker):
+    """What of a network is not trained."""
+
+    def check(self, value: object) -> str:
+        word = str(value).lower()
+        if word in ("none", "body"):
+            return word
+        return str(Number(int, 1, 1000).check(value))
+
+    def help(self) -> str:
+        return "none, body, or a number of stages"
+
+
 class Words(Checker):
     """Some of a few words, or none: `[a, b]` in YAML, `a,b` on the command line."""
 

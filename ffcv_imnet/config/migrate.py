@@ -45,7 +45,7 @@ REASONS = {
     "lr.step_ratio": "there is no decay by steps here",
     "lr.step_length": "there is no decay by steps here",
     "lr.lr_schedule_type": "the learning rate rises and falls linearly, as under cyclic",
-    "model.pretrained": "a run starts from random weights unless it is told a file",
+    "model.pretrained": "a run starts from random weights, or from the file that model.weights names",
     "resolution.interpolate": "it always is, to the nearest 32 px",
     "resolution.val_res": "it is validation.resolution here",
     "logging.log_level": "every epoch is logged",

@@ -355,6 +355,7 @@ def _clashes(s: Settings) -> Iterator[str]:
         )
     if s.plan.stages and resolution != Resolution():
         yield "plan.stages and the section resolution both say the resolution; leave one out"
+    yield from _frozen_clashes(s)
     if s.lr.lr_peak_epoch > training.epochs:
         yield (
             f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "
@@ -371,3 +372,17 @@ def _clashes(s: Settings) -> Iterator[str]:
         yield "training.stop_when_reached needs training.stop_at above 0"
     if training.max_cost > 0 and s.cost.dollars_per_hour is None and s.cost.machine is None:
         yield "training.max_cost needs a price: cost.dollars_per_hour or cost.machine"
+
+
+def _frozen_clashes(s: Settings) -> Iterator[str]:
+    model = s.model
+    if model.weights is None and (model.freeze != "none" or model.freeze_epochs):
+        which = "freeze" if model.freeze != "none" else "freeze_epochs"
+        yield f"model.{which} needs model.weights: random weights would stay as they are"
+    if model.freeze_epochs >= s.training.epochs:
+        yield (
+            f"model.freeze_epochs {model.freeze_epochs} leaves none of training.epochs "
+            f"{s.training.epochs} for the body; model.freeze=body trains the head alone"
+        )
+    if model.freeze == "body" and (model.freeze_epochs or s.lr.body_lr_mult != 1.0):
+        yield "model.freeze body leaves nothing to model.freeze_epochs and lr.body_lr_mult; leave them out"

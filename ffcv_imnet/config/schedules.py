@@ -23,6 +23,7 @@ class EpochPlan:
     lr_start: float  # at the first and at the last step
     lr_end: float
     epochs: int  # of the whole run
+    head_alone: bool = False  # the body rests
 
     @property
     def images(self) -> int:
@@ -54,7 +55,7 @@ def resolution(settings: Settings, epoch: int) -> int:
     r = settings.resolution
     if epoch <= r.start_ramp and epoch < r.end_ramp:
         return r.min_res
-    if epoch >= r.end_ramp:
+    if epoch >= r.end_ramp or r.min_res == r.max_res:
         return r.max_res
     done = (epoch - r.start_ramp) / (r.end_ramp - r.start_ramp)
     return round((r.min_res + (r.max_res - r.min_res) * done) / 32) * 32
@@ -107,6 +108,7 @@ def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
                 label_smoothing=training.label_smoothing if smoothing is None else smoothing,
                 lr_start=learning_rate(settings.lr, training.epochs, epoch + 0.5 / steps, batch),
                 epochs=training.epochs,
+                head_alone=epoch < settings.model.freeze_epochs,
                 lr_end=learning_rate(settings.lr, training.epochs, epoch + 1 - 0.5 / steps, batch),
             )
         )

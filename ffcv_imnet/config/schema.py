@@ -12,7 +12,9 @@ from fastargs.validation import Checker
 
 from ffcv_imnet.config.domains import (
     MOST_EPOCHS,
+    Channels,
     Choice,
+    Freeze,
     Number,
     OneOf,
     PathText,
@@ -23,6 +25,10 @@ from ffcv_imnet.config.domains import (
     Text,
     Words,
 )
+
+# Of ImageNet's training set in RGB, for pixels from 0 to 255; torchvision's and everybody's.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
 
 DEVICES = "auto", "cuda", "cpu"
 
@@ -61,6 +67,19 @@ class Model:
     zero_gamma: bool = _switch(
         False, "start the last BatchNorm of each residual block at zero (arXiv:1706.02677, 5.1)"
     )
+    weights: str | None = _setting(
+        None, PathText(), "file to start from: a checkpoint, a state dict, .safetensors"
+    )
+    freeze: str = _setting(
+        "none",
+        Freeze(),
+        "what keeps its weights and BatchNorm statistics: all but the head, or the first stages",
+    )
+    freeze_epochs: int = _int(0, "epochs at first in which the head trains alone")
+    mean: tuple[float, float, float] = _setting(
+        MEAN, Channels(0.0), "subtracted from pixels; ImageNet's, or what weights were trained with"
+    )
+    std: tuple[float, float, float] = _setting(STD, Channels(1e-3), "that they are then divided by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +164,9 @@ class Lr:
     )
     base_batch_size: int = _int(
         0, "lr is scaled by batch_size over this (arXiv:1706.02677, 2.1); 0: taken as it is"
+    )
+    body_lr_mult: float = _float(
+        1.0, "learning rate of all but the head, over the head's; of Muon too", 1e-6, 100.0
     )
 
 
@@ -280,6 +302,7 @@ class Settings:
 # Settings that may differ between a run and its resumption: they leave the numbers as they are.
 # The data's paths are among them because their content is compared by checksum.
 NOT_OF_THE_RESULT = (
+    "model.weights",  # read once, at the start, and told in the log: the file may be gone by now
     "data.train_dataset",
     "data.val_dataset",
     "data.cache_dir",

@@ -37,6 +37,9 @@ class Header:
     git_commit: str | None = None  # of this project, with "+changes" if the tree was not clean
     first_epoch: int = 0  # > 0 on a resumed run
     first_step: int = 0  # within it, > 0 on a run that was stopped within an epoch
+    # What model.weights gave, on the run's first start: file, sha256, taken (where in the file), averaged, loaded
+    # (number of tensors); names of tensors that are missing in the file, unused in it, new (the head's); rows_kept.
+    weights: dict[str, str | bool | int | list[str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

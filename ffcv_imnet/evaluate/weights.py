@@ -5,7 +5,6 @@ ONNX files.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,26 +12,21 @@ from typing import Any
 
 import torch
 import torchvision.models as tv
-from torch import Tensor, nn
+from torch import nn
 
 from ffcv_imnet.config.parsing import from_dict
-from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.config.schema import MEAN, STD, Settings
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, nearest, reason_of
-from ffcv_imnet.core.optional import EXPORT, require
-from ffcv_imnet.core.paths import what_is
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
-from ffcv_imnet.images.notes import read_notes
 from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
-from ffcv_imnet.models import MEAN, STD, Normalize, build_model, efficientnet_lite
+from ffcv_imnet.models import Normalize, build_model
 from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
 from ffcv_imnet.models.registry import REGISTRY, TIMM, build
-from ffcv_imnet.train import checkpoint
-
-assert "efficientnet_lite0" in REGISTRY, efficientnet_lite  # imported to be registered
+from ffcv_imnet.models.state_dict import State, find, is_averaged
+from ffcv_imnet.train.weights_file import WeightsFile, check_there, read_weights
 
 Channels = tuple[float, ...]  # three numbers, in units of 0 to 255
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,67 +71,18 @@ def load_network(
         UsageError: no such file, or it needs (or forbids) one of the options.
         RunError: the file is damaged or is not what it is taken for.
     """
-    if path.is_dir():
-        hint = f": name {path / 'best.pt'}" if (path / "best.pt").is_file() else ""
-        raise UsageError(f"--weights {path} is a folder{hint}")
-    if not path.is_file():
-        gone = path.parent.is_dir() and not os.path.lexists(path)
-        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if gone else ""
-        raise UsageError(f"--weights {path}: {what_is(path)}{near}")
+    check_there(path, "--weights ")
     if path.suffix == ".onnx":
         if arch or plain:
             raise UsageError(
                 f"{path} is an ONNX file and knows its network: leave out --arch, --plain"
             )
         network = _from_onnx(path, mean, std)
-    elif path.suffix == ".safetensors":
-        state, notes = _read_safetensors(path)
-        mean, std = (given or notes.get(key) for given, key in ((mean, "mean"), (std, "std")))
-        network = _from_state(path, state, arch or notes.get("arch"), mean, std)
-        network = _with_notes(network, notes)
     else:
-        content = checkpoint.read(path)
-        if isinstance(content, dict) and "run" in content and "format" in content:
-            if arch or mean or std:
-                raise UsageError(
-                    f"{path} is a checkpoint and knows its network: leave out --arch, --mean, --std"
-                )
-            network = _from_checkpoint(path, content, plain)
-        else:
-            network = _from_state(path, _tensors(path, content), arch, mean, std)
+        network = _from_file(path, read_weights(path, "--weights "), arch, plain, mean, std)
     network.model.eval().requires_grad_(False)
     _check_finite(path, network.model)
     return network
-
-
-# ---- readers ------------------------------------------------------------------------------------
-
-
-def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
-    package = require("safetensors", "reading a .safetensors file", EXPORT)
-    try:
-        with package.safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            notes = read_notes(file.metadata() or {})
-    except Exception as error:
-        raise RunError(f"{path}: not a readable safetensors file ({reason_of(error)})") from error
-    return state, notes
-
-
-def _tensors(path: Path, content: Any) -> State:
-    """The state dict in a file, under the keys and prefixes that training scripts wrap it in."""
-    for key in ("state_dict_ema", "state_dict", "model_ema", "model", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise RunError(f"{path}: holds neither a checkpoint of this project nor a state dict")
-    if not content:
-        raise RunError(f"{path}: the state dict is empty")
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in content):
-            content = {key.removeprefix(prefix): value for key, value in content.items()}
-    return content
 
 
 def _check_finite(path: Path, model: nn.Module) -> None:
@@ -149,8 +94,27 @@ def _check_finite(path: Path, model: nn.Module) -> None:
 # ---- kinds --------------------------------------------------------------------------------------
 
 
+def _from_file(
+    path: Path,
+    file: WeightsFile,
+    arch: str | None,
+    plain: bool,
+    mean: Channels | None,
+    std: Channels | None,
+) -> Network:
+    if file.checkpoint is None:
+        notes = file.notes
+        mean, std = (given or notes.get(key) for given, key in ((mean, "mean"), (std, "std")))
+        network = _from_state(path, file.state, arch or notes.get("arch"), mean, std)
+        return _with_notes(network, notes)
+    if arch or mean or std:
+        raise UsageError(
+            f"{path} is a checkpoint and knows its network: leave out --arch, --mean, --std"
+        )
+    return _from_checkpoint(path, file.checkpoint, plain)
+
+
 def _from_checkpoint(path: Path, state: dict[str, Any], plain: bool) -> Network:
-    checkpoint.check_format(state, path)
     try:
         run, weights, average = state["run"], state["model"], state["ema"]
         settings = from_dict(run["settings"], str(path))
@@ -203,15 +167,17 @@ def _from_state(
     for name in candidates:
         for blurpool in (False, True):
             constructor = _constructor(name, blurpool)
-            outputs = _outputs_of(constructor, state)
+            prefix, found = _found(constructor, state)
+            outputs = _outputs_of(constructor, found)
             if outputs is None:
                 continue
             network = constructor(outputs)
-            missing = _mismatch(network, state)
+            missing = _mismatch(network, found)
             if missing is None:
-                network.load_state_dict(state)
-                model = nn.Sequential(normalize(mean or MEAN, std or STD), network)
-                origin = f"state dict of {name}{' with BlurPool' if blurpool else ''}"
+                network.load_state_dict(found, strict=False)  # BatchNorm's counters may lack
+                model = nn.Sequential(Normalize(mean or MEAN, std or STD), network)
+                kind = "averaged weights" if is_averaged(prefix) else "state dict"
+                origin = f"{kind} of {name}{' with BlurPool' if blurpool else ''}"
                 return Network(
                     model, outputs, None, Preprocess(), f"{origin}, {outputs} classes", arch=name,
                 )  # fmt: skip
@@ -221,7 +187,8 @@ def _from_state(
             f"(one of torchvision's, or {TIMM}NAME)"
         )
     constructor = _constructor(arch, False)
-    why = _mismatch(constructor(_outputs_of(constructor, state) or 1), state)
+    _, found = _found(constructor, state)
+    why = _mismatch(constructor(_outputs_of(constructor, found) or 1), found)
     raise RunError(f"{path}: the state dict does not fit {arch}: {why}")
 
 
@@ -248,6 +215,12 @@ def _constructor(name: str, blurpool: bool) -> Callable[[int], nn.Module]:
     return blurred
 
 
+def _found(constructor: Callable[[int], nn.Module], state: State) -> tuple[str, State]:
+    """Where in a file the network's tensors are, and they: under its very names, with BlurPool or without."""
+    with torch.device("meta"):
+        return find(state, {name: name for name in constructor(2).state_dict()})
+
+
 def _outputs_of(constructor: Callable[[int], nn.Module], state: State) -> int | None:
     """The length, in the state dict, of the first parameter that follows the number of classes."""
     with torch.device("meta"):
@@ -268,14 +241,6 @@ def _mismatch(network: nn.Module, state: State) -> str | None:
             return f"{name} has shape {have[name]}, expected {shape}"
     extra = next((name for name in have if name not in want), None)
     return None if extra is None else f"{extra} belongs to another network"
-
-
-def normalize(mean: Channels, std: Channels) -> Normalize:
-    """The first layer of every network, for any mean and standard deviation of 0 to 255."""
-    layer = Normalize()
-    layer.mean = torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1)
-    layer.std = torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1)
-    return layer
 
 
 # ---- options and classes ------------------------------------------------------------------------

@@ -1,18 +1,18 @@
 """Networks: a registry of constructors, and what every one of them is wrapped in."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ffcv_imnet.config.schedules import resolutions
-from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.config.schema import MEAN, STD, Settings
 from ffcv_imnet.core.errors import UsageError, reason_of
-from ffcv_imnet.models import resnet, slim  # noqa: F401  (they register their networks)
+
+# They register their networks.
+from ffcv_imnet.models import efficientnet_lite, resnet, slim  # noqa: F401
 from ffcv_imnet.models.blurpool import apply_blurpool
 from ffcv_imnet.models.registry import build
-
-# Of ImageNet's training set in RGB, for pixels from 0 to 255; torchvision's and everybody's.
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
 
 
 class Normalize(nn.Module):
@@ -21,10 +21,11 @@ class Normalize(nn.Module):
     mean: Tensor  # (1, 3, 1, 1)
     std: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            channels = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(name, channels, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 or float (N, 3, H, W), 0 to 255 -> float32 of the same shape and memory format."""
@@ -41,7 +42,7 @@ def build_model(settings: Settings, classes: int) -> nn.Sequential:
     network = build(settings.model.arch, classes, settings.model.zero_gamma)
     if settings.training.use_blurpool:
         apply_blurpool(network)
-    model = nn.Sequential(Normalize(), network)
+    model = nn.Sequential(Normalize(settings.model.mean, settings.model.std), network)
     for side in {resolutions(settings)[0], resolutions(settings)[-1]}:
         check_outputs(model, classes, side, settings.model.arch)
     return model

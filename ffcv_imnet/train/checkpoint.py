@@ -1,5 +1,6 @@
 """Checkpoints: saved whole or not at all, loaded without running anything they hold."""
 
+import re
 import warnings
 import zipfile
 from contextlib import suppress
@@ -12,16 +13,18 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+from torch.serialization import safe_globals
 
 from ffcv_imnet.core import log
 from ffcv_imnet.core.atomic import NotWritten, drop_cached, link, partial_path, rename, written
 from ffcv_imnet.core.bounded import SPARE, fault_of_zip, memory_at_most, size
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
-from ffcv_imnet.core.names import fault_of_all
+from ffcv_imnet.core.names import fault_of_all, quoted
 from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.core.typed import fault_of_fields, is_value
 from ffcv_imnet.machine import device
 from ffcv_imnet.machine.device import DTYPES
+from ffcv_imnet.train.stand_ins import stand_ins
 
 FORMAT = 1
 MOST_VALUES = (
@@ -42,6 +45,8 @@ class Learner:
     ema_eval_forward: nn.Module | None
     precision: str  # fp32, bf16 or fp16
     compiled: bool = False
+    frozen: tuple[nn.Module, ...] = ()  # modules of model.freeze
+    body: tuple[nn.Module, ...] = ()  # all but the head, where model.freeze_epochs has them wait
 
     @property
     def dtype(self) -> torch.dtype:
@@ -241,7 +246,8 @@ def _fault_of_optimizer(state: dict[str, Any]) -> str | None:
 
 
 def read(path: Path) -> Any:
-    """What torch.save wrote, on the CPU; only tensors and plain values are accepted.
+    """What torch.save wrote, on the CPU. Only tensors and plain values are made; what known
+    libraries keep beside weights is replaced by empty stand-ins (`stand_ins.py`), and nothing of theirs is run.
 
     Raises:
         UsageError: the file cannot be opened, or torch.save did not write it.
@@ -259,14 +265,20 @@ def read(path: Path) -> Any:
     if start == b"PK" and (damage := damage_of(path)) is not None:
         raise RunError(f"{path} is damaged, truncated or no file of weights ({damage})")
     try:
-        with warnings.catch_warnings(), memory_at_most(2 * path.stat().st_size):
+        with (
+            warnings.catch_warnings(),
+            safe_globals(stand_ins(path, zipped=start == b"PK")),
+            memory_at_most(2 * path.stat().st_size),
+        ):
             warnings.simplefilter("ignore")  # of TorchScript's archives, which are refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged file
-        if "Unsupported" in str(error):
+        if named := re.search(
+            r"(?i)unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]*)", str(error)
+        ):
             raise RunError(
-                f"{path} holds Python objects (a whole network?) whose loading would run their code: "
-                "save its state_dict() instead"
+                f"{path} holds Python objects{_of(named[1])} whose loading would run their code: save its "
+                f"state_dict() instead"
             ) from error
         if isinstance(error, MemoryError) or "allocate" in str(error):
             raise RunError(
@@ -305,3 +317,7 @@ def fault_of_content(content: Any) -> str | None:
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 return "holds a tensor of more numbers than it has"
     return None
+
+
+def _of(name: str) -> str:
+    return f" ({quoted(name)})" if name else " (a whole network?)"

@@ -3,6 +3,7 @@
 import inspect
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from ffcv_imnet.machine.device import choose_precision
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.machine.host import keep_compilations
 from ffcv_imnet.models import build_model
+from ffcv_imnet.models.parts import freeze, needs_parts, parameters_of, parts_of
 from ffcv_imnet.train.checkpoint import Learner, Trained
 from ffcv_imnet.train.norms import Norms
 from ffcv_imnet.train.optim import build_average, build_optimizer
@@ -36,7 +38,10 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     device = world.device
     torch.backends.cudnn.benchmark = True  # shapes change once a resolution, not once a step
     torch.set_float32_matmul_precision("high")
-    model = build_model(settings, classes).to(device).to(memory_format=torch.channels_last)
+    network = build_model(settings, classes)
+    parts = parts_of(network, settings, classes) if needs_parts(settings) else None
+    frozen = freeze(parts, settings.model.freeze) if parts is not None else ()
+    model = network.to(device).to(memory_format=torch.channels_last)
     ema = build_average(model, training.ema_decay)
     precision = choose_precision(training.precision, device)
 
@@ -60,7 +65,7 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
         )
     return Learner(
         model=model,
-        optimizer=build_optimizer(model, settings, precision),
+        optimizer=build_optimizer(model, settings, precision, parts.head if parts else None),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         ema=ema,
         forward=forward,
@@ -68,6 +73,8 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
         ema_eval_forward=ema_eval_forward,
         precision=precision,
         compiled=training.compile,
+        frozen=frozen,
+        body=parts.body if parts is not None and settings.model.freeze_epochs else (),
     )
 
 
@@ -88,6 +95,7 @@ def train_step(
     lr: float,
     label_smoothing: float,
     norms: Norms | None = None,
+    waiting: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """One step of the optimizer on one batch.
 
@@ -96,6 +104,7 @@ def train_step(
         labels: (batch,), int64; `PADDING` where an image does not count.
         lr: the schedule's; each parameter group has a factor of its own.
         norms: take this step's.
+        waiting: parameters that this step leaves as they are, their momenta too.
 
     Returns:
         The loss, a scalar on the device, which nobody has waited for.
@@ -108,6 +117,8 @@ def train_step(
             logits, labels, ignore_index=PADDING, label_smoothing=label_smoothing
         )
     learner.scaler.scale(loss).backward()
+    for parameter in waiting:
+        parameter.grad = None
     if norms is not None:
         norms.before_update(learner.optimizer, learner.scaler)
     learner.scaler.step(learner.optimizer)
@@ -175,7 +186,7 @@ def train_epoch(
     watch.begin()
     if world.any([watch.stop.late])[0]:
         return replace(before, late=True)
-    learner.model.train()
+    waiting = begin_training(learner, plan.head_alone)
     tally = Tally(before, plan.steps, world)
     rate, waited, compiled, looks = 0.0, 0.0, compile_seconds(), list(before.norms)
     batches, made = loader.epoch(plan, before.steps), before.steps * plan.batch_size
@@ -191,7 +202,7 @@ def train_epoch(
             last = step + 1 == plan.steps
             # Gradients and weights are the same on all processes.
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
-            loss = train_step(learner, images, labels, rate, plan.label_smoothing, norms)
+            loss = train_step(learner, images, labels, rate, plan.label_smoothing, norms, waiting)
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)
             watch.heart.beat("training", plan.epoch, step + 1)
@@ -216,6 +227,17 @@ def train_epoch(
         late=watch.late,
         norms=looks,
     )
+
+
+def begin_training(learner: Learner, head_alone: bool) -> list[nn.Parameter]:
+    """Training mode for all but what rests, whose BatchNorms neither use nor change a batch's statistics.
+
+    Returns the parameters that wait where the head trains alone; frozen ones have no gradients anyway.
+    """
+    learner.model.train()
+    for module in learner.body if head_alone else learner.frozen:
+        module.training = False  # not eval(), which would reach the modules within it
+    return parameters_of(learner.body) if head_alone else []
 
 
 def is_finite(model: nn.Module) -> bool:

@@ -20,10 +20,12 @@ QUANTITIES = "gradient", "weights", "update"
 
 def group_name(group: dict[str, Any]) -> str:
     """muon: kernels that Muon moves; sgd: other parameters of two and more dimensions; sgd_1d: BatchNorm's and
-    biases. Told from what is in the group: checkpoints keep groups, and older ones have no names."""
+    biases. Told from what is in the group: checkpoints keep groups, and older ones have no names. Of a body with a
+    factor of its own (lr.body_lr_mult) and of its head: muon_body, sgd_head and so on."""
+    part = f"_{group['part']}" if "part" in group else ""
     if "ns_steps" in group:
-        return "muon"
-    return "sgd" if group["params"][0].ndim > 1 else "sgd_1d"
+        return "muon" + part
+    return ("sgd" if group["params"][0].ndim > 1 else "sgd_1d") + part
 
 
 def norm(tensors: list[Tensor]) -> Tensor:

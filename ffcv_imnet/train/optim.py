@@ -1,6 +1,6 @@
 """Parameter groups, the optimizer, and the average of weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,19 +27,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(
-    model: nn.Module, settings: Settings, precision: str = "fp32"
+    model: nn.Module,
+    settings: Settings,
+    precision: str = "fp32",
+    head: Sequence[nn.Module] | None = None,
 ) -> torch.optim.Optimizer:
     """SGD over `parameter_groups`, or `MuonSGD`.
 
     `precision` is the run's; Newton-Schulz follows it from fp32 to bf16, but fp16's range is too
     narrow for it. The loop sets a group's rate at every step: the schedule's times the group's "lr_factor".
+    `head`: its modules, which lr.body_lr_mult is not for.
     """
     training, muon = settings.training, settings.muon
     groups = parameter_groups(model, training.weight_decay)
     for group in groups:
         group |= {"momentum": training.momentum, "lr_factor": 1.0}
     if training.optimizer == "sgd":
-        return FusedSGD(groups, training.nesterov)
+        return FusedSGD(_by_part(groups, head, settings.lr.body_lr_mult), training.nesterov)
     peak = learning_rate(
         settings.lr, training.epochs, settings.lr.lr_peak_epoch, training.batch_size
     )
@@ -53,7 +57,25 @@ def build_optimizer(
     }
     groups[0]["params"] = [p for p in groups[0]["params"] if not is_kernel(p)]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return MuonSGD([kernels, *groups], training.nesterov, dtype)
+    groups = _by_part([kernels, *groups], head, settings.lr.body_lr_mult)
+    return MuonSGD(groups, training.nesterov, dtype)
+
+
+def _by_part(
+    groups: list[dict[str, Any]], head: Sequence[nn.Module] | None, body_lr_mult: float
+) -> list[dict[str, Any]]:
+    """The groups, each in two where the body has a factor of its own: what is the body's, what the head's."""
+    if body_lr_mult == 1.0 or head is None:
+        return groups
+    of_head = {id(parameter) for module in head for parameter in module.parameters(recurse=False)}
+    split = []
+    for group in groups:
+        for is_head in (False, True):
+            params = [p for p in group["params"] if (id(p) in of_head) is is_head]
+            factor = group["lr_factor"] * (1.0 if is_head else body_lr_mult)
+            part = "head" if is_head else "body"
+            split.append(group | {"params": params, "lr_factor": factor, "part": part})
+    return split
 
 
 class Average(AveragedModel):

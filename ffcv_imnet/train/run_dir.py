@@ -33,6 +33,7 @@ from ffcv_imnet.machine.distributed import Interrupted, World
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.checkpoint import Learner, Trained
 from ffcv_imnet.train.heartbeat import SILENT, Heartbeat
+from ffcv_imnet.train.start import Start, describe_start
 from ffcv_imnet.train.trackers import Trackers
 from ffcv_imnet.train.validate import Validation
 
@@ -113,9 +114,15 @@ class RunFolder:
                 f"data or settings: give all machines the same command, data, and a folder that all share"
             )
 
-    def start(self, learner: Learner, train: Manifest, val: Manifest) -> None:
-        """Give `learner` the state of the checkpoint, and write what stands in the folder before
-        the first step.
+    def start(
+        self,
+        learner: Learner,
+        train: Manifest,
+        val: Manifest,
+        start: Start | None = None,
+    ) -> None:
+        """Give `learner` the state of the checkpoint, or what it starts from, and write what stands in
+        the folder before the first step.
 
         Raises:
             UsageError: the folder cannot be written, or another process is training in it.
@@ -124,13 +131,18 @@ class RunFolder:
         if self.state is not None:
             checkpoint.restore(learner, self.state, self.path)
             self.state = None  # hundreds of megabytes that are no longer needed
-        header = self._header(learner.precision, train, val)
+        if start is not None:
+            start.put_into(learner.model)
+        weights = start.record if start is not None else None
+        header = replace(self._header(learner.precision, train, val), weights=weights)
         self.records.append(header)
         if not self.world.is_main:
             return
         self._write_start()
         say_at_start(self.world, self.path)
         print(f"{self.path}: {header.device}, {header.precision}, world size {self.world.size}")
+        if weights is not None:
+            print(describe_start(weights, len(self.classes)))
         going_back = self.settings.training.on_nonfinite_loss == "back"
         if going_back and not (self.path / LAST).exists():
             self._save(learner, self.elapsed())  # so that there is one to go back to
