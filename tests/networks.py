@@ -6,6 +6,7 @@
 from torch import nn
 
 from ffcv_imnet.models.registry import register
+from ffcv_imnet.models.slim import SlimBlock
 
 
 @register
@@ -19,6 +20,19 @@ def tiny(classes: int, zero_gamma: bool) -> nn.Module:
             nn.ReLU(),
         ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, classes))
+
+
+@register
+def tiny_residual(classes: int, zero_gamma: bool) -> nn.Module:
+    """One residual block."""
+    stem = nn.Conv2d(3, 16, 4, stride=4, bias=False)
+    return nn.Sequential(
+        stem,
+        SlimBlock(16, 16, False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, classes),
+    )
 
 
 if __name__ == "__main__":

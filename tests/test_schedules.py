@@ -9,7 +9,7 @@ import yaml
 
 from ffcv_imnet.config import schedules
 from ffcv_imnet.config.parsing import load
-from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.config.schema import Lr, Settings, differences, to_dict
 from ffcv_imnet.core.errors import UsageError
 
 
@@ -22,6 +22,35 @@ def test_resolution_of_the_public_recipe() -> None:
     settings = load("rn_configs/rn18_16ep.yaml")
     table = [schedules.resolution(settings, epoch) for epoch in range(16)]
     assert table == [160] * 12 + [192] * 4
+
+
+def test_decay_by_steps_is_torchvisions() -> None:
+    settings = load("rn_configs/rn50_224.yaml")
+    plans = schedules.plan_run(settings, schedules.IMAGENET_TRAIN_IMAGES)
+    expected = [0.1] * 30 + [0.01] * 30 + [0.001] * 30
+    assert [plan.lr_start for plan in plans] == pytest.approx(expected)
+    assert [plan.lr_end for plan in plans] == pytest.approx(expected)
+    lr = Lr(lr=1.0, lr_peak_epoch=3, decay="steps")  # thirds of what follows the warm-up
+    rates = [schedules.learning_rate(lr, 12, epoch, 1) for epoch in (1.5, 5.9, 6.1, 9.1)]
+    assert rates == pytest.approx([0.5, 1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "first"), [(16, 12), (24, 19), (32, 25), (40, 32), (56, 45), (88, 71)]
+)
+def test_the_ladder(epochs: int, first: int) -> None:
+    """A rung changes the length alone; its header says from which epoch on the images are of 192 px."""
+    name = f"rn_configs/ladder_{epochs}ep.yaml"
+    for network in ("rn18", "rn50"):
+        base = f"rn_configs/{network}_16ep.yaml"
+        settings = load(base, name) if epochs > 16 else load(base)
+        sides = [schedules.resolution(settings, epoch) for epoch in range(epochs)]
+        assert sides == [160] * first + [192] * (epochs - first)
+        changed = {key.split(" ")[0] for key in differences(to_dict(settings), to_dict(load(base)))}
+        ramp = {"resolution.start_ramp", "resolution.end_ramp", "training.epochs"}
+        assert changed == (ramp if epochs > 16 else set())
+    if epochs > 16:
+        assert f"192 px from epoch {first} on" in Path(name).read_text()
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,38 @@ def test_resumed_equals_never_stopped(
     assert elapsed == sorted(elapsed)
 
 
+def test_what_is_drawn_on_the_device_is_drawn_again_by_a_resumed_run(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MixUp or CutMix, RandAugment, stochastic depth and binary cross-entropy: bit for bit."""
+    options = {
+        "model__arch": "tiny_residual",
+        "model__stochastic_depth": 0.3,
+        "augmentation__mixup": 0.2,
+        "augmentation__cutmix": 1.0,
+        "augmentation__randaugment": 9,
+        "training__loss": "bce",
+    }
+    whole = small.settings(tmp_path / "whole", **options)
+    assert run(whole) == 0
+    save = RunFolder.save
+
+    def save_then_signal(self: RunFolder, *arguments: Any) -> None:
+        save(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = small.settings(tmp_path / "stopped", **options)
+    monkeypatch.setattr(RunFolder, "save", save_then_signal)
+    assert run(stopped) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # a new process has another generator's state
+    assert run(stopped, "auto") == 0
+    log = read_log(tmp_path / "stopped")
+    assert [(h.first_epoch, h.first_step) for h in log.headers] == [(0, 0), (1, 1)]
+    assert results(log) == results(read_log(tmp_path / "whole"))
+    assert same_weights(tmp_path / "stopped/last.pt", tmp_path / "whole/last.pt")
+
+
 def test_checkpoints_at_every_step_change_nothing(
     whole: Path, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

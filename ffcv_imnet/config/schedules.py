@@ -43,6 +43,8 @@ def learning_rate(lr: Lr, epochs: int, epoch: float, batch_size: int) -> float:
     if epoch == lr.lr_peak_epoch:  # which may be the run's end
         return peak
     done = (epoch - lr.lr_peak_epoch) / (epochs - lr.lr_peak_epoch)
+    if lr.decay == "steps":
+        return peak * 0.1 ** math.floor(3 * done)
     return peak * (1.0 - done if lr.decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
 
 

@@ -67,6 +67,12 @@ class Model:
     zero_gamma: bool = _switch(
         False, "start the last BatchNorm of each residual block at zero (arXiv:1706.02677, 5.1)"
     )
+    stochastic_depth: float = _float(
+        0.0,
+        "chance that the last residual branch is left out, earlier ones in proportion (arXiv:1603.09382); 0: none",
+        0.0,
+        0.9,
+    )
     weights: str | None = _setting(
         None, PathText(), "file to start from: a checkpoint, a state dict, .safetensors"
     )
@@ -130,6 +136,16 @@ class Augmentation:
         Choice(["random", "alternating", "none"], once={"true": "random", "false": "none"}),
         "mirror each image: by chance, every second epoch (arXiv:2404.00498), or never",
     )
+    mixup: float = _float(
+        0.0,
+        "MixUp's alpha (arXiv:1710.09412); 0: none; with cutmix one of both, a batch",
+        0.0,
+        100.0,
+    )
+    cutmix: float = _float(0.0, "CutMix's alpha (arXiv:1905.04899); 0: none", 0.0, 100.0)
+    randaugment: int = _int(
+        0, "RandAugment's magnitude, of two operations (arXiv:1909.13719); 0: none", 0, 30
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +169,14 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Lr:
-    """Learning rate: linear warm-up from zero, then decay to zero, evaluated at every step"""
+    """Learning rate: linear warm-up from zero, then decay, evaluated at every step"""
 
     lr: float = _float(0.5, "at the peak, for a batch of lr.base_batch_size", 1e-12)
     lr_peak_epoch: float = _float(2.0, "length of the warm-up, in epochs")
     decay: str = _setting(
         "linear",
-        Choice(["linear", "cosine"]),
-        "its shape; cosine: arXiv:1608.03983 without restarts",
+        Choice(["linear", "cosine", "steps"]),
+        "its shape; cosine: arXiv:1608.03983 without restarts; steps: to a tenth after each third",
     )
     base_batch_size: int = _int(
         0, "lr is scaled by batch_size over this (arXiv:1706.02677, 2.1); 0: taken as it is"
@@ -182,6 +198,11 @@ class Training:
     momentum: float = _float(0.9, "of SGD", 0.0, 0.9999)
     nesterov: bool = _switch(False, "Nesterov's momentum")
     weight_decay: float = _float(5e-5, "L2 factor; not on one-dimensional parameters")
+    loss: str = _setting(
+        "ce",
+        Choice(["ce", "bce"]),
+        "cross-entropy, or binary cross-entropy of each class (arXiv:2110.00476)",
+    )
     label_smoothing: float = _float(0.1, "arXiv:1512.00567, 7", 0.0, 0.9999)
     use_blurpool: bool = _switch(
         True, "fixed 1-2-1 blur before every strided convolution of 16 or more inputs"
@@ -200,7 +221,7 @@ class Training:
         "autocast type; auto: the fastest that the device runs natively",
     )
     compile: bool = _switch(False, "torch.compile, one static graph for each resolution")
-    seed: int = _int(0, "of initial weights, order, crops and flips", 0, 2**63 - 1)
+    seed: int = _int(0, "of initial weights, order and augmentation", 0, 2**63 - 1)
     stop_at: float = _float(0.0, "target of top_1 or ema_top_1, a fraction of one; 0: none", 0, 1)
     stop_at_on: str = _setting(
         "any",

@@ -52,7 +52,7 @@ class Epoch:
     resolution: int  # side of the training crops, px
     batch_size: int  # global
     lr: float  # at the last step
-    train_loss: float  # mean training objective (cross-entropy with label smoothing)
+    train_loss: float  # mean training objective, on mixed images where they are mixed
     val_loss: float  # mean plain cross-entropy, single view
     top_1: float  # fraction of one, single view; this and the next are never test-time augmented
     top_5: float

@@ -24,6 +24,7 @@ from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.core.typed import fault_of_fields, is_value
 from ffcv_imnet.machine import device
 from ffcv_imnet.machine.device import DTYPES
+from ffcv_imnet.train.augment import Augment
 from ffcv_imnet.train.stand_ins import stand_ins
 
 FORMAT = 1
@@ -47,6 +48,8 @@ class Learner:
     compiled: bool = False
     frozen: tuple[nn.Module, ...] = ()  # modules of model.freeze
     body: tuple[nn.Module, ...] = ()  # all but the head, where model.freeze_epochs has them wait
+    augment: Augment | None = None  # None: the loader's crops and flips are all
+    loss: str = "ce"
 
     @property
     def dtype(self) -> torch.dtype:

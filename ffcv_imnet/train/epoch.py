@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 import torch._dynamo
 import torch._dynamo.utils
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,8 +25,10 @@ from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.machine.host import keep_compilations
 from ffcv_imnet.models import build_model
 from ffcv_imnet.models.parts import freeze, needs_parts, parameters_of, parts_of
+from ffcv_imnet.train.augment import build_augment
 from ffcv_imnet.train.checkpoint import Learner, Trained
 from ffcv_imnet.train.norms import Norms
+from ffcv_imnet.train.objective import objective
 from ffcv_imnet.train.optim import build_average, build_optimizer
 from ffcv_imnet.train.watch import Watch
 
@@ -75,6 +76,8 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
         compiled=training.compile,
         frozen=frozen,
         body=parts.body if parts is not None and settings.model.freeze_epochs else (),
+        augment=build_augment(settings, classes, world),
+        loss=training.loss,
     )
 
 
@@ -101,7 +104,7 @@ def train_step(
 
     Args:
         images: (batch, 3, side, side), uint8, channels last, on the device.
-        labels: (batch,), int64; `PADDING` where an image does not count.
+        labels: (batch,), int64, `PADDING` where an image does not count; or as `Augment` gives them.
         lr: the schedule's; each parameter group has a factor of its own.
         norms: take this step's.
         waiting: parameters that this step leaves as they are, their momenta too.
@@ -113,9 +116,7 @@ def train_step(
         group["lr"] = lr * group["lr_factor"]
     with torch.autocast(images.device.type, learner.dtype, enabled=learner.dtype != torch.float32):
         logits = learner.forward(images)
-        loss = F.cross_entropy(
-            logits, labels, ignore_index=PADDING, label_smoothing=label_smoothing
-        )
+        loss = objective(logits, labels, label_smoothing, learner.loss)
     learner.scaler.scale(loss).backward()
     for parameter in waiting:
         parameter.grad = None
@@ -202,7 +203,11 @@ def train_epoch(
             last = step + 1 == plan.steps
             # Gradients and weights are the same on all processes.
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
-            loss = train_step(learner, images, labels, rate, plan.label_smoothing, norms, waiting)
+            targets = labels
+            if learner.augment is not None:
+                images, targets = learner.augment(images, labels, plan.epoch, step)
+            smoothing = plan.label_smoothing
+            loss = train_step(learner, images, targets, rate, smoothing, norms, waiting)
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)
             watch.heart.beat("training", plan.epoch, step + 1)

@@ -1,0 +1,98 @@
+"""What happens to a batch on the device, after the loader's crops and flips: RandAugment, MixUp, CutMix.
+
+All three are torchvision's (transforms.v2), which draws from torch's generator on the CPU, so nothing waits for
+the device. The generator is set for each use from (seed, epoch, place in the epoch) and put back: a resumed run
+does what an uninterrupted one does. Images stay uint8, so each resolution keeps its one compiled graph.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.machine.distributed import World
+
+# Images that share RandAugment's two draws. v2.RandAugment treats a tensor alike: one at a time would be a thousand
+# times some ten launches a step. The order of the images is random, so each still gets any two with equal chance.
+ALIKE = 16
+OPERATIONS = 2  # as the paper's N for ImageNet (arXiv:1909.13719, table 4)
+MIX, ALTER = 0, 1  # streams
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Of the batches of one process. `mixes` is empty without MixUp and CutMix, `alter` None without RandAugment."""
+
+    seed: int
+    classes: int
+    rank: int
+    mixes: tuple[v2.MixUp | v2.CutMix, ...]
+    alter: v2.RandAugment | None
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, epoch: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """One batch of this process.
+
+        Args:
+            images: (batch, 3, side, side), uint8, channels last.
+            labels: (batch,), int64; negative where an image does not count.
+
+        Returns:
+            New images, alike in shape, type and memory; labels as they are, or where images were mixed each
+            class's part, (batch, classes), float32, zero for what does not count.
+        """
+        if self.alter is not None:
+            first = self.rank * len(images)
+            altered = []
+            for number, group in enumerate(images.split(ALIKE)):
+                with drawing(self.seed, ALTER, epoch, step, first + number * ALIKE):
+                    altered.append(self.alter(group))
+            images = torch.cat(altered)
+        if self.mixes:
+            labels = one_hot(labels, self.classes)
+            with drawing(self.seed, MIX, epoch, step, self.rank):
+                mix = self.mixes[int(torch.randint(len(self.mixes), ()))]
+                mixed, labels = mix(images.float(), labels)
+            images = mixed.round_().to(torch.uint8)
+        return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def build_augment(settings: Settings, classes: int, world: World) -> Augment | None:
+    """None where the loader's crops and flips are all."""
+    wanted = settings.augmentation
+    mixes: list[v2.MixUp | v2.CutMix] = []
+    if wanted.mixup:
+        mixes.append(v2.MixUp(alpha=wanted.mixup, num_classes=classes))
+    if wanted.cutmix:
+        mixes.append(v2.CutMix(alpha=wanted.cutmix, num_classes=classes))
+    alter = None
+    if wanted.randaugment:
+        alter = v2.RandAugment(
+            OPERATIONS, wanted.randaugment, interpolation=v2.InterpolationMode.BILINEAR
+        )
+    if not mixes and alter is None:
+        return None
+    return Augment(settings.training.seed, classes, world.rank, tuple(mixes), alter)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """(batch,) -> (batch, classes), float32; zeros for a label that is no class. Waits for no device."""
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
+
+
+@contextmanager
+def drawing(*key: int) -> Iterator[None]:
+    """In here torch's generator on the CPU draws what belongs to `key`; afterwards it is as before."""
+    before = torch.get_rng_state()
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    torch.default_generator.manual_seed(int(seed) >> 1)  # the accelerator's stays
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
