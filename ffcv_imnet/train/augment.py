@@ -1,7 +1,7 @@
 """What happens to a batch on the device, after the loader's crops and flips: RandAugment, MixUp, CutMix.
 
-All three are torchvision's (transforms.v2), which draws from torch's generator on the CPU, so nothing waits for
-the device. The generator is set for each use from (seed, epoch, place in the epoch) and put back: a resumed run
+All three are torchvision's (transforms.v2), which draws from torch's generator on the CPU. MixUp and CutMix wait for
+nothing; RandAugment's rotations, shears and shifts copy a matrix to the device, for which the host waits. The generator is set for each use from (seed, epoch, place in the epoch) and put back: a resumed run
 does what an uninterrupted one does. Images stay uint8, so each resolution keeps its one compiled graph.
 """
 
