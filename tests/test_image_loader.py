@@ -106,7 +106,7 @@ def test_shares_of_two_ranks(small: SmallData) -> None:
     [
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
         ({"batch_size": None}, "batch_size must be an integer of at least 1, not None"),
-        ({"batch_size": 101}, "batch_size 101 in 1 processes is more than the 100 images of"),
+        ({"batch_size": 101}, "batch_size 101 is more than the 100 images of"),
         ({"batch_size": 51, "rank": 1, "world_size": 2}, "in 2 processes .*: take 50 or less"),
         ({"resolution": 4}, "resolution must be an integer from 8 to 4096, not 4"),
         ({"scale": (1, 0.08)}, "scale must be two numbers from 0.001 to 1, the smaller first"),

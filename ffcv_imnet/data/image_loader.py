@@ -135,8 +135,9 @@ class ImageLoader:
         self.classes, self.samples = manifest.classes, manifest.samples
         self.settings = _settings(given, self.world)
         if self.train and self.batch_size * self.world.size > self.samples:
+            together = f" in {self.world.size} processes" if self.world.size > 1 else ""
             raise UsageError(
-                f"batch_size {batch_size} in {self.world.size} processes is more than the {self.samples} images of"
+                f"batch_size {batch_size}{together} is more than the {self.samples} images of"
                 f" {path}, of which none would fill it: take {max(1, self.samples // self.world.size)} or less"
             )
         kind = TrainLoader if self.train else ValLoader
