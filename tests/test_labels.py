@@ -227,7 +227,7 @@ def test_wrong_texts(text: str, reason: str, tmp_path: Path) -> None:
 
 def test_tables_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path := tmp_path / "labels.jsonl").write_text('{"a":' * 5000)
-    with pytest.raises(UsageError, match=r"line 1: not JSON \(nested too deeply\)"):
+    with pytest.raises(UsageError, match=r"line 1: not JSON \("):
         read_labels(path)
     path.write_text('{"file": "a.jpg", "label": "' + "x" * 200_000 + '"}')
     with pytest.raises(UsageError, match="line 1: it has more than 131,072 characters"):

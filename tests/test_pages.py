@@ -202,6 +202,6 @@ def test_a_trained_run_is_evaluated_and_its_mistakes_are_shown(
     out, png = tmp_path / "report.html", tmp_path / "png"
     assert report.main([str(tmp_path / "run"), "--out", str(out), "--png", str(png)]) == 0
     assert "Not evaluated" in out.read_text() and "best.pt: no such file" in out.read_text()
-    assert len(list(png.glob("*.png"))) == 4
+    assert len(list(png.glob("*.png"))) == 6
     with pytest.raises(UsageError, match="--png"):
         report.main([str(tmp_path / "run"), "--png", str(png)])

@@ -652,5 +652,5 @@ def test_one_folder_one_run(small: SmallData, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(small: SmallData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"file/run could not be written .Not a directory"):
+    with pytest.raises(UsageError, match=r"file/run could not be written: its folder is a file"):
         run(small.settings(tmp_path / "file/run"))

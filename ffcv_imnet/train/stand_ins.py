@@ -22,6 +22,8 @@ PLAIN_TYPES = {
 OLD_COMMON = (
     "argparse.Namespace", "collections.defaultdict", "numpy.core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar", "numpy.dtype", "numpy.ndarray", "pathlib.PosixPath",
+    "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar",  # NumPy 2
+    "pathlib._local.PosixPath",  # Python 3.13
 )  # fmt: skip
 
 
