@@ -70,6 +70,13 @@ crop_decoder() {
         say "the crop decoder was not compiled: loading will be slower"
 }
 
+# Scripts from anywhere may `import ffcv_imnet` then, as those of examples/ do.
+importable() {
+    local packages
+    packages=$(compgen -G "$venv/lib/python*/site-packages")
+    [ "$(cat "$packages/ffcv_imnet.pth" 2>/dev/null)" = "$(pwd -P)" ] || pwd -P >"$packages/ffcv_imnet.pth"
+}
+
 # Its Python runs, is new enough, has pip, was made at this path (scripts such as torchrun carry the
 # path) and is the version that PYTHON asks for.
 usable_venv() {
@@ -169,6 +176,7 @@ install_python_packages() {
 }
 
 if whole; then
+    importable
     crop_decoder
     say "nothing missing ($("$venv/bin/python" -V), $venv)"
     exit 0
@@ -178,6 +186,7 @@ rm -f "$stamp"
 install_system_packages
 make_venv
 install_python_packages
+importable
 crop_decoder
 sha256sum <"$lock" >"$stamp.partial"
 mv "$stamp.partial" "$stamp"

@@ -61,6 +61,10 @@ def test_passes_of_a_training_loader(small: SmallData, tmp_path: Path) -> None:
         next(anew)
         with pytest.raises(UsageError, match=r"another pass over .* has begun and ended this one"):
             next(left)
+        with pytest.raises(AttributeError):
+            loader.resolutoin = 64  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="was closed during this pass"):
+        next(anew)
     assert threading.active_count() == before
     with pytest.raises(UsageError, match="is closed: make another"):
         iter(loader)
@@ -118,6 +122,8 @@ def test_shares_of_two_ranks(small: SmallData) -> None:
         ({"rank": 1}, "rank and world_size go together"),
         ({"rank": 2, "world_size": 2}, "rank must be an integer from 0 to 1, not 2"),
         ({"num_workers": 999}, "num_workers 999 is more than the"),
+        ({"path": None}, r"path must be that of a \.beton, not None"),
+        ({"path": "s3://b/x.beton"}, r"^s3://b/x\.beton is an address: copy it here"),
         ({"path": "nowhere.beton"}, r"nowhere\.beton does not exist: write it with"),
     ],
 )

@@ -16,6 +16,7 @@ from ffcv_imnet.bench.dry_run import dry_run
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import Data
 from ffcv_imnet.core.atomic import partial_path
+from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data import remote
 from ffcv_imnet.data.beton import check_beton, manifest_path, read_tables
@@ -123,6 +124,14 @@ def test_what_is_refused(
     ):
         with pytest.raises(UsageError, match=text):
             fetch_beton(address, tmp_path)
+    for address, status in (
+        ("foo://bucket/x", "Protocol not known: foo"),
+        ("s3://bucket/x", "s3fs"),
+    ):
+        if status == "s3fs" and is_there("s3fs"):
+            continue  # before an image is looked at
+        with pytest.raises(UsageError, match=rf"^{address}/train\.beton: .*{status}.*pip install"):
+            write_ffcv.placed(address, "train.beton", tmp_path)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
         with pytest.raises(UsageError, match=r"MB and .* has 1\.0 kB free: make room, or"):

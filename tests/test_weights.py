@@ -278,7 +278,7 @@ HOSTILE: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "a network": (RunError, "holds Python objects", network),
     "another network": (
         UsageError, r"has 0 of the 15 tensors of tiny's body: it lacks '0.weight', '1.weight', '1.bias' and "
-        r"12 more and has 'conv.weight'; name the network", lambda: {"conv.weight": W(3)},
+        r"12 more, and has instead 'conv.weight'; name the network", lambda: {"conv.weight": W(3)},
     ),
     "another shape": (
         UsageError, r"1 tensors have other shapes than tiny's: '0.weight \(3, 16\) for \(16, 3, 3, 3\)'",
@@ -341,7 +341,7 @@ def test_a_run_from_weights(
         lr__body_lr_mult=0.1, training__ema_decay=0.5, training__optimizer="muon",
     )  # fmt: skip
     assert dry_run(settings, False, 0.0) == 0
-    said = f"model.weights {file}: 15 tensors loaded under 'state_dict'; new is the head (11.weight, 11.bias)\n"
+    said = f"model.weights {file}: 15 tensors loaded under 'state_dict'; the head is new (11.weight, 11.bias)\n"
     assert said in capsys.readouterr().out
     stopping = replace(settings, training=replace(settings.training, max_hours=1e-9))
     assert run(stopping) == 0  # before the first step

@@ -61,9 +61,13 @@ class Number(Checker):
 
     def help(self) -> str:
         noun = "an integer" if self.kind is int else "a number"
+        low, high = (
+            str(bound) if isinstance(bound, int) else f"{bound:g}"
+            for bound in (self.low, self.high)
+        )
         if math.isinf(self.high):
-            return noun if math.isinf(self.low) else f"{noun} of at least {self.low:g}"
-        return f"{noun} from {self.low:g} to {self.high:g}"
+            return noun if math.isinf(self.low) else f"{noun} of at least {low}"
+        return f"{noun} from {low} to {high}"
 
 
 class OneOf(Checker):

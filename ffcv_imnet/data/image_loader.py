@@ -17,10 +17,13 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.config.schema import DEVICES, Settings, declared
 from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.names import quoted
+from ffcv_imnet.core.paths import is_address
 from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.loader import Batches, TrainLoader, ValLoader
 from ffcv_imnet.machine import device as devices
 from ffcv_imnet.machine.distributed import TORCHRUN, Ranks, World, read_ranks
+from ffcv_imnet.machine.host import affinity_cores
 
 Batch = tuple[Tensor, Tensor]
 # The training settings that have the meaning and the domain of an argument here.
@@ -72,7 +75,7 @@ class ImageLoader:
         ratio: training: width over height of a crop, (least, most).
         flip: training: "random", "alternating" (every image in every second epoch) or "none".
         central: validation: side of the central square over the image's shorter side.
-        num_workers: decoding threads; default: this process's share of the machine's cores.
+        num_workers: decoding threads, 1 or more; default: this process's share of the machine's cores.
         batches_ahead: batches decoded ahead of the one in use; each takes batch_size x 3 x side^2 bytes.
         on_damaged: "stop": a stored image that does not decode raises RunError; "skip": it is black and
             labelled -1, which `cross_entropy(..., ignore_index=-1)` leaves out.
@@ -89,6 +92,11 @@ class ImageLoader:
         RunError: the file is damaged or is not its manifest's; while iterating: an image does not decode, or
             the file was changed.
     """
+
+    __slots__ = (  # a misspelt attribute is an error, not a pass at the old resolution
+        "__weakref__", "_end", "_loader", "_resolution", "_running", "batch_size", "classes", "copy", "epoch", "path",
+        "samples", "settings", "train", "world",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -110,6 +118,10 @@ class ImageLoader:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"path must be that of a .beton, not {quoted(path)}")
+        if is_address(os.fspath(path)):
+            raise UsageError(f"{path} is an address: copy it here, and name the copy")
         given: dict[str, Any] = {
             "path": os.fspath(path),
             "batch_size": batch_size,
@@ -126,6 +138,10 @@ class ImageLoader:
         if num_workers is None:  # left to the machine
             del given["num_workers"]
         given = {name: _checked(name, value) for name, value in given.items()}
+        if num_workers is not None and num_workers > (cores := affinity_cores()):
+            raise UsageError(
+                f"num_workers {num_workers} is more than the {cores} cores of this process"
+            )
         self.train = argument("train", train, Switch())
         self.copy = argument("copy", copy, Switch())
         self.path, self.batch_size = Path(given["path"]), int(given["batch_size"])
@@ -195,6 +211,8 @@ class ImageLoader:
         with closing(batches):
             for images, labels in batches:
                 yield (images.clone(), labels.clone()) if self.copy else (images, labels)
+        if not self._end.alive:
+            raise UsageError(f"the loader of {self.path} was closed during this pass")
         if self._running.batches is not batches:
             raise UsageError(
                 f"another pass over {self.path} has begun and ended this one: take a second ImageLoader to have two"
@@ -203,6 +221,12 @@ class ImageLoader:
     def close(self) -> None:
         """End the pass that is running, and its threads; the loader cannot be used again."""
         self._end()
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageLoader({str(self.path)!r}, batch_size={self.batch_size}, resolution={self.resolution},"
+            f" train={self.train}): {len(self)} batches a pass"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -62,12 +62,13 @@ def look(address: str) -> Origin:
         UsageError: no such file, no permission, or a package is missing.
         RunError: its store does not answer.
     """
-    fsspec = require("fsspec", f"{address}", INSTALL)
+    check_client(address)
+    fsspec = require("fsspec", address, INSTALL)
     with said(address):
         try:
             files, path = fsspec.core.url_to_fs(address)
-        except (ImportError, ValueError) as error:  # no client for it; no such protocol
-            raise UsageError(f"{address}: {reason_of(error)} (pip install {INSTALL})") from None
+        except ValueError as error:
+            raise UsageError(f"{address}: {reason_of(error)}") from None
         found = files.info(path)
         if found.get("type") == "directory":
             raise UsageError(f"{address} is a folder: name the file in it")
@@ -77,7 +78,7 @@ def look(address: str) -> Origin:
 
 
 @contextmanager
-def said(address: str, doing: str = "read") -> Iterator[None]:
+def said(address: str, doing: str = "read", then: str = "") -> Iterator[None]:
     """What clients of stores raise, of many kinds, as one sentence with the address."""
     try:
         yield
@@ -90,7 +91,16 @@ def said(address: str, doing: str = "read") -> Iterator[None]:
             f"{address} cannot be {doing} ({reason_of(error)}): may this machine's credentials?"
         ) from None
     except Exception as error:
-        raise RunError(f"{address} could not be {doing} ({reason_of(error)})") from error
+        raise RunError(f"{address} could not be {doing} ({reason_of(error)}){then}") from error
+
+
+def check_client(address: str) -> None:
+    """Raises UsageError where nothing here can speak to the store of `address`; does not ask the store."""
+    fsspec = require("fsspec", address, INSTALL)
+    try:
+        fsspec.get_filesystem_class(address.split("://", 1)[0])
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{address}: {reason_of(error)} (pip install {INSTALL})") from None
 
 
 def copy_path(address: str, cache_dir: Path) -> Path:
@@ -266,11 +276,11 @@ def put_beton(path: Path, address: str) -> None:
     Raises:
         UsageError, RunError: it could not be written there; the file here is kept.
     """
-    fsspec = require("fsspec", f"{address}", INSTALL)
+    fsspec = require("fsspec", address, INSTALL)
     for local, to in ((path, address), (manifest_path(path), beside(address))):
         length = local.stat().st_size
         with (
-            said(to, "written"),
+            said(to, "written", f": {path} is kept, the same command only uploads it"),
             Progress(length >> 20, f"uploading {local.name}", "MB") as bar,
         ):
             files, there = fsspec.core.url_to_fs(to)
@@ -303,7 +313,8 @@ def place(folder: Path) -> None:
         make_folder(folder)
     except OSError as error:
         raise UsageError(
-            f"{folder} cannot be made ({error.strerror}): name another cache"
+            f"{folder} cannot be made ({error.strerror}): name another folder with data.cache_dir, of"
+            f" write_ffcv.py --cache_dir"
         ) from None
 
 
@@ -358,7 +369,10 @@ def local_copies(data: Data, manifests_only: bool = False) -> Data:
         if not manifests_only:
             return str(fetch_beton(path, cache))
         copy = copy_path(path, cache)
-        fetch_manifest(path, manifest_path(copy))
+        try:
+            fetch_manifest(path, manifest_path(copy))
+        except UsageError as error:
+            raise UsageError(f"{path} is not there, or not with its manifest: {error}") from None
         return str(copy)
 
     return replace(

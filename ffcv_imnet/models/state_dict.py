@@ -30,6 +30,8 @@ def tensors_of(content: Any) -> State:
 
     Raises ValueError, in words, where there are none.
     """
+    if isinstance(content, Tensor):
+        raise ValueError("holds one tensor, which is no state dict")
     found: State = {}
     waiting: list[tuple[str, Any]] = [("", content)]
     while waiting:

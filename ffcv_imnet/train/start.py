@@ -97,18 +97,20 @@ def _check_body(path: Path, arch: str, state: State, found: State, body: State) 
     there = [name for name in body if name in found]
     if len(there) < FEWEST * len(body):
         absent = [name[2:] for name in body if name not in found]
+        taken = {id(found[name]) for name in there}
+        others = [name for name, value in state.items() if id(value) not in taken]
         raise UsageError(
             f"model.weights {path} has {len(there)} of the {len(body)} tensors of {arch}'s body: it lacks "
-            f"{_some(absent)} and has {_some(list(state))}; name the network that wrote it with model.arch"
+            f"{_some(absent)}, and has instead {_some(others)}; name the network that wrote it with model.arch"
         )
-    others = [
+    shapes = [
         f"{name[2:]} {tuple(found[name].shape)} for {tuple(body[name].shape)}"
         for name in there
         if found[name].shape != body[name].shape
     ]
-    if others:
+    if shapes:
         raise UsageError(
-            f"model.weights {path}: {len(others)} tensors have other shapes than {arch}'s: {_some(others)}; "
+            f"model.weights {path}: {len(shapes)} tensors have other shapes than {arch}'s: {_some(shapes)}; "
             f"name the network that wrote it with model.arch"
         )
 
@@ -164,8 +166,8 @@ def describe_start(record: dict[str, Any], classes: int) -> str:
     kept = record["rows_kept"]
     head = (
         f"the head's {kept} rows too" if kept == classes
-        else f"new is the head ({', '.join(record['new'])})"
-        + (f", {kept} of its {classes} rows kept by class name" if kept else "")
+        else f"of the head's {classes} rows {kept} are kept, known by their class names, the others are new" if kept
+        else f"the head is new ({', '.join(record['new'])})"
     )  # fmt: skip
     lines = [
         f"model.weights {record['file']}: {record['loaded']} tensors loaded{taken}{average}; {head}"
