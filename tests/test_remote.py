@@ -16,8 +16,8 @@ from ffcv_imnet.bench.dry_run import dry_run
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import Data
 from ffcv_imnet.core.atomic import partial_path
-from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.errors import RunError, UsageError
+from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.data import remote
 from ffcv_imnet.data.beton import check_beton, manifest_path, read_tables
 from ffcv_imnet.data.remote import copy_path, fetch, fetch_beton, local_copies
