@@ -118,12 +118,8 @@ class ImageLoader:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if not isinstance(path, str | os.PathLike):
-            raise UsageError(f"path must be that of a .beton, not {quoted(path)}")
-        if is_address(os.fspath(path)):
-            raise UsageError(f"{path} is an address: copy it here, and name the copy")
         given: dict[str, Any] = {
-            "path": os.fspath(path),
+            "path": _path(path),
             "batch_size": batch_size,
             "resolution": resolution,
             "seed": seed,
@@ -246,6 +242,15 @@ class _Running:
         if self.batches is not None:
             self.batches.close()
         self.batches = None
+
+
+def _path(path: str | os.PathLike[str]) -> str:
+    """Raises UsageError unless it can be a file's."""
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"path must be that of a .beton, not {quoted(path)}")
+    if is_address(text := os.fspath(path)):
+        raise UsageError(f"{path} is an address: copy it here, and name the copy")
+    return text
 
 
 def _checked(name: str, value: object) -> Any:
