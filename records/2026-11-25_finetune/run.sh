@@ -15,7 +15,7 @@ weights=runs/finetune/tiny100/last.pt
 for factor in 1 0.3 0.1; do imagenette "body_$factor" 100 --model.weights=$weights --lr.body_lr_mult=$factor; done
 for seed in 1 2 3; do
     imagenette random10 "$seed" --training.epochs=10 --lr.lr_peak_epoch=1.25
-    imagenette weights3 "$seed" --model.weights=$weights --lr.body_lr_mult="${BODY_LR_MULT:-0.3}"
+    imagenette weights3 "$seed" --model.weights=$weights --lr.body_lr_mult="${BODY_LR_MULT:-1}"
 done
 if [ $# -gt 0 ]; then
     go --config "$here/lite0.yaml" --model.weights="$1"
