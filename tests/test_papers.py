@@ -70,7 +70,9 @@ def test_set_up_installs_nothing_again_where_the_crop_decoder_cannot_be_compiled
     for folder in ("core", "native"):
         shutil.copytree(ROOT / PACKAGE / folder, tmp_path / PACKAGE / folder, ignore=ignore)
     shutil.copy(ROOT / "setup.sh", tmp_path)
-    shutil.copy(ROOT / PACKAGE / "__init__.py", tmp_path / PACKAGE)  # else the installed one goes first
+    shutil.copy(
+        ROOT / PACKAGE / "__init__.py", tmp_path / PACKAGE
+    )  # else the installed one goes first
     (tmp_path / "requirements.lock").write_text(f"ffcv=={version('ffcv')}\n")
     venv = tmp_path / ".venv"
     (venv / "bin").mkdir(parents=True)
