@@ -241,7 +241,7 @@ def placed(out_dir: Path | str, name: str, cache_dir: Path) -> tuple[Path, str |
     if isinstance(out_dir, Path):
         return out_dir / name, None
     address = f"{out_dir.rstrip('/')}/{name}"
-    remote.check_client(address)  # before hours of encoding
+    remote.client(address)  # before hours of encoding
     return remote.copy_path(address, cache_dir), address
 
 

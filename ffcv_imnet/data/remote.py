@@ -62,8 +62,7 @@ def look(address: str) -> Origin:
         UsageError: no such file, no permission, or a package is missing.
         RunError: its store does not answer.
     """
-    check_client(address)
-    fsspec = require("fsspec", address, INSTALL)
+    fsspec = client(address)
     with said(address):
         try:
             files, path = fsspec.core.url_to_fs(address)
@@ -94,13 +93,14 @@ def said(address: str, doing: str = "read", then: str = "") -> Iterator[None]:
         raise RunError(f"{address} could not be {doing} ({reason_of(error)}){then}") from error
 
 
-def check_client(address: str) -> None:
-    """Raises UsageError where nothing here can speak to the store of `address`; does not ask the store."""
+def client(address: str) -> Any:
+    """fsspec, found to have what speaks to the store of `address`; the store is not asked. Raises UsageError."""
     fsspec = require("fsspec", address, INSTALL)
     try:
         fsspec.get_filesystem_class(address.split("://", 1)[0])
     except (ImportError, ValueError) as error:
         raise UsageError(f"{address}: {reason_of(error)} (pip install {INSTALL})") from None
+    return fsspec
 
 
 def copy_path(address: str, cache_dir: Path) -> Path:
@@ -276,7 +276,7 @@ def put_beton(path: Path, address: str) -> None:
     Raises:
         UsageError, RunError: it could not be written there; the file here is kept.
     """
-    fsspec = require("fsspec", address, INSTALL)
+    fsspec = client(address)
     for local, to in ((path, address), (manifest_path(path), beside(address))):
         length = local.stat().st_size
         with (
