@@ -157,7 +157,7 @@ def check_ours(module: str, argv: Sequence[str]) -> None:
             check_ours(SCRIPTS[tool], argv)
         elif tool != "--help":
             left = parse_only(tool, argv)
-            assert tool == "models" or not left, f"{tool} does not take {left}"
+            assert tool in ("models", "tune") or not left, f"{tool} does not take {left}"
             if left:
                 parse(left)
     elif module == "write_ffcv":

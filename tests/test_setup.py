@@ -29,6 +29,7 @@ NOT_LOCKED = {
     "boards",
     "peers",
     "lightning",
+    "tune",
 }  # optional groups that `make setup` leaves out
 # Ours, from the lowest floor up: a folder imports only from lower floors, so two folders of one floor
 # never import each other. README.md shows the same table.

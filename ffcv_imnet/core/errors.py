@@ -61,6 +61,15 @@ class NonFiniteLoss(RunError):
         self.epoch, self.step = epoch, step
 
 
+class NonFiniteValidation(RunError):
+    """The validation loss is NaN or infinite."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the {what} loss is NaN or infinite: the weights are lost; try a lower lr.lr"
+        )
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """` (did you mean X?)` for the candidate closest to `word`, or an empty string if none is close."""
     close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)

@@ -160,11 +160,13 @@ def share_of_order(order: Indices, local_batch: int, rank: int, size: int) -> In
     return batches[:, rank].reshape(-1)
 
 
-def exact_share(samples: int, batch_size: int, world: World) -> tuple[Indices, int]:
+def exact_share(samples: int | Indices, batch_size: int, world: World) -> tuple[Indices, int]:
     """What this process evaluates, every world.size-th sample from its rank on, and its batch size."""
-    share = -(-samples // world.size)
-    order = np.arange(world.rank, samples, world.size)
-    return order, max(1, min(batch_size // world.size, share))
+    every = np.arange(samples) if isinstance(samples, int) else samples
+    share = -(-len(every) // world.size)
+    return np.ascontiguousarray(every[world.rank :: world.size]), max(
+        1, min(batch_size // world.size, share)
+    )
 
 
 class _Epoch(EpochIterator):
@@ -467,7 +469,7 @@ class ValLoader:
 
     Args:
         path: the .beton file.
-        samples: number of images in it.
+        samples: number of images in it, or the numbers of those that are evaluated.
         settings: resolution, crop, batch size, workers.
         world: whose share to take.
         places: what to call each label of the file; as it is by default. See `class_places`.
@@ -476,12 +478,13 @@ class ValLoader:
     def __init__(
         self,
         path: str,
-        samples: int,
+        samples: int | Indices,
         settings: Settings,
         world: World,
         places: Sequence[int] | None = None,
     ) -> None:
-        self.samples, self.world = samples, world
+        self.samples = samples if isinstance(samples, int) else len(samples)
+        self.world = world
         self.places: Tensor | None = None
         if places is not None and list(places) != list(range(len(places))):
             # The last is found by the number of what does not count, -1.

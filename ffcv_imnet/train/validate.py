@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ffcv_imnet.core.errors import RunError
+from ffcv_imnet.core.errors import NonFiniteValidation, RunError
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.loader import PADDING, Batches, ValLoader
 from ffcv_imnet.machine.distributed import Interrupted, StopSignal, World
@@ -115,7 +115,8 @@ def evaluate(
 
     Raises:
         Interrupted: see `forward`.
-        RunError: the loss is NaN or infinite, or the loader failed.
+        NonFiniteValidation: the loss is NaN or infinite.
+        RunError: the loader failed.
     """
     sums = torch.zeros(6, dtype=torch.float64, device=world.device)
     batches = forward(model, loader, world, dtype, tta=tta, what=what, stop=stop, heart=heart)
@@ -130,9 +131,7 @@ def evaluate(
     if not images_seen:
         raise RunError(f"not one image of the {what} could be decoded: write its .beton again")
     if not math.isfinite(loss_sum):
-        raise RunError(
-            f"the {what} loss is NaN or infinite: the weights are lost; try a lower lr.lr"
-        )
+        raise NonFiniteValidation(what)
     top_1, top_5, tta_top_1, tta_top_5 = (count / images_seen for count in found)
     return Metrics(
         loss=loss_sum / images_seen,

@@ -1,0 +1,385 @@
+"""Search learning rates, momentum and weight decay of a recipe on your own images, and write the recipe.
+
+python -m ffcv_imnet tune --config rn_configs/rn18_8ep.yaml --dry_run
+python -m ffcv_imnet tune --config rn_configs/rn18_8ep.yaml --out runs/rn18_8ep_tune
+
+Successive halving (arXiv:1810.05934) over short runs at the recipe's lowest resolution. Each trial draws
+settings, trains on a part of the training images and is scored by its loss on images held out of the
+training file; the best third goes on to three times as many images, and the best third of those again. Then
+the best trial and the recipe as it is run again under new seeds. OUT gets recipe.yaml, trials.png and README.md.
+
+`--minutes` are an A100's by the cost estimate, 30 by default; --dry_run says what that makes on other machines. Of
+several GPUs each works on a trial of its own. Stop it at any time and start it again: it goes on where it was,
+and makes only the runs under way again.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ffcv_imnet.bench.dry_run import counted
+from ffcv_imnet.bench.search import (
+    AGAIN,
+    BEST,
+    DIVERGED,
+    RECIPE,
+    Search,
+    best_trial,
+    drawn,
+    ranges,
+    values_of,
+    with_values,
+)
+from ffcv_imnet.bench.short_runs import (
+    REDUCTION,
+    RUNGS,
+    Score,
+    ShortRuns,
+    a100_images,
+    estimate,
+    held_out,
+    plan_rungs,
+    short,
+)
+from ffcv_imnet.config.parsing import parse
+from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
+from ffcv_imnet.config.schema import Settings, differences
+from ffcv_imnet.core.atomic import atomic_write
+from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.core.optional import require
+from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.data.beton import check_beton
+from ffcv_imnet.data.remote import local_copies
+from ffcv_imnet.machine.device import count as count_gpus
+from ffcv_imnet.machine.distributed import connect, describe_world
+from ffcv_imnet.machine.host import core_numbers
+from ffcv_imnet.models.registry import check_arch
+from ffcv_imnet.report.search import write_results
+from ffcv_imnet.tools import ToolParser
+
+
+def open_study(search: Search, worker: int = 0) -> Any:
+    """Optuna's, in OUT/trials.log, which several processes write."""
+    optuna = require("optuna", "tune", "optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(search.out / "trials.log")))
+    study = optuna.create_study(
+        study_name="tune",
+        storage=storage,
+        load_if_exists=True,
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
+    )
+    # Not the draws of the part before, when a search goes on.
+    seed = 1000 * len(study.trials) + worker
+    study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)
+    return study
+
+
+def begin(search: Search) -> None:
+    """Enqueue the recipe itself first, and again what was under way when the search was stopped."""
+    import optuna
+
+    study = open_study(search)
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == optuna.trial.TrialState.RUNNING:
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs=_kept(trial.user_attrs))
+    if not study.trials:
+        exact = values_of(search.settings, search.keys, search.steps)
+        spans = ranges(search.settings)
+        inside = {k: min(max(x, spans[k].low), spans[k].high) for k, x in exact.items()}
+        study.enqueue_trial(inside, user_attrs={"exact": exact})
+
+
+def _kept(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name != "scores"}
+
+
+def run_again(search: Search) -> None:
+    """Enqueue the runs that say whether the best trial is better than the recipe, unless they are there."""
+    study = open_study(search)
+    if any("again" in trial.user_attrs for trial in study.trials):
+        return
+    recipe = values_of(search.settings, search.keys, search.steps)
+    best = best_trial(study)
+    for what, values in ((RECIPE, recipe), (BEST, drawn(best))):
+        for seed in range(1, AGAIN + 1):
+            attributes = {
+                "again": what,
+                "exact": values,
+                "seed": search.settings.training.seed + seed,
+            }
+            study.enqueue_trial(best.params, user_attrs=attributes)
+
+
+def work(search: Search, worker: int = 0) -> None:
+    """Make trials until all are begun, on this process's device, or its share of the cores."""
+    study = open_study(search, worker)
+    if search.processes > 1 and not count_gpus():
+        cores = core_numbers()
+        os.sched_setaffinity(0, cores[worker :: search.processes] or cores)
+    world = describe_world(search.settings.training.device)
+    connect(world)
+    runs = ShortRuns(search.settings, search.samples, search.classes, world)
+    while (waiting := _waiting(study)) or _begun(study) < search.trials:
+        if not waiting and any("again" in trial.user_attrs for trial in study.trials):
+            return
+        _one(search, study, study.ask(), runs)
+
+
+def _waiting(study: Any) -> bool:
+    return any(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))
+
+
+def _begun(study: Any, up_to: float = math.inf) -> int:
+    """Trials of the search that are there, without those that failed and those that were made again."""
+    return sum(
+        trial.state.name != "FAIL" and "again" not in trial.user_attrs and trial.number <= up_to
+        for trial in study.get_trials(deepcopy=False)
+    )
+
+
+def _one(search: Search, study: Any, trial: Any, runs: ShortRuns) -> None:
+    """One trial, rung after rung, as far as it comes; only the last rung where it is made again."""
+    spans = ranges(search.settings)
+    suggested = {
+        key: trial.suggest_float(key, spans[key].low, spans[key].high, log=True)
+        for key in search.keys
+    }
+    values = trial.user_attrs.get("exact") or suggested
+    settings, again = search.settings, trial.user_attrs.get("again")
+    if again:
+        settings = replace(
+            settings, training=replace(settings.training, seed=trial.user_attrs["seed"])
+        )
+    scores: list[dict[str, float]] = []
+    for number, rung in enumerate(search.rungs):
+        if again and number < RUNGS - 1:
+            continue
+        steps = sum(plan.steps for plan in plan_run(short(settings, rung), rung.subset))
+        score = runs.run(with_values(settings, values, steps), rung)
+        scores.append(_listed(score, number))
+        trial.set_user_attr("scores", scores)
+        trial.report(min(score.loss, DIVERGED), REDUCTION**number)
+        print(_line(search, study, trial.number, score, number, values, again), flush=True)
+        if score.loss == math.inf or (not again and number < RUNGS - 1 and trial.should_prune()):
+            study.tell(trial, state=_pruned())
+            return
+    study.tell(trial, score.loss)
+
+
+def _pruned() -> Any:
+    import optuna
+
+    return optuna.trial.TrialState.PRUNED
+
+
+def _listed(score: Score, number: int) -> dict[str, float]:
+    return {"rung": number, "loss": min(score.loss, DIVERGED), "top_1": score.top_1,
+            "seconds": score.seconds}  # fmt: skip
+
+
+def _line(
+    search: Search, study: Any, number: int, score: Score, rung: int, values: Mapping[str, float], again: str | None
+) -> str:  # fmt: skip
+    """What a run came to, and how long the rest will take at the speed so far."""
+    made = [
+        s for trial in study.get_trials(deepcopy=False) for s in trial.user_attrs.get("scores", [])
+    ]
+    images = sum(search.rungs[int(s["rung"])].images for s in made)
+    whole = sum(r.images * count for r, count in zip(search.rungs, search.runs, strict=True))
+    left = max(0.0, whole - images) / images * sum(s["seconds"] for s in made)
+    left /= search.processes
+    what = again or f"trial {_begun(study, number)} of {search.trials}"
+    result = (
+        f"loss {score.loss:.4f}, top-1 {score.top_1:.2%}" if score.loss < math.inf else "diverged"
+    )
+    drew = ", ".join(f"{key} {_said(key, x)}" for key, x in values.items())
+    return (
+        f"{what}, {search.rungs[rung].images:,} images: {result} ({drew})  {score.seconds:.0f} s, "
+        f"about {left / 60:.0f} min left"
+    )
+
+
+def _said(key: str, x: float) -> str:
+    return f"{1 - x:.3f}" if key.endswith("momentum") else f"{x:.3g}"
+
+
+def work_on_all(search: Search, command: Sequence[str]) -> None:
+    """`work` in `search.processes` processes, each with a GPU of its own; here where it is one.
+
+    Raises:
+        RunError: one of them failed.
+    """
+    processes = search.processes
+    if processes == 1:
+        work(search)
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = visible.split(",") if visible else [str(number) for number in range(processes)]
+    children = []
+    for worker in range(processes):
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]}
+        words = [sys.executable, "-m", "ffcv_imnet", "tune", *command, f"--worker={worker}"]
+        children.append(subprocess.Popen(words, env=environment))
+    try:
+        statuses = [child.wait() for child in children]
+    except KeyboardInterrupt:
+        for child in children:  # each got the signal too
+            child.wait()
+        raise
+    if any(statuses):
+        raise RunError(
+            f"{sum(map(bool, statuses))} of the {processes} processes of the search failed; what they "
+            f"said stands above. The same command goes on with the search"
+        )
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def plan(settings: Settings, options: Any, samples: int, classes: Sequence[str]) -> Search:
+    """Raises UsageError for a setting that is not searched, and for too little data or time."""
+    known = ranges(settings)
+    keys = [key.strip() for key in options.search.split(",")] if options.search else list(known)
+    if odd := [key for key in keys if key not in known]:
+        raise UsageError(f"--search {odd[0]!r}: it is one or more of {','.join(known)}")
+    images = a100_images(settings, options.minutes, samples, len(classes))
+    rungs = plan_rungs(images, options.trials, 2 * AGAIN, samples, settings.training.batch_size)
+    out = options.out or Path(settings.logging.folder + "_tune")
+    return Search(
+        settings,
+        samples,
+        tuple(classes),
+        tuple(rungs),
+        options.trials,
+        tuple(dict.fromkeys(keys)),
+        out,
+        options.processes or max(1, count_gpus() * (settings.training.device != "cpu")),
+    )
+
+
+def describe(search: Search) -> str:
+    """What the search will make, and its cost on the machines of the cost estimate."""
+    rows = [
+        (f"{count:.0f}", f"{rung.subset:,}", rung.epochs, f"{rung.images * count:,.0f}")
+        for rung, count in zip(search.rungs, search.runs, strict=True)
+    ]
+    runs = tabulate(
+        rows, ("runs, about", "images", "epochs", "images in all"), disable_numparse=True
+    )
+    lines = estimate(
+        search.settings, search.rungs, search.runs, search.samples, len(search.classes)
+    )
+    priced = [
+        (line.machine.name, f"{line.machine.gpus} x {line.machine.gpu}", f"{60 * line.hours:,.0f}",
+         f"${line.cost:,.2f}", line.throughput.kind) for line in lines
+    ]  # fmt: skip
+    costs = tabulate(
+        priced, ("machine", "GPUs", "minutes", "on demand", "throughput"), disable_numparse=True
+    )
+    side = short(search.settings, search.rungs[0]).plan.stages[0].resolution
+    return (
+        f"{search.trials} trials of {', '.join(search.keys)} at {side} px, scored on "
+        f"{held_out(search.samples):,} images held out of the training file; the last rung's {2 * AGAIN} last runs "
+        f"are the best trial and the recipe again\n\n{runs}\n\n{costs}\n"
+    )
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One search at a time in a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"--out {out}: another process is searching in it; wait for it, or name another folder"
+            ) from None
+        yield
+
+
+def _check_same(search: Search) -> None:
+    """Note what is searched, or raise UsageError if OUT holds another search."""
+    path = search.out / "search.json"
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        ours = json.loads(json.dumps(search.to_json()))
+        differ = differences(ours.pop("settings"), there.pop("settings"))
+        differ += [
+            f"{name} {there.get(name)} -> {value}"
+            for name, value in ours.items()
+            if there.get(name) != value
+        ]
+        if differ:
+            raise UsageError(
+                f"--out {search.out} holds another search ({'; '.join(differ)}): name another folder"
+            )
+    with atomic_write(path, "w") as file:
+        json.dump(search.to_json(), file)
+
+
+def main(argv: list[str]) -> int:
+    """Search, and write the recipe. Settings of train_imagenet.py are taken as it takes them."""
+    parser = ToolParser("tune", __doc__)
+    add = parser.add_argument
+    add("--out", type=path_of, metavar="DIR", help="default: logging.folder with _tune behind it")
+    add("--minutes", type=in_range(float, 0.01, 1e5), default=30.0, metavar="M",
+        help="of one A100, by the cost estimate (default: %(default)g)")  # fmt: skip
+    add(
+        "--trials",
+        type=in_range(int, 9, 10_000),
+        default=27,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    add(
+        "--search",
+        metavar="KEY,KEY",
+        help="settings to search; default: all of the recipe's optimizer",
+    )
+    add("--processes", type=in_range(int, 1, 64), metavar="N", help="default: one a GPU")
+    add("--worker", type=int, help="(for the processes that it starts)")
+    options, rest = parser.parse_known_args(argv)
+    command = parse(rest)
+    if command.resume or command.measure:
+        raise UsageError("tune takes neither --resume (the same command goes on) nor --measure")
+    settings = command.settings
+    check_arch(settings.model.arch)
+    if command.dry_run:
+        train = counted(settings.data.train_dataset, IMAGENET_TRAIN_IMAGES)
+        print(describe(plan(settings, options, train.images, train.names)))
+        return 0
+    require("optuna", "tune", "optuna")
+    settings = replace(settings, data=local_copies(settings.data))
+    manifest = check_beton(Path(settings.data.train_dataset))
+    search = plan(settings, options, manifest.samples, manifest.classes)
+    if options.worker is not None:
+        work(search, options.worker)
+        return 0
+    if describe_world(settings.training.device).size > 1:
+        raise UsageError("tune starts a process a GPU itself: start it without torchrun")
+    print(describe(search), flush=True)
+    with _alone(search.out):
+        _check_same(search)
+        begin(search)
+        work_on_all(search, argv)
+        run_again(search)
+        work_on_all(search, argv)
+        print(
+            f"\n{write_results(search, open_study(search), argv)}\n{search.out}: recipe.yaml, trials.png, README.md"
+        )
+    return 0
