@@ -8,21 +8,30 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import cycle
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    LogFormatter,
+    LogLocator,
+    MaxNLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 from ffcv_imnet.core.names import shown as on_one_line
-from ffcv_imnet.report.axes import log_scale
 from ffcv_imnet.report.runs import (
     Group,
     Series,
+    best,
     duration,
+    norm_groups,
     norm_points,
+    origin,
     reached,
     series,
     target,
@@ -33,6 +42,13 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 WIDTHS = {"wide": 560, "narrow": 350}  # CSS px; one SVG unit is one of them
 PNG_DPI = 144
 PARTS = ("step", "loader", "compile", "validation", "other")
+DASHED, DOTTED, DASH_DOTTED = (0, (4, 2)), (0, (1, 1.5)), (0, (4, 2, 1, 2))
+SCORES = {  # an epoch's accuracies: the line's pattern, and what a legend and a tooltip say of it
+    "top_1": ("-", "", "top-1"),
+    "ema_top_1": (DASHED, "dashed: averaged weights", "top-1 of the averaged weights"),
+    "tta_top_1": (DOTTED, "dotted: with the mirror image", "top-1 with the mirror image"),
+    "ema_tta_top_1": (DASH_DOTTED, "dash-dotted: both", "top-1 of the averaged weights with it"),
+}
 
 
 @dataclass(frozen=True)
@@ -151,94 +167,116 @@ def _add_tips(root: ElementTree.Element, gid: str, lines: list[str]) -> None:
 # ---- accuracy, loss and plan --------------------------------------------------------------------
 
 
-def curves(groups: Sequence[Group], against: str) -> Chart:
-    """Top-1, loss, resolution and learning rate over `against`: "epochs" or "minutes"."""
+def curves(groups: Sequence[Group], against: str, alone: bool = False) -> Chart:
+    """Top-1, loss, resolution and learning rate over `against`: "epochs" or "minutes".
+
+    `alone`: with all that a page would say of them: names, origin, and norms where there are some.
+    """
+    of_all = norm_parts(groups) if alone else []
+    ratios = (10, 7, 2.4, 2.4, *((6, 6) if of_all else ()))
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> dict[str, list[str]]:
-        top, loss, side, rate = figure.subplots(4, 1, sharex=True, height_ratios=(10, 7, 2.4, 2.4))
+        top, loss, side, rate, *of_norms = every = figure.subplots(
+            len(ratios), 1, sharex=True, height_ratios=ratios
+        )
         tips: dict[str, list[str]] = {}
-        for number, group in enumerate(groups):
-            colour = palette.series[number % len(palette.series)]
+        for number, (group, colour) in enumerate(_coloured(groups, palette)):
             tips |= _accuracy(top, group, against, colour, f"top{number}")
-            _losses(loss, group, against, colour)
-            _steps(side, group, "resolution", against, colour)
-            _steps(rate, group, "lr", against, colour)
+            _line(loss, group, "val_loss", against, colour)
+            _line(loss, group, "train_loss", against, colour, DASHED, 1.6)
+            _plan(side, rate, group, against, colour)
         _targets(top, groups, against, palette)
-        has_average = any(series(group, "ema_top_1") for group in groups)
-        _title(top, "Top-1 accuracy", "dashed: averaged weights" if has_average else "", palette)
+        notes = [s[1] for field, s in SCORES.items() if any(series(g, field) for g in groups)]
+        _title(top, "Top-1 accuracy", "; ".join(filter(None, notes)), palette)
         _title(loss, "Loss", "validation; dashed: training objective", palette)
         _title(side, "Resolution, px", "", palette)
         _title(rate, "Learning rate", "at the epoch's end", palette)
         top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         _plan_axes(groups, side, rate)
-        rate.set_xlabel(against if against == "minutes" else "epoch, counted from 0")
+        if of_all:
+            looks = dict(zip(of_all, cycle(score[0] for score in SCORES.values()), strict=False))
+            _norm_panels(*of_norms, groups, looks, palette)
+        if alone:
+            _head(figure, top, groups, palette)
+        every[-1].set_xlabel(against if against == "minutes" else "epoch, counted from 0")
         if against == "epochs":
-            rate.xaxis.set_major_locator(MaxNLocator(6 if narrow else 10, integer=True))
-        for axes in (top, loss, side, rate):
+            every[-1].xaxis.set_major_locator(MaxNLocator(6 if narrow else 10, integer=True))
+        for axes in every:
             axes.grid(True, axis="y")
             axes.tick_params(axis="x", length=0)
         return tips
 
     about = f"Top-1 accuracy, loss, resolution and learning rate against {against}"
-    return Chart(f"curves_{against}", about, (590, 550), draw)
+    more = (60 + 18 * len(groups) if alone else 0) + (320 if of_all else 0)
+    return Chart(f"curves_{against}", about, (590 + more, 550 + more), draw)
+
+
+def _coloured(groups: Sequence[Group], palette: Palette) -> "zip[tuple[Group, str]]":
+    return zip(groups, cycle(palette.series), strict=False)
 
 
 def _x(line: Series, against: str) -> list[float]:
     return line.minutes if against == "minutes" else [float(e) for e in line.epochs]
 
 
+def _line(
+    axes: Axes, group: Group, field: str, against: str, colour: str, pattern: Any = "-",
+    width: float = 2.2,
+) -> Series | None:  # fmt: skip
+    """A group's mean, with a band from its lowest to its highest run; None where no run has the field."""
+    line = series(group, field)
+    if line is not None:
+        x = _x(line, against)
+        if len(group.runs) > 1:
+            axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+        look = _dots(len(x), 3.5) if pattern == "-" else {}
+        axes.plot(x, line.mean, color=colour, linestyle=pattern, linewidth=width, **look)
+    return line
+
+
 def _accuracy(
     axes: Axes, group: Group, against: str, colour: str, gid: str
 ) -> dict[str, list[str]]:
     tips: dict[str, list[str]] = {}
-    for field, pattern in (("top_1", "-"), ("ema_top_1", (0, (4, 2)))):
-        line = series(group, field)
-        if line is None:
-            continue
-        x = _x(line, against)
-        if len(group.runs) > 1:
-            axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-        look = _dots(line) if pattern == "-" else {}
-        axes.plot(x, line.mean, color=colour, linestyle=pattern, linewidth=2.2, **look)
-        name = f"{gid}_{field}_{against}"
-        axes.scatter(x, line.mean, s=90, color=colour, gid=name, zorder=6)
-        tips[name] = [_tip(group, field, line, i) for i in range(len(x))]
+    for field, (pattern, _, what) in SCORES.items():
+        line = _line(axes, group, field, against, colour, pattern)
+        if line is not None:
+            name = f"{gid}_{field}_{against}"
+            axes.scatter(_x(line, against), line.mean, s=90, color=colour, gid=name, zorder=6)
+            tips[name] = [_tip(group, what, line, i) for i in range(len(line.epochs))]
     return tips
 
 
-def _tip(group: Group, field: str, line: Series, i: int) -> str:
-    what = "top-1 of the averaged weights" if field.startswith("ema") else "top-1"
+def _tip(group: Group, what: str, line: Series, i: int) -> str:
     band = f" ({line.low[i]:.1%} to {line.high[i]:.1%})" if len(group.runs) > 1 else ""
     when = duration(60 * line.minutes[i])
     return f"{group.name}, epoch {line.epochs[i]}, {when}: {what} {line.mean[i]:.2%}{band}"
 
 
-def _losses(axes: Axes, group: Group, against: str, colour: str) -> None:
-    for field, pattern, width in (("val_loss", "-", 2.2), ("train_loss", (0, (4, 2)), 1.6)):
-        line = series(group, field)
-        assert line is not None  # of every epoch
-        x = _x(line, against)
-        if len(group.runs) > 1:
-            axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-        look = _dots(line) if pattern == "-" else {}
-        axes.plot(x, line.mean, color=colour, linestyle=pattern, linewidth=width, **look)
+def _dots(count: int, size: float) -> dict[str, Any]:
+    """Points as dots while they can be told apart."""
+    return {"marker": "o", "markersize": size} if count <= 32 else {}
 
 
-def _dots(line: Series) -> dict[str, Any]:
-    """Epochs as dots while they can be told apart."""
-    return {"marker": "o", "markersize": 3.5} if len(line.epochs) <= 32 else {}
-
-
-def _steps(axes: Axes, group: Group, field: str, against: str, colour: str) -> None:
-    line = series(group, field)
-    assert line is not None
-    x = _x(line, against)
-    if field == "lr":
-        axes.plot(x, line.mean, color=colour, linewidth=1.8)
-    elif against == "epochs":
-        axes.step(x, line.mean, where="mid", color=colour, linewidth=1.8)
+def _plan(side: Axes, rate: Axes, group: Group, against: str, colour: str) -> None:
+    resolution, lr = series(group, "resolution"), series(group, "lr")
+    assert resolution is not None and lr is not None  # every epoch has them
+    x, sides = _x(lr, against), resolution.mean
+    rate.plot(x, lr.mean, color=colour, linewidth=1.8)
+    if against == "epochs":
+        side.step(x, sides, where="mid", color=colour, linewidth=1.8)
     else:  # an epoch lasts from the end of the one before it to its own
-        axes.step([0.0, *x], [line.mean[0], *line.mean], where="pre", color=colour, linewidth=1.8)
+        side.step([0.0, *x], [sides[0], *sides], where="pre", color=colour, linewidth=1.8)
+
+
+def _head(figure: Figure, top: Axes, groups: Sequence[Group], palette: Palette) -> None:
+    """What the image is of: the runs' names, each with its best top-1, and one's origin."""
+    for group, colour in _coloured(groups, palette):
+        top_1 = max(best(run.log)[0] for run in group.runs)
+        top.plot([], [], color=colour, linewidth=2.2, label=f"{group.name}: best {top_1:.1%}")
+    of_one = origin(groups[0].runs[0].log) if len(groups) == 1 else None
+    figure.legend(loc="outside upper left", title=of_one, fontsize=10, title_fontsize=9,
+                  alignment="left", frameon=False)  # fmt: skip
 
 
 def _plan_axes(groups: Sequence[Group], side: Axes, rate: Axes) -> None:
@@ -258,10 +296,8 @@ def _targets(axes: Axes, groups: Sequence[Group], against: str, palette: Palette
             f"target {100 * goal:g} %", (0, goal), xycoords=("axes fraction", "data"),
             color=palette.muted, va="bottom", xytext=(2, 2), textcoords="offset points", fontsize=10,
         )  # fmt: skip
-    for number, group in enumerate(groups):
-        hits = [hit for run in group.runs if (hit := reached(run.log))]
-        colour = palette.series[number % len(palette.series)]
-        for hit in hits:
+    for group, colour in _coloured(groups, palette):
+        for hit in (hit for run in group.runs if (hit := reached(run.log))):
             x = hit.elapsed_seconds / 60 if against == "minutes" else hit.epoch
             y = hit.top_1 if len(group.runs) == 1 else target(group.runs[0].log)
             axes.plot(
@@ -288,22 +324,17 @@ def throughput(groups: Sequence[Group]) -> Chart:
     def draw(figure: Figure, palette: Palette, narrow: bool) -> dict[str, list[str]]:
         axes = figure.subplots()
         tips = {}
-        for number, group in enumerate(groups):
-            colour = palette.series[number % len(palette.series)]
-            line = series(group, "images_per_second")
-            assert line is not None
-            x = _x(line, "epochs")
-            if len(group.runs) > 1:
-                axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(x, line.mean, color=colour, linewidth=2.2, **_dots(line))
-            axes.scatter(x, line.mean, s=90, color=colour, gid=f"rate{number}", zorder=6)
+        for number, (group, colour) in enumerate(_coloured(groups, palette)):
+            line = _line(axes, group, "images_per_second", "epochs", colour)
+            assert line is not None  # every epoch has it
+            axes.scatter(line.epochs, line.mean, s=90, color=colour, gid=f"rate{number}", zorder=6)
             tips[f"rate{number}"] = [
                 f"{group.name}, epoch {e}: {v:,.0f} images/s"
                 for e, v in zip(line.epochs, line.mean, strict=True)
             ]
         axes.set_ylim(0, None)
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_major_locator(MaxNLocator(6 if narrow else 10, integer=True))
         axes.set_xlabel("epoch, counted from 0")
         axes.grid(True, axis="y")
@@ -313,29 +344,48 @@ def throughput(groups: Sequence[Group]) -> Chart:
     return Chart("throughput", "Training images a second in each epoch", (240, 220), draw)
 
 
+def norm_parts(groups: Sequence[Group]) -> list[str]:
+    """The parameter groups whose norms some log has; see `runs.norm_groups`."""
+    return list(dict.fromkeys(part for g in groups for part in norm_groups(g.runs[0].log)))
+
+
 def norms(groups: Sequence[Group], part: str) -> Chart:
     """The norms of a parameter group's gradient and relative update at each look, of the first runs."""
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> dict[str, list[str]]:
         gradient, share = figure.subplots(2, 1, sharex=True)
-        for number, group in enumerate(groups):
-            colour = palette.series[number % len(palette.series)]
-            for axes, of_update in ((gradient, False), (share, True)):
-                points = norm_points(group.runs[0].log, part, of_update)
-                if points:
-                    dots = {"marker": "o", "markersize": 3} if len(points) <= 32 else {}
-                    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, **dots)
-        _title(gradient, f"Gradient of {part}", "norm", palette)
-        _title(share, f"Update of {part}", "norm, over that of the weights", palette)
+        _norm_panels(gradient, share, groups, {part: "-"}, palette)
         share.set_xlabel("epoch, counted from 0; its last step at its number")
         share.xaxis.set_major_locator(MaxNLocator(6 if narrow else 10, integer=True))
         for axes in (gradient, share):
-            log_scale(axes)
             axes.grid(True, axis="y")
             axes.tick_params(axis="x", length=0)
         return {}
 
     return Chart(f"norms_{part}", f"Norms of the gradient and update of {part}", (360, 340), draw)
+
+
+def _norm_panels(
+    gradient: Axes, share: Axes, groups: Sequence[Group], looks: dict[str, Any], palette: Palette
+) -> None:
+    """A colour a run, a pattern a parameter group of `looks`; logarithmic, with plain numbers, for powers need
+    mathematical text, which labels here do not have."""
+    for group, colour in _coloured(groups, palette):
+        for part, look in looks.items():
+            for axes, of_update in ((gradient, False), (share, True)):
+                if points := norm_points(group.runs[0].log, part, of_update):
+                    axes.plot(*zip(*points, strict=True), color=colour, linestyle=look,
+                              linewidth=1.6, **_dots(len(points), 3))  # fmt: skip
+    parts = ", ".join(looks)
+    _title(gradient, f"Gradient of {parts}", "norm", palette)
+    _title(share, f"Update of {parts}", "norm, over that of the weights", palette)
+    for part, look in looks.items():  # for a legend
+        share.plot([], [], color=palette.ink, linewidth=1.6, linestyle=look, label=part)
+    for axes in (gradient, share):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.4)))
 
 
 def where_time_went(groups: Sequence[Group]) -> Chart:

@@ -20,7 +20,6 @@ from ffcv_imnet.report.runs import (
     best,
     differing_settings,
     duration,
-    norm_groups,
     origin,
     percent,
     reached,
@@ -90,8 +89,7 @@ def groups_time(groups: Sequence[Group]) -> list[Chart]:
 
 def groups_norms(groups: Sequence[Group]) -> list[Chart]:
     """Of gradients and of updates, for each parameter group; none where no log has them."""
-    of_all = dict.fromkeys(part for g in groups for part in norm_groups(g.runs[0].log))
-    return [charts.norms(groups, part) for part in of_all]
+    return [charts.norms(groups, part) for part in charts.norm_parts(groups)]
 
 
 def evaluated_charts(groups: Sequence[Group], evaluated: Sequence[Evaluated | str]) -> list[Chart]:

@@ -12,44 +12,18 @@ at hand, the best run of each curve is evaluated: its classes, confusions and wr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tabulate import tabulate
 
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log
 from ffcv_imnet.core.paths import path_of
-from ffcv_imnet.report.axes import log_scale
-from ffcv_imnet.report.runs import (
-    Group,
-    best,
-    group_runs,
-    norm_groups,
-    norm_points,
-    origin,
-    reached,
-    read_run,
-    target,
-)
+from ffcv_imnet.report import charts
+from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, read_run, target
 from ffcv_imnet.tools import ToolParser
 
 if TYPE_CHECKING:
     from ffcv_imnet.report.evaluation import Evaluated
-
-# Kept apart by colour and by pattern: the plain weights' curve is the thick one.
-SCORES = {
-    "top_1": "top-1",
-    "ema_top_1": "top-1, EMA",
-    "tta_top_1": "top-1, flip TTA",
-    "ema_tta_top_1": "top-1, EMA + flip TTA",
-}
-PATTERNS = dict(zip(SCORES, ("-", "--", ":", "-."), strict=True))
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
-INK, FAINT = "#333333", "#8a8a8a"
-
 
 # ---- the table ----------------------------------------------------------------------------------
 
@@ -89,148 +63,12 @@ def verdict(log: Log) -> str:
     return f"{text} Target {target(log):g} not reached." if target(log) else f"{text} No target."
 
 
-# ---- the image --------------------------------------------------------------------------------
-
-
-def plot(logs: dict[str, Log], path: Path) -> None:
-    """Top-1, loss, the plan (resolution, learning rate) and where there are some the norms, over the epochs,
-    as a PNG at `path`."""
-    has_norms = any(norm_groups(log) for log in logs.values())
-    heights = (5, 4, 3, 3, 3) if has_norms else (5, 4, 3)
-    size = 8, 0.71 * sum(heights)
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    top, loss, plan, *norms = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    for axes in (top, loss, plan, *norms):
-        _dress(axes)
-    if has_norms:
-        _plot_norms(logs, *norms)
-    rate = plan.twinx()
-    _dress(rate)
-    rate.grid(False)
-    for (name, log), colour in zip(logs.items(), _colours(len(logs)), strict=True):
-        _plot_scores(top, log, colour, name if len(logs) > 1 else "")
-        _plot_losses(loss, log, colour)
-        _plot_plan(plan, rate, log, colour)
-    for goal in sorted({target(log) for log in logs.values()} - {0.0}):
-        _plot_target(top, goal)
-    _name_axes(figure, top, loss, plan, rate)
-    sides = sorted({epoch.resolution for log in logs.values() for epoch in log.epochs})
-    if len(sides) <= 8:
-        plan.set_yticks(sides)
-    plan.margins(y=0.15)
-    if len(logs) == 1:
-        name, log = next(iter(logs.items()))
-        figure.suptitle(
-            f"{Path(name).name}\n{origin(log)}", fontsize=10, color=INK, x=0.01, ha="left"
-        )
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-def _dress(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(True, color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _plot_scores(axes: Axes, log: Log, colour: str, name: str) -> None:
-    for field, label in SCORES.items():
-        points = [(e.epoch, v) for e in log.epochs if (v := getattr(e, field)) is not None]
-        if not points:
-            continue
-        plain = field == "top_1"
-        label = f"{label}, best {max(v for _, v in points):.1%}"
-        axes.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            linestyle=PATTERNS[field],
-            linewidth=2.2 if plain else 1.4,
-            marker="o" if plain and len(points) < 40 else None,
-            markersize=4,
-            label=f"{name}: {label}" if name else label,
-        )
-
-
-def _plot_target(axes: Axes, goal: float) -> None:
-    axes.axhline(goal, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.annotate(
-        f"target {goal:.0%}", (0, goal), xycoords=("axes fraction", "data"), fontsize=9,
-        color=FAINT, va="bottom", xytext=(4, 2), textcoords="offset points",
-    )  # fmt: skip
-
-
-def _plot_losses(axes: Axes, log: Log, colour: str) -> None:
-    epochs = [e.epoch for e in log.epochs]
-    marker = "o" if len(epochs) < 40 else None
-    axes.plot(epochs, [e.val_loss for e in log.epochs], color=colour, linewidth=2.2, marker=marker,
-              markersize=4)  # fmt: skip
-    axes.plot(epochs, [e.train_loss for e in log.epochs], color=colour, linewidth=1.4,
-              linestyle="--")  # fmt: skip
-
-
-def _plot_plan(plan: Axes, rate: Axes, log: Log, colour: str) -> None:
-    epochs = [e.epoch for e in log.epochs]
-    plan.step(epochs, [e.resolution for e in log.epochs], where="mid", color=colour, linewidth=2.2)
-    rate.plot(epochs, [e.lr for e in log.epochs], color=colour, linewidth=1.4, linestyle="--")
-
-
-def _plot_norms(logs: dict[str, Log], gradient: Axes, share: Axes) -> None:
-    """At each look; a group of parameters has a pattern, a run its colour."""
-    groups = list(dict.fromkeys(group for log in logs.values() for group in norm_groups(log)))
-    patterns = dict(zip(groups, PATTERNS.values(), strict=False))
-    for log, colour in zip(logs.values(), _colours(len(logs)), strict=True):
-        for group in norm_groups(log):
-            for axes, of_update in ((gradient, False), (share, True)):
-                points = norm_points(log, group, of_update)
-                dots = "o" if len(points) < 40 else None
-                axes.plot(*zip(*points, strict=True), color=colour, linestyle=patterns[group],
-                          linewidth=1.4, marker=dots, markersize=3)  # fmt: skip
-    for group, look in patterns.items():
-        gradient.plot([], [], color=INK, linewidth=1.4, linestyle=look, label=group)
-    gradient.set_title("Gradient's norm", loc="left", fontsize=11, color=INK)
-    share.set_title("Update's norm over that of the weights", loc="left", fontsize=11, color=INK)
-    share.set_xlabel("epoch; its last step at its number", fontsize=9, color=INK)
-    gradient.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=9, frameon=False,
-                    ncols=len(patterns))  # fmt: skip
-    for axes in (gradient, share):
-        log_scale(axes)
-
-
-def _name_axes(figure: Figure, top: Axes, loss: Axes, plan: Axes, rate: Axes) -> None:
-    """Titles, legends and scales; curves of several runs share a colour per run."""
-    low, high = top.get_ylim()
-    top.set_ylim(max(0.0, low), min(1.0, high + 0.08 * (high - low)) if high < 1 else 1.02)
-    top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    top.set_title("Validation accuracy", loc="left", fontsize=11, color=INK)
-    top.legend(loc="lower right", fontsize=9, frameon=False)
-    loss.set_title("Loss", loc="left", fontsize=11, color=INK)
-    kinds = [
-        Line2D([], [], color=INK, linewidth=2.2, label="validation (cross-entropy)"),
-        Line2D([], [], color=INK, linewidth=1.4, linestyle="--", label="training objective"),
-    ]
-    loss.legend(handles=kinds, loc="upper right", fontsize=9, frameon=False)
-    plan.set_title("Plan", loc="left", fontsize=11, color=INK)
-    plan.set_ylabel("resolution, px  (solid)", fontsize=9, color=INK)
-    if plan.get_subplotspec().is_last_row():  # type: ignore[union-attr]
-        plan.set_xlabel("epoch", fontsize=9, color=INK)
-    plan.xaxis.set_major_locator(MaxNLocator(integer=True))
-    rate.set_ylabel("lr at the epoch's end  (dashed)", fontsize=9, color=INK)
-    rate.set_ylim(bottom=0)
-    figure.align_ylabels([plan])
-
-
 # ---- the page -----------------------------------------------------------------------------------
 
 
 def write_report(groups: list[Group], out: Path, png: Path | None, shown: int) -> None:
     """The page at `out`, and each of its charts as a PNG in the folder `png`."""
-    from ffcv_imnet.report import charts, html  # torch, for evaluating; the table needs none
+    from ffcv_imnet.report import html  # torch, for evaluating; the table needs none
 
     evaluated = [_evaluate(group, shown) for group in groups]
     tables = [
@@ -296,7 +134,9 @@ def main(argv: list[str]) -> int:
     if out.suffix.lower() == ".html":
         write_report(group_runs(runs), out, options.png, options.images)
         return 0
-    plot({str(run.path): run.log for run in runs}, out)
+    of_one = [Group(run.name, (run,)) for run in runs]  # a colour a run
+    with atomic_write(out) as file:
+        file.write(charts.to_png(charts.curves(of_one, "epochs", alone=True)))
     print(f"curve: {out}")
     return 0
 
