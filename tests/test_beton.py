@@ -237,7 +237,7 @@ def test_verify_finds_changed_pixels(copy: Path) -> None:
 def test_verify_decodes_a_sample(copy: Path) -> None:
     beton.verify_beton(copy)
     edit(copy, int(beton.read_tables(copy).pointers[1]), bytes(10))
-    with pytest.raises(RunError, match=r"sample 1 of .* does not decode, said to be 64 x 48"):
+    with pytest.raises(RunError, match=r"sample 1 of .* does not decode \(.*\): write it again"):
         beton.verify_beton(copy)
 
 

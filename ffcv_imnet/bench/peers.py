@@ -17,7 +17,7 @@ from ffcv_imnet.bench.loaders import NEEDS, PEERS, Spec
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.progress import Progress
-from ffcv_imnet.data.beton import read_tables
+from ffcv_imnet.data.beton import read_sample, read_tables
 
 READ_BETON = "ffcv_imnet", "ffcv+CropDecoder", "ffcv"  # the others read files
 READ_FILES = "torchvision", "dali", "spdl"
@@ -35,9 +35,8 @@ def unpack(beton: Path, folder: Path) -> None:
     with beton.open("rb") as file:
         for i, label in enumerate(tables.labels):
             (folder / f"{label:04}").mkdir(exist_ok=True)
-            file.seek(int(tables.pointers[i]))
             path = folder / f"{label:04}" / f"{i:08}.jpg"
-            path.write_bytes(file.read(int(tables.sizes[i])))
+            path.write_bytes(read_sample(file, tables, i))
 
 
 class Peer:

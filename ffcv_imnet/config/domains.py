@@ -26,15 +26,28 @@ class RowError(ValueError):
 
 
 def argument(name: str, value: object, checker: Checker) -> Any:
-    """The argument `name` of a function, as `checker` takes it. Raises UsageError.
+    """The argument or setting `name`, as `checker` takes it. Raises UsageError.
 
     A number of numpy's counts as Python's.
     """
     plain = value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value
     try:
         return checker.check(plain)
+    except RowError as error:
+        raise UsageError(f"{name}, {error}") from None
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UsageError(f"{name} must be {checker.help()}, not {quoted(plain)}") from None
+
+
+def _parts(value: object) -> list[Any]:
+    """`[a, b]` of YAML, `a,b` of the command line, or one number. Raises ValueError."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip("[]()").split(",")]
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, int | float):
+        return [value]
+    raise ValueError
 
 
 class Number(Checker):
@@ -123,12 +136,9 @@ class Channels(Checker):
         self.number = Number(float, low, 1e4)
 
     def check(self, value: object) -> tuple[float, float, float]:
-        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
-        if isinstance(parts, int | float):
-            parts = [parts]
-        if not isinstance(parts, list | tuple) or len(parts) not in (1, 3):
+        numbers = [self.number.check(part) for part in _parts(value)]
+        if len(numbers) not in (1, 3):
             raise ValueError
-        numbers = [self.number.check(p.strip() if isinstance(p, str) else p) for p in parts]
         if 0 < max(numbers) <= 1:
             raise RowError(
                 f"{quoted(value)} must be of pixels from 0 to 255 (torchvision's 0.229 is 58.395)"
@@ -160,11 +170,8 @@ class Words(Checker):
         self.words = words
 
     def check(self, value: object) -> tuple[str, ...]:
-        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple):
-            raise ValueError
-        chosen = tuple(dict.fromkeys(str(part).strip().lower() for part in parts))
-        if any(word not in self.words for word in chosen if word):
+        chosen = {str(part).lower() for part in _parts(value)}
+        if chosen - {"", *self.words}:
             raise ValueError
         return tuple(word for word in self.words if word in chosen)
 
@@ -205,12 +212,7 @@ class Range(Checker):
         self.number = Number(float, low, high)
 
     def check(self, value: object) -> tuple[float, float]:
-        parts = value.strip("[]()").split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or len(parts) != 2:
-            raise ValueError
-        first, second = (
-            self.number.check(part.strip() if isinstance(part, str) else part) for part in parts
-        )
+        first, second = (self.number.check(part) for part in _parts(value))  # else ValueError
         if first > second:
             raise ValueError
         return first, second

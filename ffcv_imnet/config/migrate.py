@@ -4,13 +4,12 @@ Most of its keys are called alike here. Its defaults are not ours, and its batch
 process, so everything is spelled out. `REASONS` has what means nothing here, and why.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from ffcv_imnet.config.domains import RowError
-from ffcv_imnet.config.schema import declared
+from ffcv_imnet.config.domains import argument
+from ffcv_imnet.config.schema import checker_of
 from ffcv_imnet.core.errors import UsageError
 
 # The defaults of its train_imagenet.py, by the name of the setting here, which is the same.
@@ -121,12 +120,7 @@ def _processes(given: dict[str, Any]) -> int:
 
 
 def _checked(key: str, value: Any) -> Any:
-    checker = declared()[key].metadata["checker"]
-    check: Callable[[Any], Any] = checker.check
-    try:
-        return check(value)
-    except (RowError, ValueError, KeyError, TypeError, OverflowError):
-        raise UsageError(f"{key} must be {checker.help()}, not {value!r}") from None
+    return argument(key, value, checker_of(key))
 
 
 def _dropped(given: dict[str, Any]) -> list[str]:

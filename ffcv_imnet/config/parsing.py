@@ -8,19 +8,20 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import fastargs
 
-from ffcv_imnet.config.domains import RowError, Stage
+from ffcv_imnet.config.domains import Stage, argument
 from ffcv_imnet.config.migrate import REASONS
 from ffcv_imnet.config.schema import (
     RENAMED,
     RETIRED,
     Resolution,
     Settings,
+    checker_of,
     declared,
     json_types,
     sections,
@@ -59,7 +60,10 @@ class StrictConfig(fastargs.Config):
     def __init__(self) -> None:
         super().__init__()
         for name, section in sections().items():
-            params = {f.name: _param(f) for f in fields(section)}
+            params = {
+                f.name: fastargs.Param(f.metadata["checker"], f.metadata["help"], f.default)
+                for f in fields(section)
+            }
             fastargs.Section(name, (section.__doc__ or "").strip(), self).params(**params)
 
     def collect_from(self, values: dict[Any, Any], origin: str) -> None:
@@ -90,23 +94,11 @@ class StrictConfig(fastargs.Config):
                 unknown.append(key)
                 continue
             if value is not None:
-                self._check_value(key, value, origin)
+                argument(f"{origin}: {key}", value, checker_of(key))
                 given[key] = value
         if unknown:
             raise UsageError(f"{origin}: {_unknown(unknown, origin)}")
         self.collect(given)
-
-    def _check_value(self, key: str, value: object, origin: str) -> None:
-        """Raises UsageError if `value` lies outside the domain of the setting `key`."""
-        checker = declared()[key].metadata["checker"]
-        try:
-            checker.check(value)
-        except RowError as error:
-            raise UsageError(f"{origin}: {key}, {error}") from None
-        except (ValueError, KeyError, TypeError, OverflowError):
-            raise UsageError(
-                f"{origin}: {key} must be {checker.help()}, not {quoted(value)}"
-            ) from None
 
     def collect_env_variables(self) -> "StrictConfig":
         """The environment changes nothing."""
@@ -134,11 +126,6 @@ def ignore_retired(key: str, value: object, origin: str) -> None:
         f"{origin}: {key}={value} is ignored: this version has no such setting{hint}",
         file=sys.stderr,
     )
-
-
-def _param(declared: "Field[Any]") -> fastargs.Param:
-    assert declared.default is not MISSING
-    return fastargs.Param(declared.metadata["checker"], declared.metadata["help"], declared.default)
 
 
 def leaves(values: dict[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -416,3 +416,9 @@ def sections() -> dict[str, type]:
 def declared() -> dict[str, "Field[Any]"]:
     """All settings by their dotted name."""
     return {f"{s}.{f.name}": f for s, section in sections().items() for f in fields(section)}
+
+
+def checker_of(key: str) -> Checker:
+    """The domain of a setting."""
+    checker: Checker = declared()[key].metadata["checker"]
+    return checker

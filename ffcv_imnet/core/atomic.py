@@ -6,6 +6,7 @@ second the name itself can be gone after it was announced.
 """
 
 import errno
+import fcntl
 import io
 import os
 import shutil
@@ -109,6 +110,15 @@ def link(source: Path, target: Path) -> None:
     except OSError as error:
         raise NotWritten(target, error) from error
     rename(partial, target, discard=True)
+
+
+def locked(file: int | IO[Any]) -> bool:
+    """Whether this process alone has `file` from here on, until it is closed. On a file system without locks it has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
+    return True
 
 
 def make_folder(path: Path) -> None:

@@ -4,7 +4,6 @@ The layout is ffcv's version 2, so that its Reader and Loader take the file as t
 field descriptors, metadata (one row a sample), pages with the images, allocation table.
 """
 
-import fcntl
 import functools
 import hashlib
 import io
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from ffcv_imnet.core.atomic import (
     drop_cached,
     force,
+    locked,
     make_folder,
     partial_path,
     rename,
@@ -36,7 +36,7 @@ from ffcv_imnet.data.manifest import again, command
 from ffcv_imnet.data.manifest import manifest_path as manifest_path
 from ffcv_imnet.images import Pixels
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
-from ffcv_imnet.images.stored import JPEG, PAGE_SIZE, RAW, Stored, sample_digest
+from ffcv_imnet.images.stored import PAGE_SIZE, RAW, Stored, checksum, sample_digest
 
 IMAGE_FIELD, INT_FIELD = 2, 1
 FIELDS = {  # ffcv.types.TYPE_ID_HANDLER: what a descriptor's type_id says
@@ -50,6 +50,7 @@ FIELDS = {  # ffcv.types.TYPE_ID_HANDLER: what a descriptor's type_id says
     255: "a custom field",
 }
 MOST_FIELDS = 16  # named in a message
+CHOSEN = 64  # samples that are decoded to verify a file
 # Of a JPEG, a byte: a block of 8 x 8 pixels takes at least a bit, and the samplings of colour leave at
 # least nine blocks in 32 x 32 pixels. What is beyond was not encoded, and would cost memory and time.
 MOST_PIXELS = np.uint64(1024)
@@ -183,7 +184,7 @@ class BetonWriter:
         self.file.seek(0)
         self.file.write(self.header.tobytes())
         force(self.file)
-        return _checksum(self.header, descriptors, self.metadata, self.allocations)
+        return checksum(self.header, descriptors, self.metadata, self.allocations)
 
 
 def _rows(table: NDArray[Any], chosen: NDArray[np.bool_]) -> NDArray[Any]:
@@ -191,13 +192,6 @@ def _rows(table: NDArray[Any], chosen: NDArray[np.bool_]) -> NDArray[Any]:
     # on what lay in memory.
     rows = table.view(np.uint8).reshape(len(table), table.itemsize)[chosen]
     return rows.reshape(-1).view(table.dtype)
-
-
-def _checksum(*parts: NDArray[Any] | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
-    return f"sha256:{digest.hexdigest()}"
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -217,6 +211,11 @@ class Tables:
     end: int  # start of the allocation table
     page_size: int
     checksum: str
+
+    @property
+    def shapes(self) -> tuple[NDArray[Any], ...]:
+        """Modes, heights and widths, as `pixels_of` takes those of one sample."""
+        return self.modes, self.heights, self.widths
 
 
 def read_tables(path: Path) -> Tables:
@@ -269,7 +268,7 @@ def read_tables(path: Path) -> Tables:
         start=start,
         end=pointer,
         page_size=int(header["page_size"]),
-        checksum=_checksum(header, fields.descriptors, metadata, allocations),
+        checksum=checksum(header, fields.descriptors, metadata, allocations),
     )
 
 
@@ -379,20 +378,14 @@ def check_beton(path: Path, manifest: Path | None = None) -> Manifest:
 
 
 def verify_beton(
-    path: Path,
-    expected: Mapping[int, bytes] | None = None,
-    samples: int = 64,
-    seed: int = 0,
-    manifest: Path | None = None,
+    path: Path, expected: Mapping[int, bytes] | None = None, manifest: Path | None = None
 ) -> Manifest:
     """`check_beton`, then the stored bytes and pixels of some samples.
 
     Args:
         path: the .beton.
         expected: digests (see `sample_digest`) that samples must have, by index. They are what is
-            read again from the disk; without them, a seeded choice is only decoded.
-        samples: how many samples that choice takes.
-        seed: of that choice.
+            read again from the disk; without them, a seeded choice of `CHOSEN` is only decoded.
         manifest: the manifest, where it is not beside the .beton.
 
     Raises:
@@ -401,21 +394,22 @@ def verify_beton(
     said = check_beton(path, manifest)
     tables = read_tables(path)
     if expected is None:
-        count = min(samples, len(tables.labels))
-        chosen = np.random.default_rng(seed).choice(len(tables.labels), count, replace=False)
+        count = min(CHOSEN, len(tables.labels))
+        chosen = np.random.default_rng(0).choice(len(tables.labels), count, replace=False)
     else:
         chosen = np.array(sorted(expected), dtype=np.int64)
     with path.open("rb") as file:
         for index in np.sort(chosen).tolist():
             if expected:
                 drop_cached(file, int(tables.pointers[index]), int(tables.sizes[index]))
-            data = _read_sample(file, tables, index)
+            data = read_sample(file, tables, index)
             if expected and sample_digest(int(tables.labels[index]), data) != expected[index]:
                 raise RunError(
                     f"sample {index:,} of {path} is not what was to be stored there"
                     f" (a failing disk?): {again(path)}"
                 )
-            _verify_pixels(path, tables, index, data)
+            if fault := fault_of_pixels(data, *(int(value[index]) for value in tables.shapes)):
+                raise RunError(f"sample {index:,} of {path} {fault}: {again(path)}")
     return said
 
 
@@ -451,34 +445,36 @@ def _refuse(path: Path, where: NDArray[np.bool_], fault: str) -> None:
         raise RunError(f"sample {int(np.argmax(where)):,} of {path} {fault}: {again(path)}")
 
 
-def _read_sample(file: IO[bytes], tables: Tables, index: int) -> bytes:
+def read_sample(file: IO[bytes], tables: Tables, index: int) -> bytes:
+    """The stored bytes of sample `index`."""
     file.seek(int(tables.pointers[index]))
     return file.read(int(tables.sizes[index]))
 
 
 def read_image(file: IO[bytes], tables: Tables, index: int) -> Pixels:
     """The stored image `index`, (height, width, 3) uint8 RGB. Raises BadImage."""
-    data = _read_sample(file, tables, index)
-    if tables.modes[index] == JPEG:
-        return decode_rgb(data)
-    shape = int(tables.heights[index]), int(tables.widths[index]), 3
-    return np.frombuffer(data, np.uint8).reshape(shape)
+    data = read_sample(file, tables, index)
+    return pixels_of(data, *(int(value[index]) for value in tables.shapes))
 
 
-def _verify_pixels(path: Path, tables: Tables, index: int, data: bytes) -> None:
-    said = (int(tables.heights[index]), int(tables.widths[index]))
-    if tables.modes[index] == RAW:
-        return  # its size was compared with height x width x 3
-    try:  # not OpenCV, whose libjpeg prints a line of its own
-        height, width = decode_rgb(data).shape[:2]
-        found = f"is {width} x {height}"
-    except BadImage:
-        height, width = 0, 0
-        found = "does not decode"
-    if (height, width) != said:
-        raise RunError(
-            f"sample {index:,} of {path} {found}, said to be {said[1]} x {said[0]}: {again(path)}"
-        )
+def pixels_of(data: bytes, mode: int, height: int, width: int) -> Pixels:
+    """Stored bytes as (height, width, 3) uint8 RGB. Raises BadImage."""
+    if mode == RAW:
+        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+    return decode_rgb(data)  # not OpenCV, whose libjpeg prints a line of its own
+
+
+def fault_of_pixels(data: bytes, mode: int, height: int, width: int) -> str:
+    """What keeps stored bytes from being such an image, to follow its name; empty if nothing does."""
+    if mode == RAW:
+        return ""  # its size was compared with height x width x 3
+    try:
+        found = decode_rgb(data).shape[:2]
+    except BadImage as bad:
+        return f"does not decode ({bad})"
+    if found != (height, width):
+        return f"is {found[1]} x {found[0]} pixels, said to be {width} x {height}"
+    return ""
 
 
 def content_checksum(path: Path) -> str:
@@ -490,7 +486,7 @@ def content_checksum(path: Path) -> str:
         Progress(len(tables.labels), f"checksum of {path.name}") as progress,
     ):
         for index, label in enumerate(tables.labels.tolist()):
-            digest.update(sample_digest(label, _read_sample(file, tables, index)))
+            digest.update(sample_digest(label, read_sample(file, tables, index)))
             progress.update(1)
     return f"sha256:{digest.hexdigest()}"
 
@@ -512,13 +508,9 @@ def partial_file(path: Path) -> Iterator[IO[bytes]]:
         file = partial.open("ab", buffering=0)
     except OSError as error:
         raise UsageError(not_written(path, error)) from None
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another write_ffcv.py is writing {path}") from None
-        except OSError:
-            pass  # a file system without locks
+    with file:
+        if not locked(file):
+            raise UsageError(f"another write_ffcv.py is writing {path}")
         try:
             with written(path) as out:  # without what a killed run left
                 yield out

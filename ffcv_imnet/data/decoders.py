@@ -33,7 +33,7 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
 from ffcv_imnet.config.domains import Choice, Number, argument
-from ffcv_imnet.config.schema import declared
+from ffcv_imnet.config.schema import checker_of
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data.jit import jit
 from ffcv_imnet.native import build
@@ -317,21 +317,6 @@ def native_kernel() -> ctypes.CDLL | None:
     return library
 
 
-def _domain(setting: str) -> Any:
-    """What values the training setting of the same meaning takes."""
-    return declared()[setting].metadata["checker"]
-
-
-def _zeros(size: int, dtype: type) -> NDArray[Any]:
-    try:
-        return np.zeros(size, dtype)
-    except MemoryError:
-        raise RunError(
-            f"to decode its largest image whole takes {size / 1e9:,.1f} GB in all threads: store images "
-            f"smaller (write_ffcv.py --max_resolution), or compile the crop decoder (make setup)"
-        ) from None
-
-
 class CropDecoder(SimpleRGBImageDecoder):
     """FFCV decoder: crop, resize and perhaps mirror each image of a batch into uint8 (height, width, 3).
 
@@ -379,14 +364,14 @@ class CropDecoder(SimpleRGBImageDecoder):
         self.output_size = output_size
         self.on_damaged = argument("on_damaged", on_damaged, Choice(["stop", "skip"]))
         self.control = np.zeros(1, dtype=CONTROL)
-        self.control["seed"] = argument("seed", seed, _domain("training.seed"))
-        self.control["flip"] = FLIPS.index(argument("flip", flip, _domain("augmentation.flip")))
-        self.control["scale"] = argument("scale", scale, _domain("augmentation.crop_scale"))
+        self.control["seed"] = argument("seed", seed, checker_of("training.seed"))
+        self.control["flip"] = FLIPS.index(argument("flip", flip, checker_of("augmentation.flip")))
+        self.control["scale"] = argument("scale", scale, checker_of("augmentation.crop_scale"))
         self.control["random"] = isinstance(ratio, list | tuple)
         if self.control["random"][0]:
-            self.control["ratio"] = argument("ratio", ratio, _domain("augmentation.crop_ratio"))
+            self.control["ratio"] = argument("ratio", ratio, checker_of("augmentation.crop_ratio"))
         else:
-            self.control["central"] = argument("ratio", ratio, _domain("validation.crop_ratio"))
+            self.control["central"] = argument("ratio", ratio, checker_of("validation.crop_ratio"))
             if tuple(scale) != WHOLE_RANGE:
                 raise UsageError(
                     f"CropDecoder: ratio {ratio:g} takes the central square, for which there is no scale: leave"
@@ -442,7 +427,13 @@ class CropDecoder(SimpleRGBImageDecoder):
 
     def _keep(self, kind: str, size: int, dtype: type) -> NDArray[Any]:
         if (kind, size) not in self.kept:
-            self.kept[kind, size] = _zeros(size, dtype)
+            try:
+                self.kept[kind, size] = np.zeros(size, dtype)
+            except MemoryError:
+                raise RunError(
+                    f"to decode its largest image whole takes {size / 1e9:,.1f} GB in all threads: store images "
+                    f"smaller (write_ffcv.py --max_resolution), or compile the crop decoder (make setup)"
+                ) from None
         return self.kept[kind, size]
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:

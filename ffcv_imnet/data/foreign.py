@@ -10,29 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.progress import Progress
-from ffcv_imnet.data.beton import Tables, verify_tables
+from ffcv_imnet.data.beton import Tables, fault_of_pixels, verify_tables
 from ffcv_imnet.images.parallel import in_order
-from ffcv_imnet.images.pixels import BadImage, decode_rgb
-from ffcv_imnet.images.stored import RAW, sample_digest
-
-ROW = np.dtype(
-    [
-        ("pointer", "u8"),
-        ("size", "u8"),
-        ("label", "i8"),
-        ("mode", "u1"),
-        ("height", "u2"),
-        ("width", "u2"),
-    ]
-)
+from ffcv_imnet.images.stored import sample_digest
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of a .beton, (samples,) of `ROW`: little to send to a worker."""
+    """Samples of a .beton: little to send to a worker."""
 
     path: Path
-    rows: NDArray[Any]
+    rows: NDArray[Any]  # (samples,) of pointer, size, label, mode, height, width
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,14 +31,6 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What reading one sample gave."""
-
-    digest: bytes  # see `sample_digest`
-    fault: str  # empty if it decodes to the size that the table says
-
-
-@dataclass(frozen=True)
 class Content:
     """What reading all of them gave."""
 
@@ -58,36 +38,15 @@ class Content:
     faults: dict[int, str]  # by sample
 
 
-def samples_of(path: Path, tables: Tables) -> Samples:
-    """All samples of `path`."""
-    rows = np.zeros(len(tables.labels), ROW)
-    columns = "pointers", "sizes", "labels", "modes", "heights", "widths"
-    for name, column in zip(ROW.names or (), columns, strict=True):
-        rows[name] = getattr(tables, column)
-    return Samples(path, rows)
-
-
-def look_at(part: Samples, _: NDArray[np.int64]) -> list[Look]:
-    """Read and decode all of `part`."""
+def look_at(part: Samples, _: NDArray[np.int64]) -> list[tuple[bytes, str]]:
+    """Read and decode all of `part`: each one's `sample_digest` and what is wrong with it."""
     found = []
     with part.path.open("rb") as file:
-        for pointer, size, label, mode, height, width in part.rows.tolist():
+        for pointer, size, label, *shape in part.rows.tolist():
             file.seek(pointer)
             data = file.read(size)
-            found.append(Look(sample_digest(label, data), _fault(data, mode, height, width)))
+            found.append((sample_digest(label, data), fault_of_pixels(data, *shape)))
     return found
-
-
-def _fault(data: bytes, mode: int, height: int, width: int) -> str:
-    if mode == RAW:
-        return ""  # its size is height x width x 3, or its entry in the table was refused
-    try:
-        found = decode_rgb(data).shape[:2]
-    except BadImage as bad:
-        return f"does not decode ({bad})"
-    if found != (height, width):
-        return f"is {found[1]} x {found[0]} pixels, said to be {width} x {height}"
-    return ""
 
 
 def read_content(path: Path, tables: Tables, classes: int, num_workers: int) -> Content:
@@ -97,16 +56,18 @@ def read_content(path: Path, tables: Tables, classes: int, num_workers: int) -> 
         RunError: an entry cannot be, or a worker died.
     """
     verify_tables(path, tables, classes)
-    samples, digest, faults, number = samples_of(path, tables), hashlib.sha256(), {}, 0
+    columns = tables.pointers, tables.sizes, tables.labels, *tables.shapes
+    samples = Samples(path, np.rec.fromarrays(columns))
+    digest, faults, number = hashlib.sha256(), {}, 0
     with (
         closing(in_order(samples, look_at, num_workers)) as chunks,
         Progress(len(samples), f"decoding {path.name}") as progress,
     ):
         for chunk in chunks:
-            for look in chunk:
-                digest.update(look.digest)
-                if look.fault:
-                    faults[number] = look.fault
+            for of_sample, fault in chunk:
+                digest.update(of_sample)
+                if fault:
+                    faults[number] = fault
                 number += 1
             progress.update(len(chunk), f"{len(faults):,} damaged" if faults else "")
     return Content(f"sha256:{digest.hexdigest()}", faults)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ffcv_imnet.config.domains import Number, Switch, argument
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
-from ffcv_imnet.config.schema import DEVICES, Settings, declared
+from ffcv_imnet.config.schema import DEVICES, Settings, checker_of
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.core.paths import is_address
@@ -254,7 +254,7 @@ def _path(path: str | os.PathLike[str]) -> str:
 
 
 def _checked(name: str, value: object) -> Any:
-    return argument(name, value, declared()[SETTINGS[name]].metadata["checker"])
+    return argument(name, value, checker_of(SETTINGS[name]))
 
 
 def _settings(given: dict[str, Any], world: World) -> Settings:

@@ -23,6 +23,7 @@ from ffcv_imnet.core.atomic import (
     NotWritten,
     atomic_write,
     force,
+    locked,
     make_folder,
     partial_path,
     rename,
@@ -284,24 +285,22 @@ def put_beton(path: Path, address: str) -> None:
             Progress(length >> 20, f"uploading {local.name}", "MB") as bar,
         ):
             files, there = fsspec.core.url_to_fs(to)
-            done = Uploaded(bar, fsspec.callbacks.Callback)
             files.makedirs(there.rpartition("/")[0], exist_ok=True)
-            files.put_file(str(local), there, callback=done.callback)
+            files.put_file(str(local), there, callback=moving(bar, fsspec.callbacks.Callback))
         if (found := look(to)).bytes != length:
             raise RunError(f"{to} has {found.bytes:,} bytes after the upload, not {length:,}")
         if local == path:
             note(path, found)
 
 
-class Uploaded:
-    """fsspec's callback, which moves a bar."""
+def moving(bar: Progress, base: Any) -> Any:
+    """fsspec's callback, an heir of `base`, which moves a bar."""
 
-    def __init__(self, bar: Progress, base: Any) -> None:
-        class Moved(base):
-            def call(self, *_: Any, **__: Any) -> None:
-                bar.update((self.value >> 20) - bar.done)
+    class Moving(base):
+        def call(self, *_: Any, **__: Any) -> None:
+            bar.update((self.value >> 20) - bar.done)
 
-        self.callback = Moved()
+    return Moving()
 
 
 # ---- the copies here -----------------------------------------------------------------------------
@@ -323,13 +322,9 @@ def alone(target: Path) -> Iterator[None]:
     """One process of this machine at a time copies `target`."""
     place(target.parent)
     with target.with_name(target.name + ".lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(lock):
             print(f"another process is copying {target}: waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
         yield
 
 

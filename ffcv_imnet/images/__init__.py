@@ -9,15 +9,15 @@ of a second.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, Self
+from copy import copy
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
-LARGEST_FILE = (
-    2 << 30
-)  # bytes of an encoded one: --max_pixels of four times 16 bits have three quarters
+# Bytes of an encoded one: --max_pixels of four times 16 bits have three quarters.
+LARGEST_FILE = 2 << 30
 
 
 class ImageSource(Protocol):
@@ -64,3 +64,20 @@ class ImageSource(Protocol):
 
     def fingerprint(self) -> str:
         """Changes when an image is added, removed, renamed or modified; reads no image."""
+
+
+class InArrays:
+    """What the sources share that have a row an image in some arrays, here by their names."""
+
+    arrays: ClassVar[tuple[str, ...]] = ("files", "labels")
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
+        """The same source with these images alone, in this order."""
+        part = copy(self)
+        for name in self.arrays:
+            setattr(part, name, getattr(self, name)[indices])
+        return part

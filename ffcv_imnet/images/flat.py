@@ -1,6 +1,5 @@
 """Images whose classes a table says, wherever they lie in a folder."""
 
-import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from ffcv_imnet.core.names import shown
 from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree, scan_folder
 from ffcv_imnet.images.labels import all_labelled, labels_of
 from ffcv_imnet.images.leftovers import Left
+from ffcv_imnet.images.stored import checksum
 
 
 class FlatFolder(ImageFolderTree):
@@ -59,9 +59,8 @@ class FlatFolder(ImageFolderTree):
 
     def fingerprint(self) -> str:
         """As the tree's, and over the labels, which are not in the paths here."""
-        digest = hashlib.sha256(f"{super().fingerprint()}\n{' '.join(self.classes)}\n".encode())
-        digest.update(np.ascontiguousarray(self.labels).data)
-        return f"sha256:{digest.hexdigest()}"
+        head = f"{super().fingerprint()}\n{' '.join(self.classes)}\n"
+        return checksum(head.encode(), self.labels)
 
 
 def _walk(root: Path) -> tuple[list[bytes], Left, list[str]]:

@@ -7,7 +7,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.names import fault_of, quoted, shown
 from ffcv_imnet.core.optional import is_there
-from ffcv_imnet.images import LARGEST_FILE, leftovers
+from ffcv_imnet.images import LARGEST_FILE, InArrays, leftovers
 from ffcv_imnet.images.leftovers import Left
 
 HEIC = (b".heic", b".heif", b".hif")
@@ -29,7 +28,7 @@ EXTENSIONS = (
 )
 
 
-class ImageFolderTree:
+class ImageFolderTree(InArrays):
     """The images of `root`/<class>/**, in torchvision.datasets.ImageFolder's order and labels.
 
     Classes are the sub-folders sorted by name. A million paths are held as one array of bytes,
@@ -58,16 +57,14 @@ class ImageFolderTree:
         self.where = str(root)
         top = scan_folder(os.fsencode(root))
         self.classes: tuple[str, ...] = tuple(sorted(os.fsdecode(name) for name in top.folders))
-        if not self.classes:
-            raise UsageError(_no_classes(root))
-        _check_names(root, self.classes)
+        _check_classes(root, self.classes)
         walk = _Walk(os.fsencode(root))
         listings = [walk.list_class(os.fsencode(name)) for name in self.classes]
         counts = [len(listing) for listing in listings]
         _check_empty(root, self.classes, counts, walk.left, may_be_empty)
         self.ignored = walk.left.ignored
         self.files: NDArray[np.bytes_] = np.concatenate(listings)  # relative to the root
-        self.labels: NDArray[np.int64] = np.repeat(np.arange(len(counts)), counts)
+        self.labels = np.repeat(np.arange(len(counts)), counts)
         walk.left.leftovers += top.left.leftovers
         self.notes = [*walk.notes, *walk.left.notes()]
         self.oddities = [
@@ -79,9 +76,6 @@ class ImageFolderTree:
             *walk.left.oddities(),
         ]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def name(self, index: int) -> str:
         """`class/file`, relative to the root."""
         return os.fsdecode(bytes(self.files[index]))
@@ -90,13 +84,6 @@ class ImageFolderTree:
         """The file's bytes and its label; OSError when it cannot be read."""
         data = read_at_most(f"{self.where}/{self.name(index)}", LARGEST_FILE)
         return data, int(self.labels[index])
-
-    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
-        """The same tree with these images alone, in this order."""
-        part = type(self).__new__(type(self))
-        part.where, part.classes, part.ignored = self.where, self.classes, self.ignored
-        part.files, part.labels = self.files[indices], self.labels[indices]
-        return part
 
     def fingerprint(self) -> str:
         """SHA-256 over path, size and modification time of every image.
@@ -141,10 +128,19 @@ def _check_root(root: Path) -> None:
     raise UsageError(f"{root.parent} has no folder {root.name!r}: {layout}; it holds {holds}{hint}")
 
 
-def _no_classes(root: Path) -> str:
-    flat = sum(entry.name.lower().encode().endswith(EXTENSIONS) for entry in os.scandir(root))
-    have = f"but {flat:,} images side by side" if flat else "and no images"
-    return f"{root} holds no class folders {have}: expected {root}/<class name>/*.jpg"
+def _check_classes(root: Path, classes: Sequence[str]) -> None:
+    if not classes:
+        flat = sum(entry.name.lower().encode().endswith(EXTENSIONS) for entry in os.scandir(root))
+        have = f"but {flat:,} images side by side" if flat else "and no images"
+        raise UsageError(
+            f"{root} holds no class folders {have}: expected {root}/<class name>/*.jpg"
+        )
+    for name in classes:
+        if fault := fault_of(name):
+            raise UsageError(
+                f"{shown(str(root))} has a class folder whose name {fault}, {quoted(name)}: rename it,"
+                " since the name of a class must be stored, printed and shown"
+            )
 
 
 def _check_empty(
@@ -167,15 +163,6 @@ def _check_empty(
         f"{len(empty):,} of the {len(classes):,} class folders of {root} hold no image:"
         f" {_some(empty)}; fill or remove them, since every folder counts as a class{also}"
     )
-
-
-def _check_names(root: Path, classes: Sequence[str]) -> None:
-    for name in classes:
-        if fault := fault_of(name):
-            raise UsageError(
-                f"{shown(str(root))} has a class folder whose name {fault}, {quoted(name)}: rename it,"
-                " since the name of a class must be stored, printed and shown"
-            )
 
 
 # -------------------------------------------------------------------------------------- the walk

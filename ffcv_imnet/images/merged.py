@@ -1,6 +1,5 @@
 """Several folders as one: images of a class come together, whichever folder they lie in."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from typing import Self
@@ -8,13 +7,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.images import ImageSource, Pixels
+from ffcv_imnet.images import ImageSource, InArrays, Pixels
+from ffcv_imnet.images.stored import checksum
 
 
-class Merged:
+class Merged(InArrays):
     """The images of several sources, by class, within a class in the order of the sources."""
 
     kind = "several folders"
+    arrays = "labels", "places"
 
     def __init__(self, parts: Sequence[ImageSource]) -> None:
         self.parts = tuple(parts)
@@ -26,7 +27,7 @@ class Merged:
             for n, part in enumerate(parts)
         ]
         order = np.argsort(np.concatenate(labels), kind="stable")
-        self.labels: NDArray[np.int64] = np.concatenate(labels)[order]
+        self.labels = np.concatenate(labels)[order]
         self.places: NDArray[np.int64] = np.concatenate(places)[order]  # (images, 2): part, index
         self.roots = [os.path.abspath(part.where) for part in parts]  # noqa: PTH100
         self.where = os.path.commonpath(self.roots)
@@ -35,9 +36,6 @@ class Merged:
     def ignored(self) -> int:
         """Files that are no images, of all parts."""
         return sum(part.ignored for part in self.parts)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def name(self, index: int) -> str:
         """The path, relative to the folder that holds them all."""
@@ -51,18 +49,15 @@ class Merged:
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
         """These images alone, in this order; of each part only what is used, to be sent to a worker."""
-        part = type(self).__new__(type(self))
-        part.__dict__.update(self.__dict__)
-        part.labels, places = self.labels[indices], self.places[indices].copy()
-        used = []
+        part = super().subset(indices)
+        part.places, used = part.places.copy(), []
         for number, source in enumerate(self.parts):
-            rows = np.flatnonzero(places[:, 0] == number)
-            used.append(source.subset(places[rows, 1]))
-            places[rows, 1] = np.arange(len(rows))
-        part.places, part.parts = places, tuple(used)
+            rows = np.flatnonzero(part.places[:, 0] == number)
+            used.append(source.subset(part.places[rows, 1]))
+            part.places[rows, 1] = np.arange(len(rows))
+        part.parts = tuple(used)
         return part
 
     def fingerprint(self) -> str:
         """Over those of the parts."""
-        together = "\n".join(part.fingerprint() for part in self.parts)
-        return f"sha256:{hashlib.sha256(together.encode()).hexdigest()}"
+        return checksum("\n".join(part.fingerprint() for part in self.parts).encode())

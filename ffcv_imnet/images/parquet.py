@@ -8,12 +8,11 @@ were lost are recognised by their thousand names. Local files only. Needs pyarro
 """
 
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,9 @@ from ffcv_imnet.core.bounded import memory_at_most, size
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import LONGEST, fault_of, quoted, shown
 from ffcv_imnet.core.optional import require
+from ffcv_imnet.images import InArrays
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
+from ffcv_imnet.images.stored import checksum
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,23 +32,16 @@ HUB_NAME = re.compile(r"(.+)_(n\d{8})(\.\w+)")  # original name, wnid
 SHARD = re.compile(r"(train|validation|val|test)[-_.]")
 COUNTED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # the n-th of so many; the hub may add a hash
 POINTER = b"version https://git-lfs"  # what `git clone` leaves in place of a large file
-LARGEST_GROUP = (
-    4 << 30
-)  # bytes of the images of a row group, which a worker holds; the hub's have 12 MB
-LARGEST_LABELS = (
-    1 << 30
-)  # bytes of a row group's names and labels; those of a million images have a third
+# Bytes of a row group's images, which a worker holds (the hub's have 12 MB), and of its names and labels
+# (those of a million images have a third).
+LARGEST_GROUP, LARGEST_LABELS = 4 << 30, 1 << 30
 THREADS = 8  # of Arrow, that read files
 ALIKE = 900  # class names that must be ImageNet's, in its order, for the others to be taken as such
 Label = int | str
 
 
-def _pyarrow_types() -> Any:
-    return require("pyarrow.types", "reading parquet", "pyarrow")
-
-
-def _pyarrow() -> Any:
-    return require("pyarrow.parquet", "reading parquet", "pyarrow")
+def _pyarrow(part: str) -> Any:
+    return require(f"pyarrow.{part}", "reading parquet", "pyarrow")
 
 
 def shards_of(folder: Path, split: str) -> list[Path]:
@@ -97,7 +91,7 @@ def _all_there(found: list[Path]) -> list[Path]:
     return found
 
 
-class ParquetShards:
+class ParquetShards(InArrays):
     """The images of parquet shards, by class and original file name.
 
     Args:
@@ -109,9 +103,10 @@ class ParquetShards:
     """
 
     kind = "parquet"
+    arrays = "files", "labels", "places"
 
     def __init__(self, shards: Sequence[Path]) -> None:
-        parquet = _pyarrow()
+        parquet = _pyarrow("parquet")
         self.where = f"{shards[0].parent}/*.parquet" if len(shards) > 1 else str(shards[0])
         self.ignored = 0
         self.shards = tuple(str(shard) for shard in shards)
@@ -119,7 +114,7 @@ class ParquetShards:
         labels: list[Label] = []
         wnids: dict[Label, str] = {}
         said: list[str] | None = None
-        places: list[NDArray[np.int64]] = []
+        places: list[tuple[int, int, int]] = []
         for number, shard in enumerate(shards):
             try:
                 columns = _Columns(parquet.ParquetFile(shard), shard, wnids)
@@ -130,10 +125,7 @@ class ParquetShards:
                     part_names, part_labels = columns.read(group)
                     names += part_names
                     labels += part_labels
-                    rows = np.arange(len(part_names))
-                    places.append(
-                        np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], 1)
-                    )
+                    places += [(number, group, row) for row in range(len(part_names))]
             except (RunError, UsageError):
                 raise
             except Exception as error:  # pyarrow's own, of every kind for a damaged file
@@ -148,16 +140,13 @@ class ParquetShards:
         order = np.lexsort((files, numbers))  # stable: images without a name stay in their order
         self.files, self.labels = files[order], numbers[order]
         # (images, 3): shard, row group, row in it.
-        self.places: NDArray[np.int64] = np.concatenate(places)[order]
+        self.places: NDArray[np.int64] = np.array(places, np.int64)[order]
 
     def reading_order(self) -> NDArray[np.int64]:
         """Indices in the order of the shards, which the hub's are shuffled over: reading by class
         would decompress a row group for every image."""
         shard, group, row = self.places.T
         return np.lexsort((row, group, shard))
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def name(self, index: int) -> str:
         """`class/file`; the place in the shards where the file has no name."""
@@ -178,33 +167,22 @@ class ParquetShards:
             raise OSError("the shard holds no bytes of it, only a path")
         return data, int(self.labels[index])
 
-    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
-        """The same shards with these images alone, in this order."""
-        part = type(self).__new__(type(self))
-        part.__dict__.update(self.__dict__)
-        part.files, part.labels = self.files[indices], self.labels[indices]
-        part.places = self.places[indices]
-        return part
-
     def fingerprint(self) -> str:
         """SHA-256 over name, size and time of every shard and over name and label of every image."""
-        digest = hashlib.sha256(" ".join(self.classes).encode())
+        said = " ".join(self.classes)
         for shard in map(Path, self.shards):
             state = shard.stat()
-            digest.update(f"{shard.name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
-        for array in (self.files, self.labels, self.places):
-            digest.update(np.ascontiguousarray(array).data)
-        return f"sha256:{digest.hexdigest()}"
+            said += f"{shard.name}\0{state.st_size}\0{state.st_mtime_ns}\n"
+        return checksum(said.encode(), self.files, self.labels, self.places)
 
 
 @functools.lru_cache(maxsize=1)
 def _row_group(shard: str, group: int) -> "pyarrow.ChunkedArray":
     # One is kept: a worker's images come from the same one. Its size, about 12 MB on the hub,
     # is what a worker needs in memory. No threads: the workers are the parallelism.
-    with memory_at_most(
-        LARGEST_GROUP, THREADS
-    ):  # a dictionary of one large value unpacks to any size
-        file = _pyarrow().ParquetFile(shard)
+    # A dictionary of one large value unpacks to any size.
+    with memory_at_most(LARGEST_GROUP, THREADS):
+        file = _pyarrow("parquet").ParquetFile(shard)
         return file.read_row_group(group, columns=["image"], use_threads=False).column("image")
 
 
@@ -224,7 +202,7 @@ class _Columns:
         self.class_names = _hub_names(schema.metadata)
 
     def _check_types(self, image: Any, label: Any) -> None:
-        types = _pyarrow_types()
+        types = _pyarrow("types")
         parts = {part.name: part.type for part in image} if types.is_struct(image) else {}
         encoded, path = parts.get("bytes", image), parts.get("path")
         self.has_path = path is not None and not types.is_null(path)

@@ -2,6 +2,10 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 PAGE_SIZE = 1 << 23  # 8 MiB, ffcv's default; a sample never crosses a page
@@ -21,6 +25,14 @@ class Stored:
     width: int
     data: bytes
     digest: bytes
+
+
+def checksum(*parts: NDArray[Any] | bytes) -> str:
+    """`sha256:` and, in hexadecimal, the digest of the bytes of all parts, one after another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def sample_digest(label: int, data: bytes) -> bytes:

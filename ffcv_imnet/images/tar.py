@@ -8,7 +8,6 @@ Format: https://www.gnu.org/software/tar/manual/html_node/Standard.html (ustar, 
 https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html (pax).
 """
 
-import hashlib
 import os
 import zipfile
 from collections import Counter
@@ -16,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +22,10 @@ from numpy.typing import NDArray
 from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.paths import open_regular
+from ffcv_imnet.images import InArrays
 from ffcv_imnet.images.folder import EXTENSIONS
 from ffcv_imnet.images.labels import all_labelled, labels_of
+from ffcv_imnet.images.stored import checksum
 
 BLOCK = 512  # bytes: headers lie on this boundary
 BATCH = 4096  # headers checked at a time: 2 MB
@@ -77,6 +77,16 @@ class Scan:
             self, names=self.names[where], offsets=self.offsets[where], sizes=self.sizes[where]
         )
 
+    @staticmethod
+    def joined(parts: "Sequence[Scan]") -> "Scan":
+        """The members of all parts."""
+        parts = parts or [Scan()]
+        return Scan(
+            np.concatenate([part.names for part in parts]),
+            np.concatenate([part.offsets for part in parts]),
+            np.concatenate([part.sizes for part in parts]),
+        )
+
 
 def scan_tar(descriptor: int, where: str, start: int, end: int, outer: bool) -> Scan:
     """List the members of the tar in bytes [start, end) of an open file.
@@ -126,12 +136,9 @@ def scan_tar(descriptor: int, where: str, start: int, end: int, outer: bool) -> 
             scan.flush()
             scan.fault = str(stop)
         fault = scan.fault
-    found = scan.result()
-    found.fault = fault
-    found.good = start
-    if len(found.sizes):
-        found.good = int(found.offsets[-1] + (found.sizes[-1] + 511 & -512))
-    return found
+    found = Scan.joined(scan.parts)
+    good = int(found.offsets[-1] + (found.sizes[-1] + 511 & -512)) if len(found.sizes) else start
+    return replace(found, fault=fault, good=good)
 
 
 def _check_tail(descriptor: int, position: int, end: int, most: int) -> None:
@@ -256,16 +263,6 @@ class _Scanner:
         if not outer:
             raise RunError(f"{self.where}: {said}, more than the archive that it is in: refused")
         raise _Stop(f"{said} of which {max(0, end - data):,} are there")
-
-    def result(self) -> Scan:
-        """All members so far, checked."""
-        if not self.parts:
-            return Scan()
-        return Scan(
-            np.concatenate([part.names for part in self.parts]),
-            np.concatenate([part.offsets for part in self.parts]),
-            np.concatenate([part.sizes for part in self.parts]),
-        )
 
 
 def _checksums_match(blocks: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -400,26 +397,32 @@ def _check_is_tar(descriptor: int, path: Path, size: int) -> None:
 def _index(descriptor: int, path: Path, size: int) -> TarIndex:
     outer = scan_tar(descriptor, str(path), 0, size, outer=True)
     inner = np.strings.endswith(outer.names, b".tar")
-    if not inner.any():
-        images = _images(outer, str(path))
-        return TarIndex(
-            classes=np.empty(0, "S1"),
-            counts=np.array([len(images.names)]),
-            names=images.names,
-            offsets=images.offsets,
-            sizes=images.sizes,
-            ignored=len(outer.names) - len(images.names),
-            good=outer.good,
-            fault=outer.fault,
-        )
-    return _index_inner(descriptor, path, outer, inner)
-
-
-def _index_inner(descriptor: int, path: Path, outer: Scan, inner: NDArray[np.bool_]) -> TarIndex:
-    ignored = int((~inner).sum())
-    tars = outer.chosen(inner)
     faults = [outer.fault] if outer.fault else []
+    if inner.any():
+        found, members = _scan_inner(descriptor, path, outer.chosen(inner), faults)
+        members += int((~inner).sum())
+    else:
+        found, members = {b"": _images(outer, str(path))}, len(outer.names)
+    classes = sorted(found)
+    images = Scan.joined([found[name] for name in classes])
+    return TarIndex(
+        classes=np.array([name for name in classes if name], np.bytes_),
+        counts=np.array([len(found[name].names) for name in classes] or [0]),
+        names=images.names,
+        offsets=images.offsets,
+        sizes=images.sizes,
+        ignored=members - len(images.names),
+        good=outer.good,
+        fault="; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if faults[3:] else ""),
+    )
+
+
+def _scan_inner(
+    descriptor: int, path: Path, tars: Scan, faults: list[str]
+) -> tuple[dict[bytes, Scan], int]:
+    """Each class's images, and the number of all members; what is wrong with a tar joins `faults`."""
     found: dict[bytes, Scan] = {}
+    members = 0
     for name, start, size in zip(
         tars.names.tolist(), tars.offsets.tolist(), tars.sizes.tolist(), strict=True
     ):
@@ -432,22 +435,10 @@ def _index_inner(descriptor: int, path: Path, outer: Scan, inner: NDArray[np.boo
             faults.append(f"{os.fsdecode(name)}: {scan.fault}")
             continue
         found[wnid] = _images(scan, where)
-        ignored += len(scan.names) - len(found[wnid].names)
-    classes = sorted(found)
-    empty = [name for name in classes if not len(found[name].names)]
-    if empty:
+        members += len(scan.names)
+    if empty := sorted(name for name, scan in found.items() if not len(scan.names)):
         raise RunError(f"{path}: {os.fsdecode(empty[0])}.tar holds no image")
-    scans = [found[name] for name in classes] or [Scan()]
-    return TarIndex(
-        classes=np.array(classes, np.bytes_),
-        counts=np.array([len(scan.names) for scan in scans]),
-        names=np.concatenate([scan.names for scan in scans]),
-        offsets=np.concatenate([scan.offsets for scan in scans]),
-        sizes=np.concatenate([scan.sizes for scan in scans]),
-        ignored=ignored,
-        good=outer.good,
-        fault="; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if faults[3:] else ""),
-    )
+    return found, members
 
 
 def _images(scan: Scan, where: str) -> Scan:
@@ -527,7 +518,7 @@ def _fits(index: TarIndex, size: int, descriptor: int) -> bool:
 # ------------------------------------------------------------------------------------ the source
 
 
-class TarArchive:
+class TarArchive(InArrays):
     """The images of an ILSVRC archive, in the order and with the labels of an ImageFolder tree.
 
     Args:
@@ -542,6 +533,7 @@ class TarArchive:
     """
 
     kind = "tar"
+    arrays = "files", "labels", "offsets", "sizes"
 
     def __init__(
         self, path: Path, wnids: Mapping[str, str] | None = None, damaged: bool = False
@@ -551,7 +543,7 @@ class TarArchive:
         self.ignored, self.fault = index.ignored, index.fault
         self.classes: tuple[str, ...] = tuple(os.fsdecode(name) for name in index.classes.tolist())
         self.files, self.offsets, self.sizes = index.names, index.offsets, index.sizes
-        self.labels: NDArray[np.int64] = np.repeat(np.arange(len(index.counts)), index.counts)
+        self.labels = np.repeat(np.arange(len(index.counts)), index.counts)
         if index.fault and not damaged:
             raise RunError(describe_fault(path, index))
         if self.classes and wnids is not None:
@@ -589,9 +581,6 @@ class TarArchive:
         self.files, self.labels = self.files[order], labels[order]
         self.offsets, self.sizes = self.offsets[order], self.sizes[order]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def file(self, index: int) -> str:
         """The image's name inside its class."""
         return os.fsdecode(bytes(self.files[index]))
@@ -612,20 +601,10 @@ class TarArchive:
             raise OSError(f"{self.path} was truncated while it was read")
         return data, int(self.labels[index])
 
-    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Self:
-        """The same archive with these images alone, in this order."""
-        part = type(self).__new__(type(self))
-        part.__dict__.update(self.__dict__)
-        part.files, part.labels = self.files[indices], self.labels[indices]
-        part.offsets, part.sizes = self.offsets[indices], self.sizes[indices]
-        return part
-
     def fingerprint(self) -> str:
         """SHA-256 over the archive's size and time and over name, label and place of every image."""
-        digest = hashlib.sha256(f"{self.stamp}\n{chr(10).join(self.classes)}\n".encode())
-        for array in (self.files, self.labels, self.offsets, self.sizes):
-            digest.update(np.ascontiguousarray(array).data)
-        return f"sha256:{digest.hexdigest()}"
+        head = f"{self.stamp}\n{chr(10).join(self.classes)}\n"
+        return checksum(head.encode(), self.files, self.labels, self.offsets, self.sizes)
 
 
 def describe_fault(path: Path, index: TarIndex) -> str:

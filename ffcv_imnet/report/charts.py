@@ -195,7 +195,7 @@ def curves(groups: Sequence[Group], against: str, alone: bool = False) -> Chart:
         _plan_axes(groups, side, rate)
         if of_all:
             looks = dict(zip(of_all, cycle(score[0] for score in SCORES.values()), strict=False))
-            _norm_panels(*of_norms, groups, looks, palette)
+            _norm_panels(of_norms, groups, looks, palette)
         if alone:
             _head(figure, top, groups, palette)
         every[-1].set_xlabel(against if against == "minutes" else "epoch, counted from 0")
@@ -353,8 +353,8 @@ def norms(groups: Sequence[Group], part: str) -> Chart:
     """The norms of a parameter group's gradient and relative update at each look, of the first runs."""
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> dict[str, list[str]]:
-        gradient, share = figure.subplots(2, 1, sharex=True)
-        _norm_panels(gradient, share, groups, {part: "-"}, palette)
+        gradient, share = both = figure.subplots(2, 1, sharex=True)
+        _norm_panels(both, groups, {part: "-"}, palette)
         share.set_xlabel("epoch, counted from 0; its last step at its number")
         share.xaxis.set_major_locator(MaxNLocator(6 if narrow else 10, integer=True))
         for axes in (gradient, share):
@@ -366,10 +366,11 @@ def norms(groups: Sequence[Group], part: str) -> Chart:
 
 
 def _norm_panels(
-    gradient: Axes, share: Axes, groups: Sequence[Group], looks: dict[str, Any], palette: Palette
+    panels: Sequence[Axes], groups: Sequence[Group], looks: dict[str, Any], palette: Palette
 ) -> None:
     """A colour a run, a pattern a parameter group of `looks`; logarithmic, with plain numbers, for powers need
     mathematical text, which labels here do not have."""
+    gradient, share = panels
     for group, colour in _coloured(groups, palette):
         for part, look in looks.items():
             for axes, of_update in ((gradient, False), (share, True)):
@@ -381,7 +382,7 @@ def _norm_panels(
     _title(share, f"Update of {parts}", "norm, over that of the weights", palette)
     for part, look in looks.items():  # for a legend
         share.plot([], [], color=palette.ink, linewidth=1.6, linestyle=look, label=part)
-    for axes in (gradient, share):
+    for axes in panels:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_major_formatter(LogFormatter())

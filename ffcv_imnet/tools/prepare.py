@@ -8,7 +8,6 @@ interruption it goes on where it stopped. (write_ffcv.py --tar needs no unpackin
 """
 
 import argparse
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.core.atomic import drop_cached, rename
+from ffcv_imnet.core.atomic import drop_cached, locked, rename
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
@@ -131,13 +130,9 @@ def lock(out: Path) -> Iterator[Path]:
         handle = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not locked(handle):
         os.close(handle)
-        raise UsageError(f"another prepare is unpacking into {out}") from None
-    except OSError:
-        pass  # a file system without locks
+        raise UsageError(f"another prepare is unpacking into {out}")
     try:
         shutil.rmtree(hidden, ignore_errors=True)  # what a killed run left
         yield hidden

@@ -51,7 +51,7 @@ from ffcv_imnet.images.sources import (
     reading_order,
     split_folder,
 )
-from ffcv_imnet.images.stored import RAW, sample_digest
+from ffcv_imnet.images.stored import sample_digest
 from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.tools import ToolParser
 
@@ -60,6 +60,7 @@ MD5 = {  # torchvision/datasets/imagenet.py has the same
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
 }
+KINDS = {".beton": "beton", ".ffcv": "beton", ".tar": "tar", ".parquet": "parquet"}  # of files
 IMAGES = {"train": 1_281_167, "val": 50_000}
 CLASSES = 1000
 NEARLY = 900  # classes named like synsets from which on a set is taken for ImageNet
@@ -186,14 +187,8 @@ def targets(path: Path) -> list[Target]:
     """
     split = next((s for s in ("train", "val") if re.search(rf"\b{s}|_{s}", path.name)), "")
     if path.is_file():
-        for kind, ending in (
-            ("beton", ".beton"),
-            ("beton", ".ffcv"),
-            ("tar", ".tar"),
-            ("parquet", ".parquet"),
-        ):
-            if path.name.endswith(ending):
-                return [Target(kind, path, split)]
+        if path.suffix in KINDS:
+            return [Target(KINDS[path.suffix], path, split)]
         if path.name in MD5:
             return [Target("archive", path, "")]
         raise UsageError(f"{path} is neither a .tar, a .beton nor a .parquet")
@@ -329,7 +324,7 @@ def check_md5(path: Path, report: Report) -> None:
 
 @dataclass(frozen=True)
 class Look:
-    """What decoding one image showed; empty where there is nothing to say."""
+    """What decoding one image showed."""
 
     name: str
     level: str
@@ -338,12 +333,12 @@ class Look:
 
 def look_at(part: ImageSource, indices: NDArray[np.int64]) -> list[Look]:
     """Decode the images of `part`; the remarkable ones."""
-    found = [look_at_one(part, index) for index in range(len(indices))]
-    return [look for look in found if look.what]
+    found = (look_at_one(part, index) for index in range(len(indices)))
+    return [look for look in found if look is not None]
 
 
-def look_at_one(part: ImageSource, index: int) -> Look:
-    """Decode one image."""
+def look_at_one(part: ImageSource, index: int) -> Look | None:
+    """Decode one image; None where there is nothing to say."""
     name = part.name(index)
     file = name.rpartition("/")[2]
     try:
@@ -360,7 +355,7 @@ def look_at_one(part: ImageSource, index: int) -> Look:
     if image.mode == "CMYK":
         known = ", as expected in ImageNet" if Path(file).stem in CMYK else ""
         return Look(name, "odd", f"has CMYK colours{known}; they are converted")
-    return Look(name, "", "")
+    return None
 
 
 def check_images(path: Path, source: ImageSource, num_workers: int, report: Report) -> None:
@@ -509,26 +504,17 @@ def sample_difference(
     """Mean absolute difference between a stored image and its source stored anew, 0 for the same
     bytes, infinite where they cannot be compared."""
     with path.open("rb") as file:
-        file.seek(int(tables.pointers[index]))
-        data = file.read(int(tables.sizes[index]))
+        data = beton.read_sample(file, tables, index)
     anew = encode_image(source, number, number, settings, beton.PAGE_SIZE)
     if isinstance(anew, Bad):
         return float("inf")
     if anew.digest == sample_digest(int(tables.labels[index]), data):
         return 0.0
-    shape = (int(tables.heights[index]), int(tables.widths[index]))
-    if (anew.height, anew.width) != shape or anew.mode != int(tables.modes[index]):
+    shape = tuple(int(value[index]) for value in tables.shapes)
+    if (anew.mode, anew.height, anew.width) != shape:
         return float("inf")
-    held, wanted = (decoded(d, anew.mode, shape) for d in (data, anew.data))
-    if held is None or wanted is None:
+    try:
+        held, wanted = (beton.pixels_of(each, *shape) for each in (data, anew.data))
+    except BadImage:
         return float("inf")
     return float(np.abs(held.astype(int) - wanted).mean())
-
-
-def decoded(data: bytes, mode: int, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """Stored bytes as (height, width, 3) pixels; None if they do not decode."""
-    if mode == RAW:
-        return np.frombuffer(data, np.uint8).reshape(*shape, 3)
-    with suppress(BadImage):
-        return decode_rgb(data)
-    return None

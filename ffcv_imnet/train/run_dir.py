@@ -7,7 +7,6 @@ taken. A run is resumed only under the settings and data that shape its result.
 """
 
 import datetime
-import fcntl
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.config.schedules import EpochPlan
 from ffcv_imnet.config.schema import Lr, Settings, differences, to_dict
 from ffcv_imnet.core import log, provenance
-from ffcv_imnet.core.atomic import NotWritten, atomic_write, link, make_folder, rename
+from ffcv_imnet.core.atomic import NotWritten, atomic_write, link, locked, make_folder, rename
 from ffcv_imnet.core.errors import NonFiniteLoss, RunError, UsageError, not_written
 from ffcv_imnet.core.log import LOG, Epoch, Header, Lowered, Reached, Record, Summary
 from ffcv_imnet.core.paths import what_is
@@ -197,15 +196,11 @@ class RunFolder:
         """Held until `release`, or the end of the process. Leaves no file behind."""
         folder = os.open(self.path, os.O_RDONLY)
         self.release = weakref.finalize(self, os.close, folder)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(folder):
             raise UsageError(
                 f"logging.folder {self.path}: another process is training in it; wait for it, or "
                 f"name another folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
 
     def keep(self, learner: Learner, plan: EpochPlan, trained: Trained) -> None:
         """Note how far the epoch has come; within it, write a checkpoint.

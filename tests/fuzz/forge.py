@@ -7,10 +7,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.data.beton import BetonWriter, _checksum, _layout
+from ffcv_imnet.data.beton import BetonWriter, _layout
 from ffcv_imnet.data.manifest import Manifest, manifest_path
 from ffcv_imnet.images.pixels import encode_jpeg
 from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
+from ffcv_imnet.images.stored import checksum as _checksum
 from tests.pictures import picture
 
 HUGE = [0, 1, 7, 8, 1 << 12, 1 << 23, 1 << 31, 1 << 32, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1]
