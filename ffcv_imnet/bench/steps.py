@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from ffcv_imnet.data.loader import Batches, TrainLoader
 from ffcv_imnet.machine.device import DTYPES, synchronise
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.models import Normalize
-from ffcv_imnet.models.blurpool import MIN_INPUTS, blur_kernel
+from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
 from ffcv_imnet.train.checkpoint import Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
 from ffcv_imnet.train.optim import parameter_groups
@@ -110,7 +109,7 @@ def public(arch: str, precision: str, device: torch.device) -> Stepper:
     hands out normalised pixels, so here they are normalised once a call and not at every step."""
     torch.backends.cudnn.benchmark = True
     model = torchvision.models.get_model(arch, num_classes=CLASSES)
-    blur_at_stride_1(model)
+    apply_blurpool(model, PublicBlur)
     model = model.to(device).to(memory_format=torch.channels_last)
     groups = parameter_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
@@ -162,32 +161,13 @@ class _Still:
             yield self.batch
 
 
-class _BlurConv(nn.Module):
-    """A strided convolution after a blur of stride 1, whatever its kernel's size."""
-
-    kernel: Tensor  # (C, 1, 3, 3)
+class PublicBlur(BlurConv2d):
+    """As ffcv-imagenet has it: the blur has stride 1, whatever the kernel's size."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-        self.register_buffer("kernel", blur_kernel(conv.in_channels), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> what `conv` makes of it."""
-        return cast(Tensor, self.conv(F.conv2d(x, self.kernel, padding=1, groups=x.shape[1])))
-
-
-def blur_at_stride_1(model: nn.Module) -> None:
-    """BlurPool as ffcv-imagenet applies it, in place."""
-    for name, child in model.named_children():
-        if (
-            isinstance(child, nn.Conv2d)
-            and max(child.stride) > 1
-            and child.in_channels >= MIN_INPUTS
-        ):
-            setattr(model, name, _BlurConv(child))
-        else:
-            blur_at_stride_1(child)
+        stride = conv.stride
+        super().__init__(conv)
+        self.stride, conv.stride = (1, 1), stride
 
 
 def batch_of(batch_size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -451,9 +451,10 @@ def read_sample(file: IO[bytes], tables: Tables, index: int) -> bytes:
     return file.read(int(tables.sizes[index]))
 
 
-def read_image(file: IO[bytes], tables: Tables, index: int) -> Pixels:
+def read_image(path: Path, tables: Tables, index: int) -> Pixels:
     """The stored image `index`, (height, width, 3) uint8 RGB. Raises BadImage."""
-    data = read_sample(file, tables, index)
+    with path.open("rb") as file:
+        data = read_sample(file, tables, index)
     return pixels_of(data, *(int(value[index]) for value in tables.shapes))
 
 

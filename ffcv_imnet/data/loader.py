@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty, Full
@@ -194,20 +194,15 @@ class _Epoch(EpochIterator):
             super().run()
         except BaseException as error:  # FFCV would leave the consumer waiting for ever
             self.error = error
-            self._put_end()
+            while not self.terminate_event.is_set():
+                with suppress(Full):
+                    self.output_queue.put(None, timeout=0.5)
+                    return
 
     def run_pipeline(self, *arguments: Any) -> Any:
         if self.read_ahead is not None:
             self.read_ahead.begin_batch()
         return super().run_pipeline(*arguments)
-
-    def _put_end(self) -> None:
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(None, timeout=0.5)
-                return
-            except Full:
-                continue
 
     def __next__(self) -> Any:
         try:
@@ -226,10 +221,8 @@ class _Epoch(EpochIterator):
         # alone would let it decode the rest of the epoch.
         self.iter_ixes = iter(())
         while self.is_alive():
-            try:
+            with suppress(Empty):
                 self.output_queue.get(timeout=0.05)
-            except Empty:
-                continue
         if self.read_ahead is not None:
             self.read_ahead.stop()
 
@@ -261,13 +254,13 @@ class _OrderedLoader:
     """
 
     def __init__(
-        self, path: str, batch_size: int, decoder: CropDecoder, workers: int, data: Data
+        self, path: str, batch_size: int, decoder: CropDecoder, data: Data, world: World
     ) -> None:
         self.fname, self.batch_size, self.batches_ahead = path, batch_size, data.batches_ahead
-        self.num_workers, self.decoder = workers, decoder
+        self.num_workers, self.decoder = workers_of(data.num_workers, world), decoder
         started = time.perf_counter()
         threads = torch.get_num_threads()
-        Compiler.set_num_threads(workers)
+        Compiler.set_num_threads(self.num_workers)
         self.opened, self.replaced = Path(path).stat(), False
         self.reader = Reader(path)
         self.memory_manager = _Mapped(self.reader)
@@ -427,7 +420,6 @@ class TrainLoader:
         self.samples, self.seed, self.world = samples, settings.training.seed, world
         self.start_told = False
         local_batches = [local_batch_size(batch, world, samples) for batch in batch_sizes(settings)]
-        whole = settings.data.decoder == "whole"
         how = settings.augmentation
         self.decoder = CropDecoder(
             max(resolutions(settings)),
@@ -436,15 +428,9 @@ class TrainLoader:
             flip=how.flip,
             seed=self.seed,
             on_damaged="skip",  # this loader looks at every batch
-            whole=whole,
+            whole=settings.data.decoder == "whole",
         )
-        self.loader = _OrderedLoader(
-            path,
-            max(local_batches),
-            self.decoder,
-            workers_of(settings.data.num_workers, world),
-            settings.data,
-        )
+        self.loader = _OrderedLoader(path, max(local_batches), self.decoder, settings.data, world)
 
     def epoch(self, plan: EpochPlan, first_step: int = 0, only: Indices | None = None) -> Batches:
         """This process's batches of one epoch from a step on, or what they make of the samples
@@ -490,18 +476,11 @@ class ValLoader:
             # The last is found by the number of what does not count, -1.
             self.places = torch.tensor([*places, PADDING], device=world.device)
         self.order, self.local_batch = exact_share(samples, settings.validation.batch_size, world)
-        whole = settings.data.decoder == "whole"
-        how = settings.validation
+        how, whole = settings.validation, settings.data.decoder == "whole"
         self.decoder = CropDecoder(
             how.resolution, ratio=how.crop_ratio, on_damaged="skip", whole=whole
         )
-        self.loader = _OrderedLoader(
-            path,
-            self.local_batch,
-            self.decoder,
-            workers_of(settings.data.num_workers, world),
-            settings.data,
-        )
+        self.loader = _OrderedLoader(path, self.local_batch, self.decoder, settings.data, world)
 
     def batches(self) -> Batches:
         """As training batches; the last is filled up with black images labelled `PADDING`."""

@@ -7,12 +7,6 @@ from torch import Tensor, nn
 MIN_INPUTS = 16  # ffcv-imagenet's rule: the first convolution, on 3 channels, stays as it is
 
 
-def blur_kernel(channels: int) -> Tensor:
-    """(channels, 1, 3, 3): (1, 2, 1) x (1, 2, 1) / 16 for each channel by itself."""
-    line = torch.tensor([1.0, 2.0, 1.0])
-    return (torch.outer(line, line) / 16).expand(channels, 1, 3, 3).contiguous()
-
-
 class BlurConv2d(nn.Module):
     """`conv` on a blurred input: depthwise (1, 2, 1) x (1, 2, 1) / 16, zero padding of 1.
 
@@ -25,7 +19,9 @@ class BlurConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
-        self.register_buffer("kernel", blur_kernel(conv.in_channels), persistent=False)
+        line = torch.tensor([1.0, 2.0, 1.0])
+        kernel = (torch.outer(line, line) / 16).expand(conv.in_channels, 1, 3, 3).contiguous()
+        self.register_buffer("kernel", kernel, persistent=False)
         self.stride: tuple[int, ...] = (1, 1)
         if conv.kernel_size == (1, 1):
             self.stride, conv.stride = conv.stride, (1, 1)
@@ -36,7 +32,7 @@ class BlurConv2d(nn.Module):
         return self.conv(blurred)
 
 
-def apply_blurpool(model: nn.Module) -> None:
+def apply_blurpool(model: nn.Module, blurred: type[BlurConv2d] = BlurConv2d) -> None:
     """Put the blur before each strided convolution with at least `MIN_INPUTS` inputs, in place."""
     for name, child in model.named_children():
         if (
@@ -44,6 +40,6 @@ def apply_blurpool(model: nn.Module) -> None:
             and max(child.stride) > 1
             and child.in_channels >= MIN_INPUTS
         ):
-            setattr(model, name, BlurConv2d(child))
+            setattr(model, name, blurred(child))
         else:
-            apply_blurpool(child)
+            apply_blurpool(child, blurred)

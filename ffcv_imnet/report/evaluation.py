@@ -121,8 +121,7 @@ def _mistakes(
 
 def thumbnail(data: Path, tables: Tables, index: int) -> bytes:
     """The stored image `index` as a JPEG of at most `THUMBNAIL` px a side."""
-    with data.open("rb") as file:
-        small = Image.fromarray(read_image(file, tables, index))
+    small = Image.fromarray(read_image(data, tables, index))
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=82)

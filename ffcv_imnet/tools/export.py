@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ffcv_imnet.core.atomic import atomic_write, partial_path, rename, written
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
@@ -47,8 +46,6 @@ OPSETS = range(11, 21)  # 11: TensorRT 7; 20: the last of the exporter that can 
 TOLERANCE = 1e-4  # largest difference of a logit, over the largest logit (1 at least); fp32
 GENERATED = 64  # images, where no images are given
 BATCH = 32
-
-Decode = Callable[[], Pixels]
 
 
 def parser() -> ToolParser:
@@ -224,46 +221,22 @@ def sample_images(
             drawn = synthetic.draw(index % len(synthetic.CLASSES), (index,), (320, 256))
             yield resize_and_crop(np.asarray(drawn), how)
         return
-    if not data.is_dir():
-        match_classes(network, check_beton(data).classes, str(data))
-        every = stored_images(data, options.images)
-    else:
+    if data.is_dir():
         tree = ImageFolderTree(data)
-        match_classes(network, tree.classes, str(data))
-        every = folder_images(tree, options.images)
-    for name, decode in every:
+        classes, total = tree.classes, len(tree)
+        read: Callable[[int], Pixels] = lambda index: decode_rgb(tree.read(index)[0])  # noqa: E731
+        name: Callable[[int], str] = lambda index: f"{tree.where}/{tree.name(index)}"  # noqa: E731
+    else:
+        classes, tables = check_beton(data).classes, read_tables(data)
+        total, read = len(tables.labels), partial(read_image, data, tables)
+        name = f"sample {{}} of {data}".format
+    match_classes(network, classes, str(data))
+    count = min(options.images, total)
+    for index in (number * total // count for number in range(count)):
         try:
-            yield resize_and_crop(decode(), how)
+            yield resize_and_crop(read(index), how)
         except (OSError, BadImage) as error:
-            raise RunError(f"{name}: the image cannot be read ({error})") from error
-
-
-def evenly(total: int, count: int) -> list[int]:
-    """`count` indices spread evenly over `total`, all of them if there are fewer."""
-    return (
-        sorted({index * total // count for index in range(count)})
-        if count < total
-        else list(range(total))
-    )
-
-
-def folder_images(tree: ImageFolderTree, count: int) -> Iterator[tuple[str, Decode]]:
-    """Name, and a function that decodes."""
-    for index in evenly(len(tree), count):
-        yield f"{tree.where}/{tree.name(index)}", partial(decode_of, tree, index)
-
-
-def decode_of(tree: ImageFolderTree, index: int) -> Pixels:
-    """One image of a tree. Raises OSError, BadImage."""
-    return decode_rgb(tree.read(index)[0])
-
-
-def stored_images(path: Path, count: int) -> Iterator[tuple[str, Decode]]:
-    """Likewise, of the images in a .beton as they are stored."""
-    tables = read_tables(path)
-    with path.open("rb") as file:
-        for index in evenly(len(tables.labels), count):
-            yield f"sample {index} of {path}", partial(read_image, file, tables, index)
+            raise RunError(f"{name(index)}: the image cannot be read ({error})") from error
 
 
 @torch.no_grad()
@@ -286,7 +259,7 @@ def compare(model: torch.nn.Module, path: Path, examples: Pixels) -> float:
         ours, theirs = model(pixels), shipped(pixels)
         largest = max(largest, float(ours.abs().max()))
         worst = max(worst, float((ours - theirs).abs().max()))
-        worst = worst if _finite(ours, theirs) else float("inf")
+        worst = worst if (ours.isfinite() & theirs.isfinite()).all() else float("inf")
         changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
     if not worst / largest <= TOLERANCE or changed:
         raise RunError(
@@ -295,10 +268,6 @@ def compare(model: torch.nn.Module, path: Path, examples: Pixels) -> float:
             "nothing was written"
         )
     return worst / largest
-
-
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def describe(out: Path, network: Network, how: Preprocess, options: argparse.Namespace) -> None:

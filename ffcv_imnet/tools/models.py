@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from ffcv_imnet.bench.cost import image_flops
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import RETIRED, Settings, flatten, to_dict
 from ffcv_imnet.core.errors import RunError, UsageError
@@ -42,12 +42,7 @@ def main(argv: list[str]) -> int:
     """Print the table. Exit status 0."""
     parser = ToolParser("models", __doc__)
     add = parser.add_argument
-    add(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="default: all of the registry",
-    )
+    add("names", nargs="*", metavar="NAME", help="default: all of the registry")
     add("--measure", action="store_true", help="time training steps on this machine")
     add("--resolution", type=int, metavar="PX", help="of --measure, 32 to 1024 (default: 160)")
     add("--batch_size", type=int, metavar="N", help="of --measure; default: 32, on a GPU 256")
@@ -66,11 +61,10 @@ def main(argv: list[str]) -> int:
     for name in options.names or sorted(REGISTRY):
         settings = load(**{**overrides, "model__arch": name})
         with torch.device("meta"):
-            model = build_model(settings, CLASSES).eval()
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+            parameters = sum(p.numel() for p in build_model(settings, CLASSES).parameters()) / 1e6
         every[name] = settings
-        counted[name] = [f"{parameters:.1f} M"]
-        counted[name] += [f"{flops_of(model, side) / 1e9:.2f}" for side in SIDES]
+        flops = [image_flops(settings, CLASSES, side, training=False) for side in SIDES]
+        counted[name] = [f"{parameters:.1f} M", *(f"{count / 1e9:.2f}" for count in flops)]
     scores = recorded(RECORDS)
     measured = measure(every, side, options.batch_size, options.device) if options.measure else {}
     columns = ["network", "parameters", *(f"GFLOP, {side} px" for side in SIDES)]
@@ -105,13 +99,6 @@ def chosen_options(words: list[str]) -> dict[str, str]:
             raise UsageError(f"{word}: name the network without an option, as in: models {value}")
         overrides[key.replace(".", "__")] = value
     return overrides
-
-
-def flops_of(model: nn.Module, side: int) -> int:
-    """FLOPs of one image of `side` px, forward; on the meta device nothing is computed."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"))
-    return int(counter.get_total_flops())
 
 
 def measure(
