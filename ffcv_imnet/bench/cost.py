@@ -316,31 +316,19 @@ def estimate(
     lines = []
     for machine in machines().values():
         known = throughput(machine.gpu, machine.gpus, settings.model.arch)
-        if known is not None:
-            speed = known.tflops * 1e12 * machine.gpus
-            stages = _stages(settings, plans, machine, speed, classes, stored)
-            lines.append(Line(machine, known, stages, validation / speed))
+        if known is None:
+            continue
+        speed = known.tflops * 1e12 * machine.gpus  # FLOP/s
+        update = machine.gpus * step_flops(settings, classes)  # every GPU makes it whole
+        stages = []
+        for (side, batch, scale), same in groupby(
+            plans, lambda plan: (plan.resolution, plan.batch_size, plan.crop_scale[0])
+        ):
+            trained = speed / (image_flops(settings, classes, side, True) + update / batch)
+            decoded = machine.vcpus * decode_rate(stored, scale, side)
+            stages.append(StageSpeed(side, sum(plan.images for plan in same), trained, decoded))
+        lines.append(Line(machine, known, tuple(stages), validation / speed))
     return lines
-
-
-def _stages(
-    settings: Settings,
-    plans: tuple[EpochPlan, ...],
-    machine: Machine,
-    speed: float,
-    classes: int,
-    stored: int,
-) -> tuple[StageSpeed, ...]:
-    """Neighbouring epochs of one kind together; `speed` is the machine's, in FLOP/s."""
-    update = machine.gpus * step_flops(settings, classes)  # every GPU makes it whole
-    stages = []
-    for (side, batch, scale), group in groupby(
-        plans, lambda plan: (plan.resolution, plan.batch_size, plan.crop_scale[0])
-    ):
-        each = image_flops(settings, classes, side, True) + update / batch
-        decoded = machine.vcpus * decode_rate(stored, scale, side)
-        stages.append(StageSpeed(side, sum(plan.images for plan in group), speed / each, decoded))
-    return tuple(stages)
 
 
 def describe(
@@ -358,20 +346,16 @@ def describe(
     if optimizer:
         parts.append(f"{optimizer:,.2f} of Muon ({optimizer / training:.1%} of it)")
     parts.append(f"{validation:,.2f} of validation")
+    sides = [str(side) for side, _ in groupby(plan.resolution for plan in plans)]
     return (
         f"cost estimate: {' + '.join(parts)} ({val_images:,} images)\n\n"
         f"{_describe_lines(settings, plans, val_images, classes, stored)}"
-        f"  img/s, at {'/'.join(str(s) for s in _sides(plans))} px: what the GPUs can train on, and what the cores decode of images "
+        f"  img/s, at {'/'.join(sides)} px: what the GPUs can train on, and what the cores decode of images "
         f"stored at {stored} px\n"
         f"  min: the slower of the two at every resolution, and the validation; limit: which one that is\n"
         f"  loader: images stored smaller (write_ffcv.py --max_resolution {SMALLER}) or more cores\n"
         f"  not in it: booting, copying the data, compilation, disks. On the machine itself add --measure"
     )
-
-
-def _sides(plans: tuple[EpochPlan, ...]) -> list[int]:
-    """The resolutions of the plan's stages, in order."""
-    return [side for side, _ in groupby(plan.resolution for plan in plans)]
 
 
 def _minutes(line: Line) -> str:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,6 @@ def stock(spec: Spec, decoder_class: Any = None) -> Pass:
             yield len(images)
 
     return one_pass
-
-
-def two_lines(spec: Spec) -> Pass:
-    """The same pipeline with this project's decoder in it: `examples/stock_ffcv.py`."""
-    return stock(spec, CropDecoder)
 
 
 def torchvision(spec: Spec) -> Pass:
@@ -272,7 +268,7 @@ def turbojpeg(spec: Spec) -> Pass:
 
 PEERS: dict[str, Callable[[Spec], Pass]] = {
     "ffcv_imnet": ours,
-    "ffcv+CropDecoder": two_lines,
+    "ffcv+CropDecoder": partial(stock, decoder_class=CropDecoder),  # as examples/stock_ffcv.py
     "ffcv": stock,
     "torchvision": torchvision,
     "dali": dali,
@@ -295,11 +291,6 @@ def _own_bytes(process: str) -> int:
     return 1024 * sum(int(words[1]) for words in found)
 
 
-def _children() -> list[str]:
-    path = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    return path.read_text().split() if path.exists() else []
-
-
 class PeakMemory:
     """Most memory of this process and its workers, looked at every 20 ms."""
 
@@ -308,8 +299,10 @@ class PeakMemory:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
         while True:
-            self.peak = max(self.peak, sum(map(_own_bytes, ["self", *_children()])))
+            workers = children.read_text().split() if children.exists() else []
+            self.peak = max(self.peak, sum(map(_own_bytes, ["self", *workers])))
             time.sleep(0.02)
 
 

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -123,9 +124,7 @@ def measure(
         wanted = torch.tensor(steps, dtype=torch.float64, device=world.device)
         return min(plan.steps, max(PILOT_STEPS, round(float(world.sum(wanted)) / world.size)))
 
-    def real() -> Batches:
-        return loader.epoch(plan)
-
+    real = partial(loader.epoch, plan)
     pilot = steps(real, min(PILOT_STEPS, plan.steps))
     alone = _Timed(real)
     alone.until = time.perf_counter() + SHARES[0] * seconds

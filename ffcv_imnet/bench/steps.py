@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ffcv_imnet.config.domains import MOST_EPOCHS
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import EpochPlan
-from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.data.loader import Batches, TrainLoader
 from ffcv_imnet.machine.device import DTYPES, synchronise
@@ -97,7 +96,17 @@ def ours(arch: str, step: str, precision: str, batch_size: int, world: World) ->
 
     def run(images: Tensor, labels: Tensor, steps: int) -> None:
         loader = cast(TrainLoader, _Still(images, labels))
-        plan = plan_of(settings, images, steps)
+        plan = EpochPlan(
+            epoch=0,
+            resolution=images.shape[-1],
+            batch_size=len(images),
+            steps=steps,
+            crop_scale=(1.0, 1.0),
+            label_smoothing=settings.training.label_smoothing,
+            lr_start=LR,
+            lr_end=LR,
+            epochs=MOST_EPOCHS,  # of which one is made: a constant learning rate
+        )
         train_epoch(learner, loader, plan, settings.lr, Trained(), Watch(silent, listen=False))
 
     return Stepper(learner.model, learner.optimizer, run)
@@ -133,21 +142,6 @@ def public(arch: str, precision: str, device: torch.device) -> Stepper:
             losses.append(loss.detach())
 
     return Stepper(model, optimizer, run)
-
-
-def plan_of(settings: Settings, images: Tensor, steps: int) -> EpochPlan:
-    """`steps` steps at a constant rate, of batches like `images`."""
-    return EpochPlan(
-        epoch=0,
-        resolution=images.shape[-1],
-        batch_size=len(images),
-        steps=steps,
-        crop_scale=(1.0, 1.0),
-        label_smoothing=settings.training.label_smoothing,
-        lr_start=LR,
-        lr_end=LR,
-        epochs=MOST_EPOCHS,  # of which one is made: a constant learning rate
-    )
 
 
 class _Still:

@@ -197,15 +197,15 @@ def help_text() -> str:
     for name, section in sections().items():
         lines.append(f"\n  {(section.__doc__ or '').strip()}")
         for item in fields(section):
-            default = "" if item.default is None else f" [{_plain(item.default)}]"
+            default = "" if item.default is None else f" [{as_word(item.default)}]"
             lines.append(f"    --{name}.{item.name}{default}: {item.metadata['checker'].help()}")
             lines.append(f"        {item.metadata['help']}")
     return "\n".join(lines)
 
 
-def _plain(value: object) -> str:
+def as_word(value: object) -> str:
     """A setting's value as the command line takes it."""
-    if isinstance(value, tuple) and value and not isinstance(value[0], Stage | dict):
+    if isinstance(value, list | tuple) and value and not isinstance(value[0], Stage | dict):
         return ",".join(map(str, value))
     if isinstance(value, list | tuple):
         rows = [json_types(asdict(row)) if isinstance(row, Stage) else row for row in value]
@@ -312,7 +312,7 @@ def load(*paths: str | Path, **overrides: Any) -> Settings:
     """
     options = [f"--config={path}" for path in paths]
     for key, value in overrides.items():
-        options.append(f"--{key.replace('__', '.')}={_plain(value)}")
+        options.append(f"--{key.replace('__', '.')}={as_word(value)}")
     return parse(options).settings
 
 

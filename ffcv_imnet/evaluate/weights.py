@@ -7,6 +7,7 @@ ONNX files.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,10 @@ def load_network(
         network = _from_onnx(path, mean, std)
     else:
         network = _from_file(path, read_weights(path, "--weights "), arch, plain, mean, std)
-    network.model.eval().requires_grad_(False)
-    _check_finite(path, network.model)
-    return network
-
-
-def _check_finite(path: Path, model: nn.Module) -> None:
-    for name, value in model.state_dict().items():
+    for name, value in network.model.eval().requires_grad_(False).state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"{path}: {name} holds NaN or infinite values, the weights are lost")
+    return network
 
 
 # ---- kinds --------------------------------------------------------------------------------------
@@ -164,16 +160,16 @@ def _from_state(
     std: Channels | None,
 ) -> Network:
     candidates = [arch] if arch else sorted(REGISTRY)
+    faults = []
     for name in candidates:
         for blurpool in (False, True):
-            constructor = _constructor(name, blurpool)
-            prefix, found = _found(constructor, state)
-            outputs = _outputs_of(constructor, found)
-            if outputs is None:
+            construct = partial(_construct, name, blurpool)
+            prefix, found, outputs = _found(construct, state)
+            if outputs is None and not arch:
                 continue
-            network = constructor(outputs)
-            missing = _mismatch(network, found)
-            if missing is None:
+            network = construct(outputs or 1)
+            faults.append(_mismatch(network, found))
+            if outputs is not None and faults[-1] is None:
                 network.load_state_dict(found, strict=False)  # BatchNorm's counters may lack
                 model = nn.Sequential(Normalize(mean or MEAN, std or STD), network)
                 kind = "averaged weights" if is_averaged(prefix) else "state dict"
@@ -186,47 +182,34 @@ def _from_state(
             f"{path}: a state dict of none of {', '.join(candidates)}; name its network with --arch "
             f"(one of torchvision's, or {TIMM}NAME)"
         )
-    constructor = _constructor(arch, False)
-    _, found = _found(constructor, state)
-    why = _mismatch(constructor(_outputs_of(constructor, found) or 1), found)
-    raise RunError(f"{path}: the state dict does not fit {arch}: {why}")
+    raise RunError(f"{path}: the state dict does not fit {arch}: {faults[0]}")
 
 
-def _constructor(name: str, blurpool: bool) -> Callable[[int], nn.Module]:
-    """Makes the network for a number of classes. Raises UsageError for a name nobody knows."""
+def _construct(name: str, blurpool: bool, classes: int) -> nn.Module:
+    """The network of that name. Raises UsageError for one nobody knows."""
     if name in REGISTRY or name.startswith(TIMM):
-        make: Callable[[int], nn.Module] = lambda classes: build(name, classes, False)  # noqa: E731
+        network = build(name, classes, False)
     elif name in tv.list_models(module=tv):
-        make = lambda classes: tv.get_model(name, weights=None, num_classes=classes)  # noqa: E731
+        network = tv.get_model(name, weights=None, num_classes=classes)
     else:
         known = [*REGISTRY, *tv.list_models(module=tv)]
         raise UsageError(
             f"--arch {name}: known neither here nor to torchvision{nearest(name, known)}; "
             f"timm's networks are named {TIMM}NAME"
         )
-    if not blurpool:
-        return make
-
-    def blurred(classes: int) -> nn.Module:
-        network = make(classes)
+    if blurpool:
         apply_blurpool(network)
-        return network
-
-    return blurred
+    return network
 
 
-def _found(constructor: Callable[[int], nn.Module], state: State) -> tuple[str, State]:
-    """Where in a file the network's tensors are, and they: under its very names, with BlurPool or without."""
+def _found(construct: Callable[[int], nn.Module], state: State) -> tuple[str, State, int | None]:
+    """Where in a file the network's tensors are, and they: under its very names, with BlurPool or without; and
+    the length there of the first parameter that follows the number of classes."""
     with torch.device("meta"):
-        return find(state, {name: name for name in constructor(2).state_dict()})
-
-
-def _outputs_of(constructor: Callable[[int], nn.Module], state: State) -> int | None:
-    """The length, in the state dict, of the first parameter that follows the number of classes."""
-    with torch.device("meta"):
-        two, three = constructor(2).state_dict(), constructor(3).state_dict()
+        two, three = construct(2).state_dict(), construct(3).state_dict()
+    prefix, found = find(state, {name: name for name in two})
     head = next((name for name in two if two[name].shape != three[name].shape), None)
-    return len(state[head]) if head in state and state[head].ndim else None
+    return prefix, found, len(found[head]) if head in found and found[head].ndim else None
 
 
 def _mismatch(network: nn.Module, state: State) -> str | None:
@@ -319,17 +302,15 @@ def match_classes(network: Network, classes: Sequence[str], where: str) -> list[
     Raises:
         UsageError: the classes do not fit.
     """
-    imagenet = tuple(imagenet_names()) if network.outputs == CLASSES else None
-    names = network.classes or imagenet
-    if names is not None:
-        index = {name: i for i, name in enumerate(names)}
+    if network.classes is not None or network.outputs == CLASSES:
+        index = {name: i for i, name in enumerate(class_names(network))}
         strangers = [name for name in classes if name not in index]
         if not strangers:
             return [index[name] for name in classes]
         if network.classes is not None:
             raise UsageError(
                 f"{where} has {len(classes):,} classes and the network {network.outputs:,}, "
-                f"{strangers[0]!r} is not among them{nearest(strangers[0], names)}"
+                f"{strangers[0]!r} is not among them{nearest(strangers[0], index)}"
             )
     if len(classes) != network.outputs:
         raise UsageError(

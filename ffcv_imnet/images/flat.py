@@ -76,7 +76,7 @@ def _walk(root: Path) -> tuple[list[bytes], Left, list[str]]:
         within = inside + b"/" if inside else b""
         found = [file for file in scan.files if file.lower().endswith(EXTENSIONS)]
         images += [within + file for file in found]
-        left.leftovers += scan.left.leftovers
+        left.leftovers += scan.leftovers
         left.add(top + b"/" + within, sorted(set(scan.files).difference(found)))
         waiting += [within + folder for folder in scan.folders if folder not in scan.links]
         links += [within + link for link in (*scan.links, *scan.broken)]

@@ -65,7 +65,7 @@ class ImageFolderTree(InArrays):
         self.ignored = walk.left.ignored
         self.files: NDArray[np.bytes_] = np.concatenate(listings)  # relative to the root
         self.labels = np.repeat(np.arange(len(counts)), counts)
-        walk.left.leftovers += top.left.leftovers
+        walk.left.leftovers += top.leftovers
         self.notes = [*walk.notes, *walk.left.notes()]
         self.oddities = [
             *_broken(root, top.broken),
@@ -176,7 +176,7 @@ class Scan:
         self.folders: list[bytes] = []
         self.links: set[bytes] = set()  # those of `folders` that are links
         self.broken: list[bytes] = []  # links that lead nowhere and are not called like an image
-        self.left = Left()
+        self.leftovers = 0  # files and folders
 
 
 def scan_folder(folder: bytes) -> Scan:
@@ -190,7 +190,7 @@ def scan_folder(folder: bytes) -> Scan:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if leftovers.is_leftover(entry.name):
-                    found.left.leftovers += 1
+                    found.leftovers += 1
                 elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
                     found.folders.append(entry.name)
                     if entry.is_symlink():
@@ -248,7 +248,7 @@ class _Walk:
             linked.sort()
             self.broken += [folder + b"/" + f for f in scan.broken]
             images = [f for f in scan.files if f.lower().endswith(EXTENSIONS)]
-            self.left.leftovers += scan.left.leftovers
+            self.left.leftovers += scan.leftovers
             self.left.add(self.root + b"/" + folder, sorted(set(scan.files).difference(images)))
             found.append((folder, images))
         found.sort()

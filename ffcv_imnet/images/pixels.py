@@ -65,11 +65,16 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and palettes are ordinary here
             image = _open(data)
+            pixels = image.width * image.height
             if (
                 image.format in ("JPEG", "MPO")
-                and image.width * image.height > MOST_SCANNED // MOST_SCANS
+                and pixels > MOST_SCANNED // MOST_SCANS
+                and (scans := scans_of(data)) * pixels > MOST_SCANNED
             ):
-                _check_scans(scans_of(data), image.width * image.height)
+                raise BadImage(
+                    f"a JPEG of {scans} scans of {pixels:,} pixels, together more than {MOST_SCANNED:,}, which"
+                    " is made to take long"
+                )
             image.load()
             image = _on_white(_eight_bit(_upright(image)))
             # `convert` copies even where it has nothing to do: a tenth of a small JPEG's time.
@@ -123,14 +128,6 @@ def _slow(data: bytes) -> str | None:
         if len(words) < (3 if words[0] in (b"P1", b"P4") else 4):
             return f"a PPM whose header has more than {PPM_HEADER:,} bytes"
     return None
-
-
-def _check_scans(scans: int, pixels: int) -> None:
-    if scans * pixels > MOST_SCANNED:
-        raise BadImage(
-            f"a JPEG of {scans} scans of {pixels:,} pixels, together more than {MOST_SCANNED:,}, which is"
-            " made to take long"
-        )
 
 
 def scans_of(data: bytes) -> int:

@@ -72,10 +72,8 @@ def prefixes(state: State, names: Iterable[str]) -> list[str]:
         starts = [0, *(match.end() for match in re.finditer(r"\.", key))]
         counts.update(key[:start] for start in starts if key[start:] in known)
 
-    def unbegun(prefix: str) -> bool:
-        count = state.get(
-            prefix[: max(0, prefix.rfind("module."))] + "n_averaged"
-        )  # AveragedModel's
+    def unbegun(prefix: str) -> bool:  # by AveragedModel's counter
+        count = state.get(prefix[: max(0, prefix.rfind("module."))] + "n_averaged")
         return count is not None and count.numel() == 1 and not count.item()
 
     found = [prefix for prefix in counts if not unbegun(prefix)]

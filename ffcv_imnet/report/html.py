@@ -57,7 +57,7 @@ def write_page(
         _differences(groups),
         *_evaluated(groups, evaluated),
         _epochs(tables),
-        _facts(groups),
+        _section("Provenance", "", "".join(_provenance(run) for g in groups for run in g.runs)),
     ]
     style = files("ffcv_imnet.report").joinpath("page.css").read_text(encoding="utf-8")
     style = style.replace("/*light*/", _variables(LIGHT)).replace("/*dark*/", _variables(DARK))
@@ -294,12 +294,8 @@ def _epochs(tables: Sequence[tuple[str, str]]) -> str:
     return _section("Every epoch", "", folded)
 
 
-def _facts(groups: Sequence[Group]) -> str:
-    """How each run came about: machine, versions, data, command."""
-    return _section("Provenance", "", "".join(_provenance(run) for g in groups for run in g.runs))
-
-
 def _provenance(run: Run) -> str:
+    """How a run came about: machine, versions, data."""
     if not run.log.headers:
         return ""
     header = run.log.headers[-1]

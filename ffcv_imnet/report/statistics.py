@@ -17,18 +17,9 @@ class Spread:
 
     def __format__(self, form: str) -> str:
         """`%` for per cent with two decimals, else a number's format; the standard error behind it."""
-        if form == "%":
-            scaled, form = (
-                Spread(
-                    100 * self.mean,
-                    None if self.standard_error is None else 100 * self.standard_error,
-                    self.count,
-                ),
-                ".2f",
-            )
-            return format(scaled, form)
-        text = format(self.mean, form)
-        return text if self.standard_error is None else f"{text} ± {self.standard_error:{form}}"
+        scale, form = (100, ".2f") if form == "%" else (1, form)
+        text, error = format(scale * self.mean, form), self.standard_error
+        return text if error is None else f"{text} ± {scale * error:{form}}"
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -97,7 +97,9 @@ def main(argv: list[str]) -> int:
     model = network.model.to(world.device)
     if not isinstance(model, OnnxNetwork):
         model = model.to(memory_format=torch.channels_last)
-    names = class_names(network) if network.outputs != len(classes) else unmatched(classes, outputs)
+    names = class_names(network)
+    if network.outputs == len(classes):  # the data's names, in the order of the outputs
+        names = tuple(name for _, name in sorted(zip(outputs, classes, strict=True)))
     views = []
     try:
         for how in hows:
@@ -150,11 +152,6 @@ def data_classes(data: Path) -> tuple[tuple[str, ...], str | None]:
         manifest = check_beton(data)
         return manifest.classes, manifest.content_checksum
     return ImageFolderTree(data, may_be_empty=True).classes, None
-
-
-def unmatched(classes: tuple[str, ...], outputs: list[int]) -> tuple[str, ...]:
-    """The data's class names in the order of the network's outputs."""
-    return tuple(name for _, name in sorted(zip(outputs, classes, strict=True)))
 
 
 def choose_arithmetic(network: Network, asked: str | None, world: World) -> str:

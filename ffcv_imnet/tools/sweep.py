@@ -20,11 +20,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
-from ffcv_imnet.config.parsing import parse, read_config
+from ffcv_imnet.config.parsing import as_word, leaves, parse, read_config
 from ffcv_imnet.config.schema import differences, to_dict
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
@@ -87,12 +86,12 @@ def read_sweep(path: Path, out: Path) -> list[Run]:
                 )
             if not isinstance(settings or {}, dict):
                 raise UsageError(f"{where}variant {name}: expected settings, not {settings!r}")
-            flat = _flat(settings or {})
-            if own := {"training.seed", "logging.folder"} & {key for key, _ in flat}:
+            flat = dict(leaves(settings or {}))
+            if own := {"training.seed", "logging.folder"} & set(flat):
                 raise UsageError(f"{where}variant {name}: {min(own)} is the sweep's to set")
             folder = out / str(name) / f"seed{seed}"
             options = [f"--config={config}" for config in configs]
-            options += [f"--{key}={_text(value)}" for key, value in flat]
+            options += [f"--{key}={as_word(value)}" for key, value in flat.items()]
             options += [f"--training.seed={seed}", f"--logging.folder={folder}"]
             try:
                 wanted = parse(options).settings
@@ -109,22 +108,6 @@ def read_sweep(path: Path, out: Path) -> list[Run]:
                     )
             runs.append(run)
     return runs
-
-
-def _flat(settings: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    """Dotted names, however the file nests them."""
-    out: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        inner = isinstance(value, dict)
-        out += _flat(value, f"{above}{key}.") if inner else [(f"{above}{key}", value)]
-    return out
-
-
-def _text(value: Any) -> str:
-    """A value on the command line; YAML's flow style is Python's for lists and mappings."""
-    if isinstance(value, list) and value and not isinstance(value[0], dict):
-        return ",".join(map(str, value))
-    return str(value)
 
 
 def train(run: Run) -> None:

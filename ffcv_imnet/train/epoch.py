@@ -91,15 +91,6 @@ def compile_seconds() -> float:
     return float(torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0))
 
 
-def augmented(
-    learner: Learner, images: Tensor, labels: Tensor, epoch: int, step: int
-) -> tuple[Tensor, Tensor]:
-    """See `Augment.__call__`; as they are where there is nothing to do."""
-    if learner.augment is None:
-        return images, labels
-    return learner.augment(images, labels, epoch, step)
-
-
 def train_step(
     learner: Learner,
     images: Tensor,
@@ -212,7 +203,9 @@ def train_epoch(
             last = step + 1 == plan.steps
             # Gradients and weights are the same on all processes.
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
-            images, targets = augmented(learner, images, labels, plan.epoch, step)
+            targets = labels
+            if learner.augment is not None:
+                images, targets = learner.augment(images, labels, plan.epoch, step)
             loss = train_step(learner, images, targets, rate, plan.label_smoothing, norms, waiting)
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)

@@ -22,9 +22,8 @@ class WeightsFile:
     classes: tuple[str, ...] | None = None  # names in index order, where the file has them
     arch: str | None = None
     checkpoint: dict[str, Any] | None = None  # of this project, whole
-    notes: dict[str, Any] = field(
-        default_factory=dict
-    )  # of `export`: how images are to be prepared
+    # Of `export`: how images are to be prepared.
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def read_weights(path: Path, option: str) -> WeightsFile:
@@ -42,9 +41,12 @@ def read_weights(path: Path, option: str) -> WeightsFile:
         raise UsageError(
             f"{option}{path} is an ONNX file: name the weights that it was exported from"
         )
+    content: Any
+    notes: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = checkpoint.read(path)
+        content, notes = _read_safetensors(path)
+    else:
+        content = checkpoint.read(path)
     if isinstance(content, dict) and "run" in content and "format" in content:
         checkpoint.check_format(content, path)
         run = content["run"]
@@ -54,9 +56,11 @@ def read_weights(path: Path, option: str) -> WeightsFile:
         arch = model.get("arch", "resnet18")
         return WeightsFile(state, tuple(run["classes"]), arch, content, notes)
     try:
-        return WeightsFile(tensors_of(content))
+        state = tensors_of(content)
     except ValueError as error:
         raise RunError(f"{path}: {error}") from None
+    classes = tuple(notes["classes"]) if "classes" in notes else None
+    return WeightsFile(state, classes, notes.get("arch"), notes=notes)
 
 
 def check_there(path: Path, option: str) -> None:
@@ -70,17 +74,11 @@ def check_there(path: Path, option: str) -> None:
         raise UsageError(f"{option}{path}: {what_is(path)}{near}")
 
 
-def _read_safetensors(path: Path) -> WeightsFile:
+def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
     package = require("safetensors", "reading a .safetensors file", EXPORT)
     try:
         with package.safe_open(path, framework="pt") as file:
             content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            notes = read_notes(file.metadata() or {})
+            return content, read_notes(file.metadata() or {})
     except Exception as error:
         raise RunError(f"{path}: not a readable safetensors file ({reason_of(error)})") from error
-    classes = notes.get("classes")
-    try:
-        state = tensors_of(content)
-    except ValueError as error:
-        raise RunError(f"{path}: {error}") from None
-    return WeightsFile(state, tuple(classes) if classes else None, notes.get("arch"), notes=notes)
