@@ -73,12 +73,13 @@ def migrate(given: dict[str, Any], name: str) -> Migrated:
     Raises:
         UsageError: a value lies outside its domain here; names the key.
     """
-    values = {key: _checked(key, given.get(key, default)) for key, default in DEFAULTS.items()}
+    if "resolution.val_res" in given:
+        given = {"validation.resolution": given["resolution.val_res"]} | given
+    values = {
+        key: argument(key, given.get(key, default), checker_of(key))
+        for key, default in DEFAULTS.items()
+    }
     changed = []
-    if "validation.resolution" not in given and "resolution.val_res" in given:
-        values["validation.resolution"] = _checked(
-            "validation.resolution", given["resolution.val_res"]
-        )
     if (arch := values["model.arch"]) not in OURS:
         values["model.arch"] = f"timm:{arch}"
         changed.append(f"model.arch is timm:{arch}, for there is no {arch} here (pip install timm)")
@@ -117,10 +118,6 @@ def _processes(given: dict[str, Any]) -> int:
             "training.distributed and dist.world_size must be whole numbers, not"
             f" {given.get('training.distributed')!r} and {given.get('dist.world_size')!r}"
         ) from None
-
-
-def _checked(key: str, value: Any) -> Any:
-    return argument(key, value, checker_of(key))
 
 
 def _dropped(given: dict[str, Any]) -> list[str]:

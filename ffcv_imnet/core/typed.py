@@ -58,6 +58,4 @@ def is_value(value: object, hint: Any) -> bool:
     return type(value) is hint
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+_hints = cache(get_type_hints)

@@ -24,22 +24,16 @@ def hold_out(
     fraction: float,
     seed: int,
     num_workers: int,
-    order: NDArray[np.int64] | None = None,
+    order: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """(len(source),), true for those to validate on: this fraction of each class, at least one.
+    """(len(source),), true for those to validate on: this `fraction` of each class, at least one.
 
-    Args:
-        source: all images; every one is read.
-        fraction: above 0, below 1.
-        seed: of the choice.
-        num_workers: processes that read.
-        order: in which the images are best read.
+    All images are read, in this `order`, by `num_workers` processes.
 
     Raises:
         UsageError: a class has not two different images.
         RunError: a worker died.
     """
-    order = np.arange(len(source)) if order is None else order
     contents = [b""] * len(source)
     places = iter(order.tolist())
     with (

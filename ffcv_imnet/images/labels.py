@@ -85,20 +85,15 @@ def labels_of(
                 f"the label of {quoted(row)} fits two images of {where}, {other} and {file}: write"
                 " their folders into the label file too"
             )
-    report_unused(set(wnids) - set(taken), wnids, where)
+    if unused := sorted(set(wnids) - set(taken)):  # a list of all may well go with some images
+        print(
+            f"{len(unused):,} of {len(wnids):,} labels have no image in {where}, for instance"
+            f" {', '.join(map(quoted, unused[:3]))}",
+            file=sys.stderr,
+        )
     classes = tuple(sorted({name for name in names if name is not None}))
     number = {name: index for index, name in enumerate(classes)}
     return classes, np.array([-1 if n is None else number[n] for n in names], np.int64)
-
-
-def report_unused(unused: set[str], wnids: Mapping[str, str], where: str) -> None:
-    """Say how many labels have no image: a list of all may well go with some of the images."""
-    if unused:
-        some = ", ".join(map(quoted, sorted(unused)[:3]))
-        print(
-            f"{len(unused):,} of {len(wnids):,} labels have no image in {where}, for instance {some}",
-            file=sys.stderr,
-        )
 
 
 def all_labelled(files: Sequence[str], labels: NDArray[np.int64], where: str) -> None:

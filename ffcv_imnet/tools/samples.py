@@ -116,35 +116,23 @@ def draw(
 ) -> None:
     """A PNG: resolutions downwards; images to the right, each under its epochs."""
     wide = max(map(len, rows))
-    columns = len(names) * wide
-    figure = Figure(
-        figsize=(INCHES * (columns + 0.9), INCHES * (len(rows) * 1.25 + 0.4)), facecolor="white"
-    )
-    left, top = 0.9 / (columns + 0.9), 0.4 / (len(rows) * 1.25 + 0.4)
-    high = (1 - top) / len(rows)
-    step = (1 - left) / columns
-    for number, name in enumerate(names):
-        start = left + (number * wide + 0.1) * step
+    columns, high = len(names) * wide, len(rows) * 1.25 + 0.4  # in sides of a crop
+    figure = Figure(figsize=(INCHES * (columns + 0.9), INCHES * high), facecolor="white")
+    left, top = 0.9 / (columns + 0.9), 1 - 0.4 / high
+    room = {"left": left, "right": 0.99, "top": top, "bottom": 0.2 / high, "wspace": 0.06}
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=room)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for of_name, name in zip(grid[0][::wide], names, strict=True):
         short = name if len(name) <= 7 * wide else name[: 7 * wide - 1] + "…"
-        figure.text(start, 1 - top * 0.55, short, ha="left", va="center", color=INK,
-                    weight="bold", fontsize=9, parse_math=False)  # fmt: skip
-    for r, (row, of_row) in enumerate(zip(rows, crops, strict=True)):
-        bottom = 1 - top - (r + 1) * high
-        figure.text(
-            0.1 * left,
-            bottom + high * 0.6,
-            f"{row[0].resolution} px",
-            va="center",
-            color=INK,
-            fontsize=9,
-        )
+        of_name.text(0, 1.1, short, transform=of_name.transAxes, color=INK, weight="bold",
+                     fontsize=9, parse_math=False)  # fmt: skip
+    for line, row, of_row in zip(grid, rows, crops, strict=True):
+        line[0].text(-0.1, 0.5, f"{row[0].resolution} px", transform=line[0].transAxes, ha="right",
+                     va="center", color=INK, fontsize=9)  # fmt: skip
         for e, (plan, crops_of_plan) in enumerate(zip(row, of_row, strict=True)):
-            for number, pixels in enumerate(crops_of_plan):
-                x = left + (number * wide + 0.1 + 0.96 * e) * step  # images stand apart
-                axes = figure.add_axes((x, bottom + 0.19 * high, step * 0.9, high * 0.8))
+            for axes, pixels in zip(line[e::wide], crops_of_plan, strict=True):
                 axes.imshow(pixels, interpolation="nearest")
-                axes.set_axis_off()
-                figure.text(x + step * 0.45, bottom + 0.1 * high, f"epoch {plan.epoch}", ha="center",
-                            va="center", color=MUTED, fontsize=7)  # fmt: skip
+                axes.set_title(f"epoch {plan.epoch}", y=-0.2, color=MUTED, fontsize=7)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
