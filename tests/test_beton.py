@@ -368,14 +368,13 @@ def test_the_layout_is_ffcvs_own() -> None:
     from ffcv import types
     from ffcv.fields import IntField, RGBImageField
 
-    layout = beton._layout()
     fields = {"image": RGBImageField(), "label": IntField()}
-    assert layout.version == types.CURRENT_VERSION
-    assert layout.header == types.HeaderType
-    assert layout.allocation == types.ALLOC_TABLE_TYPE
-    assert layout.metadata == types.get_metadata_type(list(fields.values()))
-    assert layout.descriptors.dtype == types.FieldDescType
-    for row, (name, field) in zip(layout.descriptors, fields.items(), strict=True):
+    assert beton.VERSION == types.CURRENT_VERSION
+    assert types.HeaderType == beton.HEADER
+    assert beton.ALLOCATION == types.ALLOC_TABLE_TYPE
+    assert types.get_metadata_type(list(fields.values())) == beton.METADATA
+    assert beton.DESCRIPTORS.dtype == types.FieldDescType
+    for row, (name, field) in zip(beton.DESCRIPTORS, fields.items(), strict=True):
         assert types.TYPE_ID_HANDLER[int(row["type_id"])] is type(field)
         assert bytes(row["name"]).rstrip(b"\0").decode() == name
         assert not row["arguments"].any() and not field.to_binary()["f0"].any()

@@ -4,7 +4,6 @@ The layout is ffcv's version 2, so that its Reader and Loader take the file as t
 field descriptors, metadata (one row a sample), pages with the images, allocation table.
 """
 
-import functools
 import hashlib
 import io
 import os
@@ -78,49 +77,35 @@ def check_manifests(*paths: Path) -> None:
 # --------------------------------------------------------------------------------- the layout
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """ffcv's dtypes, and our two field descriptors."""
-
-    version: int
-    header: np.dtype[Any]
-    image: np.dtype[Any]  # (mode, width, height, data_ptr)
-    metadata: np.dtype[Any]  # per sample: f0 = image, f1 = label
-    allocation: np.dtype[Any]
-    descriptors: NDArray[Any]
-
-
-@functools.cache
-def _layout() -> _Layout:
-    # ffcv.types as of ffcv 1.0.2, spelled out: importing it brings torch and numba, seconds and
-    # 600 MB, for a dozen field sizes. A test compares every one of them with ffcv's own.
-    header = [
+# ffcv.types as of ffcv 1.0.2, spelled out: importing it brings torch and numba, seconds and 600 MB,
+# for a dozen field sizes. A test compares every one of them with ffcv's own.
+VERSION = 2
+HEADER = np.dtype(
+    [
         ("version", "<u2"),
         ("num_fields", "<u2"),
         ("page_size", "<u4"),
         ("num_samples", "<u8"),
         ("alloc_table_ptr", "<u8"),
-    ]
-    descriptor = [("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)]
-    image = [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")]
-    fields = {"image": IMAGE_FIELD, "label": INT_FIELD}
-    descriptors = np.zeros(len(fields), np.dtype(descriptor, align=True))
-    for row, (name, type_id) in zip(descriptors, fields.items(), strict=True):
-        row["type_id"] = type_id
-        row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), "<u1")
-    return _Layout(
-        version=2,
-        header=np.dtype(header, align=True),
-        image=np.dtype(image),
-        metadata=_metadata_type([np.dtype(image), np.dtype("<i8")]),
-        allocation=np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")]),
-        descriptors=descriptors,
-    )
+    ],
+    align=True,
+)
+DESCRIPTOR = np.dtype(
+    [("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True
+)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 
 def _metadata_type(fields: Sequence[np.dtype[Any]]) -> np.dtype[Any]:
     """A row of the metadata: f0, f1 and so on, as ffcv aligns them."""
     return np.dtype([("", field) for field in fields], align=True)
+
+
+METADATA = _metadata_type([IMAGE, np.dtype("<i8")])  # f0: image, f1: label
+DESCRIPTORS = np.zeros(2, DESCRIPTOR)  # of our two fields
+DESCRIPTORS["type_id"] = IMAGE_FIELD, INT_FIELD
+DESCRIPTORS["name"][:, :5] = [list(b"image"), list(b"label")]
 
 
 class BetonWriter:
@@ -136,15 +121,14 @@ class BetonWriter:
     """
 
     def __init__(self, file: IO[bytes], capacity: int, page_size: int = PAGE_SIZE) -> None:
-        layout = _layout()
         self.file, self.page_size, self.samples = file, page_size, 0
-        self.metadata = np.zeros(capacity, layout.metadata)
-        self.allocations = np.zeros(capacity, layout.allocation)
-        self.header = np.zeros((), layout.header)
-        self.header["version"] = layout.version
-        self.header["num_fields"] = len(layout.descriptors)
+        self.metadata = np.zeros(capacity, METADATA)
+        self.allocations = np.zeros(capacity, ALLOCATION)
+        self.header = np.zeros((), HEADER)
+        self.header["version"] = VERSION
+        self.header["num_fields"] = len(DESCRIPTORS)
         self.header["page_size"] = page_size
-        file.write(self.header.tobytes() + layout.descriptors.tobytes())
+        file.write(self.header.tobytes() + DESCRIPTORS.tobytes())
         front = file.tell() + self.metadata.nbytes
         self.end = -(-front // page_size) * page_size  # pages are aligned in the file
         file.seek(self.end)
@@ -175,7 +159,7 @@ class BetonWriter:
         self.allocations["sample_id"] = np.arange(self.samples)
         self.file.write(self.allocations.tobytes())
         self.header["num_samples"] = self.samples
-        descriptors = _layout().descriptors.tobytes()
+        descriptors = DESCRIPTORS.tobytes()
         self.file.seek(self.header.nbytes + len(descriptors))
         self.file.write(self.metadata.tobytes())
         # The pointer last, when all that it vouches for is on the disk.
@@ -225,7 +209,6 @@ def read_tables(path: Path) -> Tables:
         UsageError: there is no such file, it is not a .beton, or has other fields.
         RunError: it is half-written, truncated or damaged.
     """
-    layout = _layout()
     try:
         file = open_regular(path)
     except FileNotFoundError:
@@ -244,7 +227,7 @@ def read_tables(path: Path) -> Tables:
         metadata = np.frombuffer(file.read(samples * fields.row.itemsize), fields.row)
         start = file.tell()
         file.seek(pointer)
-        allocations = np.frombuffer(file.read(), layout.allocation)
+        allocations = np.frombuffer(file.read(), ALLOCATION)
     if len(metadata) != samples or len(allocations) != samples or start > pointer:
         raise RunError(
             f"{path} is damaged, its tables do not hold its {samples:,} samples: {again(path)}"
@@ -288,10 +271,9 @@ def _read_fields(path: Path, file: IO[bytes], count: int) -> _Fields:
     Raises:
         UsageError: they are not one image and one integer under two names.
     """
-    layout = _layout()
-    kind = layout.descriptors.dtype
-    data = file.read(min(count, MOST_FIELDS) * kind.itemsize)
-    rows = np.frombuffer(data[: len(data) // kind.itemsize * kind.itemsize], kind)
+    size = DESCRIPTOR.itemsize
+    data = file.read(min(count, MOST_FIELDS) * size)
+    rows = np.frombuffer(data[: len(data) // size * size], DESCRIPTOR)
     types = [int(row["type_id"]) for row in rows]
     names = [bytes(row["name"]).split(b"\0")[0].decode("ascii", "replace") for row in rows]
     if not all(bytes(row["name"]).isascii() for row in rows):  # ffcv would raise
@@ -305,29 +287,27 @@ def _read_fields(path: Path, file: IO[bytes], count: int) -> _Fields:
     place = {type_id: f"f{number}" for number, type_id in enumerate(types)}
     return _Fields(
         descriptors=data,
-        row=_metadata_type([layout.image if t == IMAGE_FIELD else np.dtype("<i8") for t in types]),
+        row=_metadata_type([IMAGE if t == IMAGE_FIELD else np.dtype("<i8") for t in types]),
         image=place[IMAGE_FIELD],
         label=place[INT_FIELD],
     )
 
 
 def _read_header(path: Path, file: IO[bytes], size: int) -> NDArray[Any]:
-    layout = _layout()
-    data = file.read(layout.header.itemsize)
-    if len(data) < layout.header.itemsize:
+    data = file.read(HEADER.itemsize)
+    if len(data) < HEADER.itemsize:
         raise RunError(f"{path} is not a .beton, it has only {len(data)} bytes: {again(path)}")
-    header = np.frombuffer(data, layout.header)[0]
+    header = np.frombuffer(data, HEADER)[0]
     page_size = int(header["page_size"])
-    if header["version"] != layout.version or page_size == 0 or page_size & (page_size - 1):
+    if header["version"] != VERSION or page_size == 0 or page_size & (page_size - 1):
         raise UsageError(
-            f"{path} is not a .beton of version {layout.version}: name one that write_ffcv.py wrote"
+            f"{path} is not a .beton of version {VERSION}: name one that write_ffcv.py wrote"
         )
     pointer = int(header["alloc_table_ptr"])
     if pointer == 0:
         raise RunError(f"{path} is half-written, its writer did not finish: {again(path)}")
     samples = int(header["num_samples"])
-    if pointer + samples * layout.allocation.itemsize != size:
-        expected = pointer + samples * layout.allocation.itemsize
+    if (expected := pointer + samples * ALLOCATION.itemsize) != size:
         raise RunError(
             f"{path} is {'truncated' if size < expected else 'too long'}: it has {size:,} bytes and"
             f" its header says {expected:,}: {again(path)}"

@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.data.beton import BetonWriter, _layout
+from ffcv_imnet.data.beton import ALLOCATION, DESCRIPTORS, HEADER, METADATA, BetonWriter
 from ffcv_imnet.data.manifest import Manifest, manifest_path
 from ffcv_imnet.images.pixels import encode_jpeg
 from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
@@ -47,14 +47,13 @@ class Parts:
     """Header and tables of a .beton as arrays to change, and its bytes."""
 
     def __init__(self, data: bytes, manifest: dict[str, Any]) -> None:
-        layout = _layout()
         self.manifest = json.loads(json.dumps(manifest))
-        self.header = np.frombuffer(data, layout.header, 1).copy()
-        self.front = layout.header.itemsize + layout.descriptors.nbytes
+        self.header = np.frombuffer(data, HEADER, 1).copy()
+        self.front = HEADER.itemsize + DESCRIPTORS.nbytes
         samples, table = int(self.header["num_samples"][0]), int(self.header["alloc_table_ptr"][0])
-        self.metadata = np.frombuffer(data, layout.metadata, samples, self.front).copy()
-        self.allocations = np.frombuffer(data, layout.allocation, samples, table).copy()
-        self.descriptors = bytearray(data[layout.header.itemsize : self.front])
+        self.metadata = np.frombuffer(data, METADATA, samples, self.front).copy()
+        self.allocations = np.frombuffer(data, ALLOCATION, samples, table).copy()
+        self.descriptors = bytearray(data[HEADER.itemsize : self.front])
         self.data = bytearray(data[self.front + self.metadata.nbytes : table])
 
     @classmethod
