@@ -104,18 +104,14 @@ def measure(
     Raises:
         RunError: the loader failed.
     """
-    still = replace(
-        settings,
-        lr=replace(settings.lr, lr=1e-12),
-        training=replace(settings.training, checkpoint_minutes=0.0),
-    )
+    still = replace(settings.lr, lr=1e-12)
 
     def steps(source: Callable[[], Batches], count: int) -> _Timed:
         timed = _Timed(source)
         short = replace(plan, steps=count)
         batches = cast(TrainLoader, timed)
         watch = Watch(world, listen=False)  # Ctrl-C ends a measurement as it ends any command
-        train_epoch(learner, batches, short, still.lr, Trained(), watch)
+        train_epoch(learner, batches, short, still, Trained(), watch)
         return timed
 
     def agree(share: float) -> int:

@@ -59,9 +59,8 @@ class Number(Checker):
     def check(self, value: object) -> int | float:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError
-        if isinstance(value, str) and not NUMBER.fullmatch(
-            value
-        ):  # float() takes 1_000, 010 and more
+        # float() would take 1_000, 010 and more.
+        if isinstance(value, str) and not NUMBER.fullmatch(value):
             raise ValueError
         number = float(value)
         whole = self.kind is int

@@ -88,17 +88,16 @@ def not_written(path: object, error: BaseException) -> str:
     system = system_error(error)
     if system is None:
         return f"{path} could not be written ({reason_of(error)}): is its disk full?"
-    reason = system.strerror or system
-    if system.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{path} could not be written ({reason}): make room"
-    if system.errno == errno.EFBIG:
-        return f"{path} could not be written ({reason}): raise the limit (ulimit -f)"
     if system.errno in (errno.EEXIST, errno.ENOTDIR):
         return f"{path} could not be written: its folder is a file, name another"
-    if system.errno == errno.EIO:
-        return f"{path} could not be written ({reason}): is its disk sound?"
-    remedy = "is its folder still there, and yours to write in?"
-    return f"{path} could not be written ({reason}): {remedy}"
+    remedies = {
+        errno.ENOSPC: "make room",
+        errno.EDQUOT: "make room",
+        errno.EFBIG: "raise the limit (ulimit -f)",
+        errno.EIO: "is its disk sound?",
+    }
+    remedy = remedies.get(system.errno or 0, "is its folder still there, and yours to write in?")
+    return f"{path} could not be written ({system.strerror or system}): {remedy}"
 
 
 def said_of(error: OSError) -> str:

@@ -26,9 +26,8 @@ class Header:
     TYPE: ClassVar[str] = "header"
 
     settings: dict[str, dict[str, Any]]  # every setting, resolved, by section
-    manifests: dict[
-        str, dict[str, str | int | None]
-    ]  # train, val: path, samples, classes, content_checksum
+    # train, val: path, samples, classes, content_checksum
+    manifests: dict[str, dict[str, str | int | None]]
     versions: dict[str, str]  # python, torch, torchvision, ffcv, numba, numpy
     device: str  # name of the accelerator or of the processor
     precision: str  # fp32, bf16 or fp16: what `auto` came to

@@ -20,12 +20,7 @@ from ffcv_imnet.machine.distributed import World
 class FolderLoader:
     """Each image once over all processes, in the order and shape of `data.ValLoader`.
 
-    Args:
-        root: the tree, holding a folder a class.
-        how: resize and crop.
-        batch_size: global.
-        world: whose share to take.
-        workers: decoding threads of this process.
+    `batch_size` is global, `workers` are this process's decoding threads.
 
     Raises:
         UsageError: `root` is not an ImageFolder tree.

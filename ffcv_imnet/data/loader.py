@@ -407,14 +407,8 @@ class _OrderedLoader:
 
 
 class TrainLoader:
-    """Training batches: global permutation, seeded crops and flips, this process's share.
-
-    Args:
-        path: the .beton file.
-        samples: number of images in it.
-        settings: seed, crop scale and ratio, flip, batch size, workers.
-        world: whose share to take.
-    """
+    """Training batches of a .beton with so many `samples`: global permutation, seeded crops and flips, this
+    process's share."""
 
     def __init__(self, path: str, samples: int, settings: Settings, world: World) -> None:
         self.samples, self.seed, self.world = samples, settings.training.seed, world
@@ -454,10 +448,7 @@ class ValLoader:
     """Validation batches, each image once over all processes, all batches of one shape.
 
     Args:
-        path: the .beton file.
-        samples: number of images in it, or the numbers of those that are evaluated.
-        settings: resolution, crop, batch size, workers.
-        world: whose share to take.
+        samples: number of images in the file, or the numbers of those that are evaluated.
         places: what to call each label of the file; as it is by default. See `class_places`.
     """
 

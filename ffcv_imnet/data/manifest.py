@@ -136,9 +136,8 @@ def _no_constant(name: str) -> float:
 
 # ---------------------------------------------------------------------------------- the schema
 
-_Check = Callable[
-    [Any], str | None
-]  # what is wrong with a value, to follow its key; None if nothing
+# What is wrong with a value, to follow its key; None if nothing.
+_Check = Callable[[Any], str | None]
 
 
 def _fault_of_count(value: Any) -> str | None:

@@ -25,7 +25,7 @@ from ffcv_imnet.models import Normalize, build_model
 from ffcv_imnet.models.blurpool import BlurConv2d, apply_blurpool
 from ffcv_imnet.models.registry import REGISTRY, TIMM, build
 from ffcv_imnet.models.state_dict import State, find, is_averaged
-from ffcv_imnet.train.weights_file import WeightsFile, check_there, read_weights
+from ffcv_imnet.train.weights_file import check_there, read_weights
 
 Channels = tuple[float, ...]  # three numbers, in units of 0 to 255
 
@@ -79,8 +79,16 @@ def load_network(
                 f"{path} is an ONNX file and knows its network: leave out --arch, --plain"
             )
         network = _from_onnx(path, mean, std)
+    elif (file := read_weights(path, "--weights ")).checkpoint is None:
+        mean, std = mean or file.notes.get("mean"), std or file.notes.get("std")
+        network = _from_state(path, file.state, arch or file.arch, mean, std)
+        network = _with_notes(network, file.notes)
+    elif arch or mean or std:
+        raise UsageError(
+            f"{path} is a checkpoint and knows its network: leave out --arch, --mean, --std"
+        )
     else:
-        network = _from_file(path, read_weights(path, "--weights "), arch, plain, mean, std)
+        network = _from_checkpoint(path, file.checkpoint, plain)
     for name, value in network.model.eval().requires_grad_(False).state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"{path}: {name} holds NaN or infinite values, the weights are lost")
@@ -88,26 +96,6 @@ def load_network(
 
 
 # ---- kinds --------------------------------------------------------------------------------------
-
-
-def _from_file(
-    path: Path,
-    file: WeightsFile,
-    arch: str | None,
-    plain: bool,
-    mean: Channels | None,
-    std: Channels | None,
-) -> Network:
-    if file.checkpoint is None:
-        notes = file.notes
-        mean, std = (given or notes.get(key) for given, key in ((mean, "mean"), (std, "std")))
-        network = _from_state(path, file.state, arch or notes.get("arch"), mean, std)
-        return _with_notes(network, notes)
-    if arch or mean or std:
-        raise UsageError(
-            f"{path} is a checkpoint and knows its network: leave out --arch, --mean, --std"
-        )
-    return _from_checkpoint(path, file.checkpoint, plain)
 
 
 def _from_checkpoint(path: Path, state: dict[str, Any], plain: bool) -> Network:

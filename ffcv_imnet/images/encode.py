@@ -52,10 +52,8 @@ def encode_image(
     """Read, decode, shrink and encode one image.
 
     Args:
-        source: where `index` is read.
         index: the image's place in `source`.
         number: its place in the whole order, which decides between JPEG and raw.
-        settings: how to store it.
         limit: largest number of bytes that one image may take in the file.
     """
     try:

@@ -19,7 +19,6 @@ class FlatFolder(ImageFolderTree):
     """The images in `root` and below it, in the order of the tree that their labels would make.
 
     Args:
-        root: the folder.
         wnids: class name by file name (`labels.read_labels`).
         others: images without a label are those of another split, and left out; else each must
             have one.

@@ -42,7 +42,6 @@ class ImageFolderTree(InArrays):
         oddities: what was left out, found twice, or looks like a mistake, a sentence each.
 
     Args:
-        root: holds the folders.
         may_be_empty: some of them, said once: a class that is only trained.
 
     Raises:

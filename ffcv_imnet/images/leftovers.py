@@ -9,28 +9,12 @@ from ffcv_imnet.core.names import shown
 from ffcv_imnet.core.paths import open_regular
 
 # In lower case. Copies and thumbnails that macOS, Windows, Jupyter, NAS boxes and file systems make.
-LEFTOVERS = frozenset(
-    (
-        *(
-            b".ds_store",
-            b"__macosx",
-            b".appledouble",
-            b".spotlight-v100",
-            b".trashes",
-            b".fseventsd",
-        ),
-        *(b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information"),
-        *(
-            b".ipynb_checkpoints",
-            b"@eadir",
-            b"#recycle",
-            b"lost+found",
-            b".thumbnails",
-            b".directory",
-        ),
-        *(b".git", b".cache"),
-    )
-)
+LEFTOVERS = frozenset((
+    b".ds_store", b"__macosx", b".appledouble", b".spotlight-v100", b".trashes", b".fseventsd",
+    b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information",
+    b".ipynb_checkpoints", b"@eadir", b"#recycle", b"lost+found", b".thumbnails", b".directory",
+    b".git", b".cache",
+))  # fmt: skip
 APPLE_DOUBLE = b"._"  # macOS keeps a file's attributes beside it under this name, suffix and all
 
 # Image formats that are not read, and a program that makes PNGs or JPEGs of them (Debian's packages).
@@ -46,15 +30,8 @@ CONVERTERS = {
     ),
 }
 # Of other suffixes the first bytes tell: images that someone's program named otherwise, or not at all.
-STARTS = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF8",
-    b"II*\0",
-    b"MM\0*",
-    b"\0\0\0\x0cjP",
-    b"\0\0\0\x0cJXL",
-)
+STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP",
+          b"\0\0\0\x0cJXL")  # fmt: skip
 HEIF = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1", b"avif"))
 # Not even opened: descriptions of images, of which there may be one each.
 PLAIN = frozenset((".txt", ".csv", ".tsv", ".xml", ".json", ".jsonl", ".html", ".md", ".yaml", ".yml", ".mat",

@@ -47,9 +47,7 @@ def in_order(
     workers are then killed, whatever they are doing.
 
     Args:
-        source: the images.
         work: can be pickled; `indices` are the places in `source` of the images of `part`.
-        num_workers: processes.
         order: indices in the order in which they are worked on; all, as they stand, by default.
 
     Raises:

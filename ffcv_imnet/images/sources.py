@@ -59,12 +59,10 @@ def open_undivided(data_dirs: Sequence[Path], labels: Path | None = None) -> Ima
     """
     if any(images_of(folder) or split_folder(folder, "train").is_dir() for folder in data_dirs):
         return open_source("train", data_dirs, labels=labels)
-    parts: list[ImageSource] = []
-    for folder in data_dirs:
-        if labels is not None:
-            parts.append(FlatFolder(folder, read_labels(labels), others=True))
-        else:
-            parts.append(ImageFolderTree(folder))
+    parts = [
+        FlatFolder(folder, read_labels(labels), others=True) if labels else ImageFolderTree(folder)
+        for folder in data_dirs
+    ]
     return parts[0] if len(parts) == 1 else Merged(parts)
 
 

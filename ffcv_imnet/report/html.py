@@ -251,9 +251,14 @@ def _evaluated(groups: Sequence[Group], evaluated: Sequence[Evaluated | str]) ->
     total = len(there[0][1].names)
     which = f"The {BARS} worst of {total:,} classes." if total > BARS else "Worst first."
     note = f"{_legend(groups)}{which} {'. '.join(missing)}"
+    titles = ["Confusions"]
+    if len(groups) > 1:
+        titles = [
+            f'<i class="s{groups.index(g) % 6}"></i>Confusions: {escape(g.name)}' for g, _ in there
+        ]
     matrices = "".join(
-        f"<figure><h3>{_swatch(groups, g)}Confusions{_of(groups, g)}</h3>{_svg(chart)}</figure>"
-        for (g, _), chart in zip(there, drawn[1:], strict=True)
+        f"<figure><h3>{title}</h3>{_svg(chart)}</figure>"
+        for title, chart in zip(titles, drawn[1:], strict=True)
     )
     bars = f"<figure><h3>Top-1 of each class</h3>{_svg(drawn[0])}</figure>"
     note += " In a matrix a row is the true class, its cells the percentage taken for each column."
@@ -261,14 +266,6 @@ def _evaluated(groups: Sequence[Group], evaluated: Sequence[Evaluated | str]) ->
     for group, result in there:
         sections.append(_sheet(group, result, len(there) > 1))
     return sections
-
-
-def _swatch(groups: Sequence[Group], group: Group) -> str:
-    return f'<i class="s{list(groups).index(group) % 6}"></i>' if len(groups) > 1 else ""
-
-
-def _of(groups: Sequence[Group], group: Group) -> str:
-    return f": {escape(group.name)}" if len(groups) > 1 else ""
 
 
 def _sheet(group: Group, evaluated: Evaluated, several: bool) -> str:

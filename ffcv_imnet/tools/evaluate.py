@@ -24,7 +24,7 @@ from ffcv_imnet.core import provenance
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import UsageError, in_range
 from ffcv_imnet.core.paths import path_of
-from ffcv_imnet.data.beton import check_beton
+from ffcv_imnet.data.beton import Manifest, check_beton
 from ffcv_imnet.data.folder_loader import FolderLoader
 from ffcv_imnet.data.loader import ValLoader, workers_of
 from ffcv_imnet.evaluate.metrics import collect_outcomes, score
@@ -90,7 +90,8 @@ def main(argv: list[str]) -> int:
     world = describe_world(options.device)
     network = load_from(options)
     hows = preprocessings(network, options)
-    classes, checksum = data_classes(options.data)
+    manifest = None if options.data.is_dir() else check_beton(options.data)
+    classes = (manifest or ImageFolderTree(options.data, may_be_empty=True)).classes
     outputs = match_classes(network, classes, str(options.data))
     connect(world)
     precision = choose_arithmetic(network, options.precision, world)
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> int:
     views = []
     try:
         for how in hows:
-            loader = open_data(options, network, how, world)
+            loader = open_data(options, network, how, world, manifest)
             with together(world, TIMEOUT, "in the evaluation"):
                 evaluated = collect_outcomes(
                     model, loader, world, DTYPES[precision], outputs, tta=options.tta,
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> int:
         return 0
     report = {
         "weights": str(options.weights), "network": network.origin, "data": str(options.data),
-        "content_checksum": checksum, "classes": len(classes), "outputs": network.outputs,
+        "content_checksum": manifest.content_checksum if manifest else None, "classes": len(classes), "outputs": network.outputs,
         "precision": precision, "device": world.device_name(), "world_size": world.size,
         "versions": provenance.versions(), "git_commit": provenance.git_commit(),
         "evaluated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "views": views,
@@ -146,14 +147,6 @@ def preprocessings(network: Network, options: argparse.Namespace) -> list[Prepro
     return hows
 
 
-def data_classes(data: Path) -> tuple[tuple[str, ...], str | None]:
-    """Class names of a .beton (with its content checksum, after a check) or of a folder."""
-    if not data.is_dir():
-        manifest = check_beton(data)
-        return manifest.classes, manifest.content_checksum
-    return ImageFolderTree(data, may_be_empty=True).classes, None
-
-
 def choose_arithmetic(network: Network, asked: str | None, world: World) -> str:
     """fp32, bf16 or fp16, with torch's switches as training sets them. Raises UsageError."""
     if isinstance(network.model, OnnxNetwork):
@@ -168,9 +161,13 @@ def choose_arithmetic(network: Network, asked: str | None, world: World) -> str:
 
 
 def open_data(
-    options: argparse.Namespace, network: Network, how: Preprocess, world: World
+    options: argparse.Namespace,
+    network: Network,
+    how: Preprocess,
+    world: World,
+    manifest: Manifest | None,
 ) -> Loader:
-    """The loader of one resolution."""
+    """The loader of one resolution. `manifest` is the .beton's, None of a folder."""
     batch = options.batch_size or (
         network.settings.validation.batch_size if network.settings else BATCH
     )
@@ -181,12 +178,11 @@ def open_data(
     if options.num_workers is not None:
         chosen["data__num_workers"] = options.num_workers
     loading = parsing.load(**chosen)
-    if options.data.is_dir():
+    if manifest is None:
         return FolderLoader(
             options.data, how, batch, world, workers_of(loading.data.num_workers, world)
         )
-    samples = check_beton(options.data).samples
-    return ValLoader(str(options.data), samples, loading, world)
+    return ValLoader(str(options.data), manifest.samples, loading, world)
 
 
 def describe(report: dict[str, Any]) -> str:

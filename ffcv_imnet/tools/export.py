@@ -85,9 +85,8 @@ def main(argv: list[str]) -> int:
     out: Path = options.out
     labels = check_labels(out.with_name("labels.txt"), network)
     print(f"{options.weights}: {network.origin}")
-    examples = np.stack(
-        list(sample_images(options, network, how))
-    )  # before the slow part: all read
+    # All are read before the slow part.
+    examples = np.stack(list(sample_images(options, network, how)))
     notes = notes_of(network, how)
     weights = out.with_suffix(".safetensors")
     try:

@@ -19,13 +19,7 @@ from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.tools import ToolParser
 
-OURS = {
-    "augmentation",
-    "plan",
-    "muon",
-    "distributed",
-    "cost",
-}  # sections that ffcv-imagenet has not
+OURS = {"augmentation", "plan", "muon", "distributed", "cost"}  # sections it has not
 
 
 def main(argv: list[str]) -> int:

@@ -65,9 +65,8 @@ def main(argv: list[str]) -> int:
     count = min(options.images, manifest.samples)
     # No step is made, so a file smaller than a batch will do.
     settings = replace(settings, training=replace(settings.training, batch_size=count))
-    indices = np.linspace(0, manifest.samples - 1, count).astype(
-        np.int64
-    )  # spread over the classes
+    # Spread over the classes.
+    indices = np.linspace(0, manifest.samples - 1, count).astype(np.int64)
     rows = rows_of(plan_run(settings, manifest.samples), options.epochs)
     loader = TrainLoader(str(beton), manifest.samples, settings, describe_world("cpu"))
     crops: list[list[list[Pixels]]] = []

@@ -28,9 +28,8 @@ from ffcv_imnet.train.augment import Augment
 from ffcv_imnet.train.stand_ins import stand_ins
 
 FORMAT = 1
-MOST_VALUES = (
-    1_000_000  # of any kind in a file, each as often as it is named; a checkpoint has thousands
-)
+# Of any kind in a file, each as often as it is named; a checkpoint has thousands.
+MOST_VALUES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -261,9 +260,8 @@ def read(path: Path) -> Any:
             start = file.read(2)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    if (
-        start and start != b"PK" and not start.startswith(b"\x80")
-    ):  # a zip, before torch 1.6 a pickle
+    # A zip, before torch 1.6 a pickle.
+    if start and start != b"PK" and not start.startswith(b"\x80"):
         raise UsageError(f"{path} is no file of weights: torch.save did not write it")
     if start == b"PK" and (damage := damage_of(path)) is not None:
         raise RunError(f"{path} is damaged, truncated or no file of weights ({damage})")

@@ -20,11 +20,7 @@ SPARE = 0.1  # of the memory: what the caching allocator loses between blocks of
 def explained(
     learner: Learner, plan: EpochPlan, world: World, val_batch: int, timeout_seconds: float
 ) -> Iterator[None]:
-    """Around an epoch's training and validation.
-
-    Args:
-        val_batch: validation.batch_size.
-        timeout_seconds: distributed.timeout_seconds.
+    """Around an epoch's training and validation. `val_batch` is validation.batch_size.
 
     Raises:
         RunError: in place of torch's error for a full memory, and for a process that died or was
