@@ -6,7 +6,7 @@ apply is absent, never null.
 """
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -220,7 +220,7 @@ def read_log(path: Path) -> Log:
         path = path / LOG
     if not path.is_file():
         raise UsageError(f"{path}: {what_is(path)}; a run's folder holds {LOG}")
-    log = Log()
+    found: dict[type[Record], list[Any]] = {kind: [] for kind in _TYPES.values()}
     with open_regular(path) as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
@@ -245,15 +245,9 @@ def read_log(path: Path) -> Log:
             ) from error
         if number == 1 and not isinstance(record, Header):
             raise UsageError(f"{path}: not a run's log: its first line is no header")
-        if isinstance(record, Header):
-            log.headers.append(record)
-        elif isinstance(record, Epoch):
-            log.epochs.append(record)
-        elif isinstance(record, Lowered):
-            log.lowered.append(record)
-        else:
-            log = replace(log, summary=record)
-    return log
+        found[type(record)].append(record)
+    summary = next(reversed(found[Summary]), None)
+    return Log(found[Header], found[Epoch], summary, found[Lowered])
 
 
 # ---- lines for people ---------------------------------------------------------------------------

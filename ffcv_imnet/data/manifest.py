@@ -115,11 +115,9 @@ def _parse(path: Path) -> Any:
         raise UsageError(f"the manifest {path} does not exist: {command(path)}") from None
     except RecursionError:
         raise RunError(f"the manifest {path} is nested too deeply: {again(path)}") from None
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise RunError(f"the manifest {path} cannot be read ({reason}): {again(path)}") from None
-    except ValueError as error:
-        raise RunError(f"the manifest {path} cannot be read ({error}): {again(path)}") from None
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

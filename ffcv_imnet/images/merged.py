@@ -18,7 +18,7 @@ class Merged(InArrays):
     arrays = "labels", "places"
 
     def __init__(self, parts: Sequence[ImageSource]) -> None:
-        self.parts = tuple(parts)
+        self.parts, self.ignored = tuple(parts), sum(part.ignored for part in parts)
         self.classes: tuple[str, ...] = tuple(sorted({n for part in parts for n in part.classes}))
         number = {name: index for index, name in enumerate(self.classes)}
         labels = [np.array([number[n] for n in part.classes])[part.labels] for part in parts]
@@ -31,11 +31,6 @@ class Merged(InArrays):
         self.places: NDArray[np.int64] = np.concatenate(places)[order]  # (images, 2): part, index
         self.roots = [os.path.abspath(part.where) for part in parts]  # noqa: PTH100
         self.where = os.path.commonpath(self.roots)
-
-    @property
-    def ignored(self) -> int:
-        """Files that are no images, of all parts."""
-        return sum(part.ignored for part in self.parts)
 
     def name(self, index: int) -> str:
         """The path, relative to the folder that holds them all."""

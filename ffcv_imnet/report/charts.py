@@ -192,7 +192,12 @@ def curves(groups: Sequence[Group], against: str, alone: bool = False) -> Chart:
         _title(side, "Resolution, px", "", palette)
         _title(rate, "Learning rate", "at the epoch's end", palette)
         top.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        _plan_axes(groups, side, rate)
+        sides = sorted({e.resolution for g in groups for run in g.runs for e in run.log.epochs})
+        side.set_yticks(sides if len(sides) <= 3 else [sides[0], sides[-1]])
+        side.margins(y=0.3)
+        rate.set_ylim(0, None)
+        rate.margins(y=0.2)
+        rate.yaxis.set_major_locator(MaxNLocator(2))
         if of_all:
             looks = dict(zip(of_all, cycle(score[0] for score in SCORES.values()), strict=False))
             _norm_panels(of_norms, groups, looks, palette)
@@ -277,15 +282,6 @@ def _head(figure: Figure, top: Axes, groups: Sequence[Group], palette: Palette) 
     of_one = origin(groups[0].runs[0].log) if len(groups) == 1 else None
     figure.legend(loc="outside upper left", title=of_one, fontsize=10, title_fontsize=9,
                   alignment="left", frameon=False)  # fmt: skip
-
-
-def _plan_axes(groups: Sequence[Group], side: Axes, rate: Axes) -> None:
-    sides = sorted({e.resolution for g in groups for run in g.runs for e in run.log.epochs})
-    side.set_yticks(sides if len(sides) <= 3 else [sides[0], sides[-1]])
-    side.margins(y=0.3)
-    rate.set_ylim(0, None)
-    rate.margins(y=0.2)
-    rate.yaxis.set_major_locator(MaxNLocator(2))
 
 
 def _targets(axes: Axes, groups: Sequence[Group], against: str, palette: Palette) -> None:

@@ -51,14 +51,6 @@ def script(name: str) -> Path:
     return Path(name) if Path(name).is_file() else HOME / name
 
 
-def show_log(path: Path) -> None:
-    """The JSON lines as they stand, the header cut where the screen would drown in settings."""
-    print(f"\n$ cat {path}")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        long_header = line.startswith('{"type": "header"') and len(line) > 300
-        print(f"{line[:300]} ... ({len(line)} characters)" if long_header else line)
-
-
 def main(argv: list[str]) -> int:
     """Everything. Exit status 0 if the network learned, 1 if it did not or a step failed."""
     parser = ToolParser("demo", __doc__)
@@ -87,7 +79,11 @@ def main(argv: list[str]) -> int:
         f"--data.val_dataset={betons / 'val.beton'}",
         f"--logging.folder={folder}", f"--device={options.device}",
     )  # fmt: skip
-    show_log(folder / "log.jsonl")
+    print(f"\n$ cat {folder / 'log.jsonl'}")
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        # The header is cut: the screen would drown in settings.
+        long_header = line.startswith('{"type": "header"') and len(line) > 300
+        print(f"{line[:300]} ... ({len(line)} characters)" if long_header else line)
     run("-m", "ffcv_imnet", "report", folder)
     return conclude(folder)
 

@@ -77,7 +77,10 @@ def parser() -> ToolParser:
 def main(argv: list[str]) -> int:
     """Export, compare, give the files their names. Exit status 0."""
     options = parser().parse_args(argv)
-    check_options(options)
+    if options.out.suffix != ".onnx" or not options.out.parent.is_dir():
+        raise UsageError(f"--out {options.out}: name an .onnx file in a folder that exists")
+    for module in EXPORT.split():
+        require(module, "export", EXPORT)
     network = load_from(options)
     if isinstance(network.model, OnnxNetwork):
         raise UsageError(f"--weights {options.weights} is an ONNX file already")
@@ -109,14 +112,6 @@ def main(argv: list[str]) -> int:
     )
     describe(out, network, how, options)
     return 0
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """What can be known to be wrong before anything is read. Raises UsageError."""
-    if options.out.suffix != ".onnx" or not options.out.parent.is_dir():
-        raise UsageError(f"--out {options.out}: name an .onnx file in a folder that exists")
-    for module in EXPORT.split():
-        require(module, "export", EXPORT)
 
 
 def check_labels(path: Path, network: Network) -> str | None:
