@@ -27,9 +27,7 @@ ALL: dict[str, Any] = {
 
 
 def augment_of(rank: int = 0, size: int = 1, **settings: Any) -> Augment:
-    augment = build_augment(load(**settings), CLASSES, World(rank, size, 0, 1, CPU))
-    assert augment is not None
-    return augment
+    return build_augment(load(**settings), CLASSES, World(rank, size, 0, 1, CPU))
 
 
 def flat_images(count: int, side: int = 16) -> tuple[Tensor, Tensor]:
@@ -46,7 +44,9 @@ def noise(count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_without_them_there_is_nothing() -> None:
-    assert build_augment(load(), CLASSES, World(0, 1, 0, 1, CPU)) is None
+    batch = torch.zeros(2, 3, 8, 8), torch.zeros(2)
+    nothing = build_augment(load(), CLASSES, World(0, 1, 0, 1, CPU))(*batch, 0, 0)
+    assert nothing[0] is batch[0] and nothing[1] is batch[1]
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

@@ -45,8 +45,11 @@ class Augment:
 
         Returns:
             New images, alike in shape, type and memory; labels as they are, or where images were mixed each
-            class's part, (batch, classes), float32, zero for what does not count.
+            class's part, (batch, classes), float32, zero for what does not count. The batch itself where there
+            is nothing to do.
         """
+        if self.alter is None and not self.mixes:
+            return images, labels
         if self.alter is not None:
             first = self.rank * len(images)
             altered = []
@@ -63,8 +66,8 @@ class Augment:
         return images.contiguous(memory_format=torch.channels_last), labels
 
 
-def build_augment(settings: Settings, classes: int, world: World) -> Augment | None:
-    """None where the loader's crops and flips are all."""
+def build_augment(settings: Settings, classes: int, world: World) -> Augment:
+    """What `augmentation` asks for beyond the loader's crops and flips."""
     wanted = settings.augmentation
     mixes: list[v2.MixUp | v2.CutMix] = []
     if wanted.mixup:
@@ -76,8 +79,6 @@ def build_augment(settings: Settings, classes: int, world: World) -> Augment | N
         alter = v2.RandAugment(
             OPERATIONS, wanted.randaugment, interpolation=v2.InterpolationMode.BILINEAR
         )
-    if not mixes and alter is None:
-        return None
     return Augment(settings.training.seed, classes, world.rank, tuple(mixes), alter)
 
 

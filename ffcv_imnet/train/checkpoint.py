@@ -44,10 +44,10 @@ class Learner:
     eval_forward: nn.Module  # `model` and `ema` as validation calls them: compiled at most
     ema_eval_forward: nn.Module | None
     precision: str  # fp32, bf16 or fp16
+    augment: Augment
     compiled: bool = False
     frozen: tuple[nn.Module, ...] = ()  # modules of model.freeze
     body: tuple[nn.Module, ...] = ()  # all but the head, where model.freeze_epochs has them wait
-    augment: Augment | None = None  # None: the loader's crops and flips are all
     loss: str = "ce"
 
     @property

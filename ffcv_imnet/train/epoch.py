@@ -203,9 +203,7 @@ def train_epoch(
             last = step + 1 == plan.steps
             # Gradients and weights are the same on all processes.
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
-            targets = labels
-            if learner.augment is not None:
-                images, targets = learner.augment(images, labels, plan.epoch, step)
+            images, targets = learner.augment(images, labels, plan.epoch, step)
             loss = train_step(learner, images, targets, rate, plan.label_smoothing, norms, waiting)
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)
