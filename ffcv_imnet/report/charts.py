@@ -181,7 +181,7 @@ def curves(groups: Sequence[Group], against: str, alone: bool = False) -> Chart:
         )
         tips: dict[str, list[str]] = {}
         for number, (group, colour) in enumerate(_coloured(groups, palette)):
-            tips |= _accuracy(top, group, against, colour, f"top{number}")
+            tips |= _accuracy(top, group, against, colour, "" if alone else f"top{number}")
             _line(loss, group, "val_loss", against, colour)
             _line(loss, group, "train_loss", against, colour, DASHED, 1.6)
             _plan(side, rate, group, against, colour)
@@ -242,10 +242,11 @@ def _line(
 def _accuracy(
     axes: Axes, group: Group, against: str, colour: str, gid: str
 ) -> dict[str, list[str]]:
+    """Tooltips for points that are invisible in a page, under ids that begin with `gid`; none without."""
     tips: dict[str, list[str]] = {}
     for field, (pattern, _, what) in SCORES.items():
         line = _line(axes, group, field, against, colour, pattern)
-        if line is not None:
+        if line is not None and gid:
             name = f"{gid}_{field}_{against}"
             axes.scatter(_x(line, against), line.mean, s=90, color=colour, gid=name, zorder=6)
             tips[name] = [_tip(group, what, line, i) for i in range(len(line.epochs))]
