@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ffcv_imnet.core.bounded import read_at_most, size
+from ffcv_imnet.core.bounded import in_words, read_at_most
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.images.notes import read_notes
@@ -28,7 +28,12 @@ def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
     assert caught.value.strerror == "it has more than 4 bytes"
     with pytest.raises(OSError, match="it is a device"):
         read_at_most(Path("/dev/zero"), 1)
-    assert [size(n) for n in (5, 1 << 10, 3 << 20, 2 << 30)] == ["5 bytes", "1 kB", "3 MB", "2 GB"]
+    assert [in_words(n) for n in (5, 1 << 10, 3 << 20, 2 << 30)] == [
+        "5 bytes",
+        "1 kB",
+        "3 MB",
+        "2 GB",
+    ]
 
 
 def test_a_message_shows_a_line_of_what_is_endless() -> None:

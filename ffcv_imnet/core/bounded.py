@@ -29,12 +29,12 @@ def read_at_most(path: Path | str, most: int) -> bytes:
     with open_regular(path) as file:
         length = os.fstat(file.fileno()).st_size
         if length > most:
-            raise OSError(errno.EINVAL, f"it has more than {size(most)}", str(path))
+            raise OSError(errno.EINVAL, f"it has more than {in_words(most)}", str(path))
         return file.read(length)  # not `most`, for which Python would make room
 
 
-def size(count: int) -> str:
-    """`count` bytes in words, in the largest unit that divides it."""
+def in_words(count: int) -> str:
+    """A bound of `count` bytes, in the largest unit that divides it; of files `images.forecast.size` speaks."""
     for shift, unit in ((30, "GB"), (20, "MB"), (10, "kB")):
         if count >= 1 << shift and not count & ((1 << shift) - 1):
             return f"{count >> shift:,} {unit}"

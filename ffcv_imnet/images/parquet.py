@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ffcv_imnet.core.bounded import memory_at_most, size
+from ffcv_imnet.core.bounded import in_words, memory_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import LONGEST, fault_of, quoted, shown
 from ffcv_imnet.core.optional import require
@@ -319,7 +319,7 @@ def is_imagenet(said: Sequence[str]) -> bool:
 
 def _unreadable(shard: Path, error: Exception) -> str:
     if isinstance(error, MemoryError):
-        return f"{shard}: the names or labels of a row group unpack to more than {size(LARGEST_LABELS)}"
+        return f"{shard}: the names or labels of a row group unpack to more than {in_words(LARGEST_LABELS)}"
     with shard.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             return f"{shard} is only Git's pointer to the file: fetch it with `git lfs pull`"

@@ -17,7 +17,7 @@ from torch.serialization import safe_globals
 
 from ffcv_imnet.core import log
 from ffcv_imnet.core.atomic import NotWritten, drop_cached, link, partial_path, rename, written
-from ffcv_imnet.core.bounded import SPARE, fault_of_zip, memory_at_most, size
+from ffcv_imnet.core.bounded import SPARE, fault_of_zip, in_words, memory_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import fault_of_all, quoted
 from ffcv_imnet.core.paths import open_regular
@@ -283,7 +283,7 @@ def read(path: Path) -> Any:
             ) from error
         if isinstance(error, MemoryError) or "allocate" in str(error):
             raise RunError(
-                f"{path} asks for more than {size(SPARE)} beyond twice its own size to be read: it is damaged,"
+                f"{path} asks for more than {in_words(SPARE)} beyond twice its own size to be read: it is damaged,"
                 " or made to exhaust the memory"
             ) from None
         raise RunError(f"{path} is damaged, truncated or no file of weights") from error
