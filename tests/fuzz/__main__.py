@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ffcv_imnet.native import build
 
-READERS = ["checkpoints", "logs", "mats", "labels", "images", "safetensors", "parquet"]
+READERS = ["checkpoints", "logs", "mats", "labels", "images", "safetensors", "parquet", "onnx"]
 PLACE = "FUZZ_LIBRARY"  # names the sanitized library for the process that was started with them
 FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 

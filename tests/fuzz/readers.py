@@ -364,8 +364,15 @@ def parquet() -> Kind:
     return Kind("train.parquet", make, read)
 
 
+def onnx() -> Kind:
+    """Small classifiers that are no longer what they were."""
+    from tests.fuzz.onnx_files import make, read
+
+    return Kind("model.onnx", make, read)
+
+
 KINDS: dict[str, Callable[[], Kind]] = {
-    make.__name__: make for make in (labels, mats, images, logs, safetensors, parquet)
+    make.__name__: make for make in (labels, mats, images, logs, safetensors, parquet, onnx)
 }
 
 
