@@ -14,7 +14,6 @@ and makes only the runs under way again.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -54,7 +53,7 @@ from ffcv_imnet.bench.short_runs import (
 from ffcv_imnet.config.parsing import parse
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.config.schema import Settings, differences
-from ffcv_imnet.core.atomic import atomic_write
+from ffcv_imnet.core.atomic import atomic_write, locked
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.core.paths import path_of
@@ -303,12 +302,10 @@ def _alone(out: Path) -> Iterator[None]:
     """One search at a time in a folder."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(file):
             raise UsageError(
                 f"--out {out}: another process is searching in it; wait for it, or name another folder"
-            ) from None
+            )
         yield
 
 
