@@ -114,7 +114,7 @@ class ParquetShards(InArrays):
         labels: list[Label] = []
         wnids: dict[Label, str] = {}
         said: list[str] | None = None
-        places: list[tuple[int, int, int]] = []
+        places: list[NDArray[np.int64]] = []
         for number, shard in enumerate(shards):
             try:
                 columns = _Columns(parquet.ParquetFile(shard), shard, wnids)
@@ -125,7 +125,8 @@ class ParquetShards(InArrays):
                     part_names, part_labels = columns.read(group)
                     names += part_names
                     labels += part_labels
-                    places += [(number, group, row) for row in range(len(part_names))]
+                    rows = np.arange(len(part_names))
+                    places.append(np.column_stack(np.broadcast_arrays(number, group, rows)))
             except (RunError, UsageError):
                 raise
             except Exception as error:  # pyarrow's own, of every kind for a damaged file
@@ -140,7 +141,7 @@ class ParquetShards(InArrays):
         order = np.lexsort((files, numbers))  # stable: images without a name stay in their order
         self.files, self.labels = files[order], numbers[order]
         # (images, 3): shard, row group, row in it.
-        self.places: NDArray[np.int64] = np.array(places, np.int64)[order]
+        self.places: NDArray[np.int64] = np.concatenate(places)[order]
 
     def reading_order(self) -> NDArray[np.int64]:
         """Indices in the order of the shards, which the hub's are shuffled over: reading by class
