@@ -16,7 +16,15 @@ from pathlib import Path
 import pytest
 
 from ffcv_imnet.core import progress
-from ffcv_imnet.core.atomic import NotWritten, atomic_write, drop_cached, force, link, make_folder
+from ffcv_imnet.core.atomic import (
+    NotWritten,
+    atomic_write,
+    drop_cached,
+    force,
+    link,
+    locked,
+    make_folder,
+)
 from ffcv_imnet.core.errors import RunError, not_written, said_of
 from ffcv_imnet.train import checkpoint
 
@@ -172,6 +180,14 @@ def test_what_was_forced_to_the_disk_can_be_read_from_there(tmp_path: Path) -> N
         if any(cached(path)):
             pytest.skip("this file system keeps what it was asked to forget")
     assert not after[4] and all(after[:4])
+
+
+def test_a_lock_has_one_holder_until_it_closes_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with path.open("w") as first, path.open("w") as second:
+        assert locked(first) and not locked(second)
+    with path.open("w") as third:
+        assert locked(third)
 
 
 def test_a_reader_that_goes_is_no_error_and_another_pipe_is() -> None:
