@@ -354,6 +354,23 @@ def test_stop_between_the_two_renames_is_repaired(copy: Path) -> None:
     assert not partial_path(manifest).exists() and not beton.repair_beton(copy)
 
 
+def test_a_refused_name_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a sticky folder, where the file that bears the name is another user's."""
+    both = copy, beton.manifest_path(copy)
+    held = [path.read_bytes() for path in both]
+    for path in both:
+        shutil.copy(path, partial_path(path))
+
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(RunError, match="Operation not permitted"):
+        beton.commit_beton(copy)
+    assert not any(partial_path(path).exists() for path in both)
+    assert [path.read_bytes() for path in both] == held
+
+
 def test_left_over_manifest_of_another_file_is_not_taken(copy: Path) -> None:
     right = beton.check_beton(copy)
     dataclasses.replace(right, tables_checksum="sha256:0").save(

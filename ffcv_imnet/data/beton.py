@@ -9,7 +9,7 @@ import io
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.atomic import (
+    NotWritten,
     drop_cached,
     force,
     locked,
@@ -504,10 +505,19 @@ def commit_beton(path: Path) -> None:
     """Rename the verified partial .beton, then its partial manifest, to their final names.
 
     A stop between the two leaves a new .beton beside no manifest or an old one, and the new one
-    under its partial name: `repair_beton` sees that they match and finishes the work.
+    under its partial name: `repair_beton` sees that they match and finishes the work. Where the first
+    is refused (in a sticky folder what bears the name may be another user's) both are removed.
     """
-    for final in (path, manifest_path(path)):
-        rename(partial_path(final), final)
+    partial, waiting = partial_path(path), partial_path(manifest_path(path))
+    try:
+        rename(partial, path)
+    except NotWritten:
+        if partial.exists():  # else it has its name, and the folder was not forced
+            with suppress(OSError):
+                partial.unlink()
+                waiting.unlink()
+        raise
+    rename(waiting, manifest_path(path))
 
 
 def repair_beton(path: Path) -> bool:

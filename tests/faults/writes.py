@@ -68,7 +68,7 @@ def life_of(case: Case, place: Path, n: int, count: int, error: int, again: bool
     return Life(main, place.with_suffix(".txt"))
 
 
-def tried(case: Case, folder: Path, limit: int | None) -> list[Row]:
+def tried(case: Case, folder: Path, first: int, limit: int | None) -> list[Row]:
     """A row for a disk that stays full and one for a single refusal."""
     whole = folder / f"{case.name}_whole"
     whole.mkdir()
@@ -82,7 +82,7 @@ def tried(case: Case, folder: Path, limit: int | None) -> list[Row]:
     ):
         outcomes: Counter[str] = Counter()
         faults = []
-        for n in range(requests)[:limit]:
+        for n in range(requests)[first:limit]:
             place = folder / f"{case.name}_{error}_{n}"
             place.mkdir()
             life = life_of(case, place, n, count, error)
@@ -115,7 +115,9 @@ def fault_of(case: Case, place: Path, status: int | None, said: str) -> str | No
         return f"status {status}"
     if "Traceback" in said or said.count("error: ") != (status != 0):
         return "not one sentence"
-    if left := [path.name for path in place.rglob("*.partial")]:
+    waits = place / "out/train.json.partial"  # by a new .beton: the next call gives it its name
+    allowed = [waits] if (place / "out/train.beton").exists() else []
+    if left := [path.name for path in place.rglob("*.partial") if path not in allowed]:
         return f"left {left}"
     return case.sound(place)
 
@@ -261,6 +263,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="*", help="some of write_ffcv, train, report, export, sweep"
     )
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="leave out N requests")
     parser.add_argument("--most", type=int, metavar="N", help="the first N requests of each alone")
     given = parser.parse_args()
     folder = (given.dir or Path(tempfile.mkdtemp())).absolute()
@@ -290,7 +293,7 @@ def main() -> int:
     rows: list[Row] = []
     for case in cases:
         if case.name in (given.only or [one.name for one in cases]):
-            for row in tried(case, Path(tempfile.mkdtemp(dir=folder)), given.most):
+            for row in tried(case, Path(tempfile.mkdtemp(dir=folder)), given.first, given.most):
                 rows.append(row)
                 print(json.dumps(asdict(row)), flush=True)
     return int(not all(row.well for row in rows))
