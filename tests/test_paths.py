@@ -1,5 +1,6 @@
 """Paths as people write them, and a target that is meant for other data."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -103,3 +104,31 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no shards of train"):
         (tmp_path / "train.parquet").symlink_to("pipe")
         shards_of(tmp_path, "train")
+
+
+@pytest.mark.parametrize("words", [
+    "predict --weights w.pt a.png b.png --out b.png", "evaluate --weights w.pt --data v.beton --out v.json",
+    "evaluate --weights w.pt --data v.beton --out link", "evaluate --weights w.pt --data v.beton --out w.pt",
+    "export --weights w.safetensors --out w.onnx", "export --weights w.onnx --out w.onnx",
+    "benchmark loader --beton v.beton --json v.json", "migrate r.yaml --force --out r.yaml",
+])  # fmt: skip
+def test_no_output_replaces_an_input(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "w.pt",
+        "w.safetensors",
+        "w.onnx",
+        "a.png",
+        "b.png",
+        "v.beton",
+        "v.json",
+        "r.yaml",
+    ):
+        Path(name).write_bytes(b"mine")
+    Path("link").symlink_to("v.beton")
+    tool, *rest = words.split()
+    with pytest.raises(UsageError, match="would replace a file that is read"):
+        importlib.import_module(f"ffcv_imnet.tools.{tool}").main(rest)
+    assert all(path.read_bytes() == b"mine" for path in tmp_path.iterdir())

@@ -72,6 +72,13 @@ def what_is(path: Path) -> str:
     return f"it is {KINDS.get(stat.S_IFMT(mode), 'no regular file')}, and a file is wanted"
 
 
+def refuse_inputs(option: str, out: Path | None, *read: Path | str | None) -> None:
+    """Raises UsageError if writing `out` would replace one of the files that the command reads."""
+    for path in map(Path, filter(None, read)):
+        if out is not None and out.exists() and path.exists() and out.samefile(path):
+            raise UsageError(f"{option} {out} would replace a file that is read: name another")
+
+
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",

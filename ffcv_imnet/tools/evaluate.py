@@ -23,8 +23,8 @@ from ffcv_imnet.config import parsing
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import UsageError, in_range
-from ffcv_imnet.core.paths import path_of
-from ffcv_imnet.data.beton import Manifest, check_beton
+from ffcv_imnet.core.paths import path_of, refuse_inputs
+from ffcv_imnet.data.beton import Manifest, check_beton, manifest_path
 from ffcv_imnet.data.folder_loader import FolderLoader
 from ffcv_imnet.data.loader import ValLoader, workers_of
 from ffcv_imnet.evaluate.metrics import collect_outcomes, score
@@ -87,6 +87,8 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--out {options.out} is a folder: name a file in it")
     if options.interpolation and not options.data.is_dir():
         raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
+    beside = manifest_path(options.data) if options.data.is_file() else None
+    refuse_inputs("--out", options.out, options.weights, options.data, beside)
     world = describe_world(options.device)
     network = load_from(options)
     hows = preprocessings(network, options)

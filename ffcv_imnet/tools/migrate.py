@@ -16,7 +16,7 @@ from ffcv_imnet.config.parsing import leaves, load, read_config
 from ffcv_imnet.config.schema import declared
 from ffcv_imnet.core.atomic import atomic_write, partial_path
 from ffcv_imnet.core.errors import UsageError
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import path_of, refuse_inputs
 from ffcv_imnet.tools import ToolParser
 
 OURS = {"augmentation", "plan", "muon", "distributed", "cost"}  # sections it has not
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     out: Path = options.out or source.with_suffix(".migrated.yaml")
     if out.is_dir():
         raise UsageError(f"{out} is a folder: --out names the recipe's file")
+    refuse_inputs("--out", out, source)
     if out.exists() and not options.force:
         raise UsageError(f"{out} is there already: --force replaces it, --out names another")
     held = leaves(read_config(str(source), option=""))

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import path_of, refuse_inputs
 from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.images import LARGEST_FILE, Pixels
 from ffcv_imnet.images.imagenet import readable
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--out {out}: name a .png file in a folder that exists")
     if out is not None and len(options.images) > DRAWN:
         raise UsageError(f"--out draws at most {DRAWN} images, not {len(options.images):,}")
+    refuse_inputs("--out", out, options.weights, *options.images)
     network = load_from(options)
     how = parse_preprocess(network, options.resolution, options)
     names = class_names(network)
