@@ -74,7 +74,7 @@ def what_is(path: Path) -> str:
 
 def refuse_inputs(option: str, out: Path | None, *read: Path | str | None) -> None:
     """Raises UsageError if writing `out` would replace one of the files that the command reads."""
-    for path in map(Path, filter(None, read)):
+    for path in (Path(one) for one in read if one is not None):
         if out is not None and out.exists() and path.exists() and out.samefile(path):
             raise UsageError(f"{option} {out} would replace a file that is read: name another")
 
