@@ -23,6 +23,7 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 
 import tests.networks  # noqa: F401
 from ffcv_imnet import ImageLoader
@@ -60,32 +61,34 @@ def found_by(world: World, settings: Settings, path: Path) -> dict[str, Any]:
 
 
 def compiled_steps(world: World, settings: Settings, path: Path) -> dict[str, Any]:
-    """The weights after two steps of Muon by compiled networks, from a checkpoint's and with BatchNorm frozen; and
-    the number of graphs after each. By dynamo's "eager": no C++ is built."""
+    """The weights after two rounds of Muon's steps at two resolutions and of a validation, by compiled networks,
+    from a checkpoint's and with BatchNorm frozen; the number of graphs after each round, and why there are more.
+    By dynamo's "eager": no C++ is built."""
     muon = replace(settings.training, optimizer="muon", compile=True)
-    graphs: list[object] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        graphs.append(graph)
-        return graph.forward
-
     plain = torch.compile
     torch._dynamo.reset()
-    with mock.patch.object(torch, "compile", lambda m, **more: plain(m, backend=backend, **more)):
+    counters.clear()
+    with mock.patch.object(torch, "compile", lambda m, **more: plain(m, backend="eager", **more)):
         learner = build_learner(replace(settings, training=muon), 10, world)
     learner.model.load_state_dict(checkpoint.load(path)["model"])
-    freeze(learner.model)
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    images = pixels.chunk(world.size)[world.rank].contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(16).remainder(10).chunk(world.size)[world.rank]
-    made = []
+    graphs = []
     for _ in range(2):
-        train_step(learner, images, labels, 0.05, 0.1)
-        made.append(len(graphs))
+        for side in (32, 48):
+            pixels = torch.randint(
+                256, (16, 3, side, side), dtype=torch.uint8, generator=generator
+            ).contiguous(memory_format=torch.channels_last)
+            images = pixels.chunk(world.size)[world.rank]
+            labels = torch.arange(16).remainder(10).chunk(world.size)[world.rank]
+            freeze(learner.model)
+            train_step(learner, images, labels, 0.05, 0.1)
+        learner.model.eval()
+        with torch.no_grad():
+            learner.eval_forward(images)
+        graphs.append(counters["stats"]["unique_graphs"])
     weights = [p.detach().clone() for p in learner.model.parameters()]
     assert world.agree(str([float(w.double().sum()) for w in weights])), "their weights differ"
-    return {"weights": weights, "graphs": made}
+    return {"weights": weights, "graphs": graphs, "breaks": list(counters["graph_break"])}
 
 
 def agreed(world: World, settings: Settings) -> dict[str, Any]:

@@ -91,3 +91,17 @@ def test_a_graph_for_each_resolution_and_one_for_validation(
                 learner.eval_forward(images(validation_side).flip(3))
     assert sorted(graphs) == sorted([*training_sides, validation_side])
     assert not counters["graph_break"]
+
+
+def test_a_network_in_pieces_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return 2 * x
+
+    torch.compile(lambda x: twice(x + 1), backend="eager")(torch.ones(1))
+    training.say_how_compiled.cache_clear()
+    for _ in range(2):
+        training.say_how_compiled()
+    said = capsys.readouterr().err
+    assert said.startswith("training.compile: the network is compiled in pieces (Call to `torch._")
+    assert said.count("\n") == 1

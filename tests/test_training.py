@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
 
 import train_imagenet
 from ffcv_imnet.config.parsing import load, to_yaml
@@ -435,9 +437,13 @@ def test_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_graphs_are_one_for_each_shape(
-    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: SmallData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """With dynamo's "eager" backend, so that no C++ is built: the graphs are counted, not timed."""
+    """With dynamo's "eager" backend, so that no C++ is built: the graphs are counted, not timed. Where dynamo makes
+    none, as TORCHDYNAMO_DISABLE asks for, that is said once."""
     from ffcv_imnet.train import epoch as training
 
     graphs: list[torch.Size] = []
@@ -461,9 +467,19 @@ def test_compiled_graphs_are_one_for_each_shape(
         validation__resolution=48,
     )
     torch._dynamo.reset()
+    counters.clear()
+    training.say_how_compiled.cache_clear()
     assert run(settings) == 0
     sides = sorted(shape[-1] for shape in graphs)
     assert sides == [32, 48, 64], "one graph a resolution, none for the last batch"
+    assert "training.compile" not in capfd.readouterr().err
+    counters.clear()
+    training.say_how_compiled.cache_clear()
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    assert (
+        run(replace(settings, logging=replace(settings.logging, folder=str(tmp_path / "2")))) == 0
+    )
+    assert capfd.readouterr().err.count("training.compile: the network is not compiled") == 1
 
 
 # ---- as a user would, from the command line ----------------------------------------------------

@@ -40,7 +40,7 @@ class Learner:
     optimizer: Optimizer
     scaler: GradScaler
     ema: AveragedModel | None
-    forward: nn.Module  # `model` as training calls it: DistributedDataParallel, compiled
+    forward: nn.Module  # `model` as training calls it: compiled, in DistributedDataParallel
     eval_forward: nn.Module  # `model` and `ema` as validation calls them: compiled at most
     ema_eval_forward: nn.Module | None
     precision: str  # fp32, bf16 or fp16

@@ -2,10 +2,12 @@
 
 import inspect
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ import torch
 import torch._dynamo
 import torch._dynamo.utils
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_imnet.config.schedules import EpochPlan, learning_rate, resolutions
@@ -47,23 +50,27 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
     precision = choose_precision(training.precision, device)
 
     forward: nn.Module = model
-    if world.size > 1:
-        # Statistics are made equal once an epoch (World.share), not broadcast at every step.
-        # torch 2.11 has the other name.
-        known = inspect.signature(DistributedDataParallel).parameters
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-        forward = DistributedDataParallel(model, **options)
     eval_forward: nn.Module = model
     ema_eval_forward = ema.module if ema is not None else None
     if training.compile:
         keep_compilations(Path(settings.logging.folder).parent)
         # One graph for each resolution, in training and in evaluation: static shapes are faster.
         torch._dynamo.config.recompile_limit = 2 * len(resolutions(settings)) + 6
-        forward, eval_forward = compile_static(forward), compile_static(model)
+        forward, eval_forward = compile_static(model), compile_static(model)
         ema_eval_forward = (
             compile_static(ema_eval_forward) if ema_eval_forward is not None else None
         )
+    if world.size > 1:
+        # Around the compiled network, not compiled itself: dynamo breaks at DDP's forward and then goes on
+        # only in code that is not torch's own, so that the network falls into pieces, or, where it is made of
+        # torch's modules alone, is not compiled. This way round dynamo still cuts its one graph at DDP's buckets
+        # (torch's DDPOptimizer), so that gradients travel during backward.
+        # Statistics are made equal once an epoch (World.share), not broadcast at every step.
+        # torch 2.11 has the other name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+        forward = DistributedDataParallel(forward, **options)
     return Learner(
         model=model,
         optimizer=build_optimizer(model, settings, precision, parts.head if parts else None),
@@ -84,6 +91,20 @@ def build_learner(settings: Settings, classes: int, world: World) -> Learner:
 def compile_static(module: nn.Module) -> nn.Module:
     """`torch.compile` that makes a new graph for a new shape instead of a dynamic one."""
     return cast(nn.Module, torch.compile(module, dynamic=False))
+
+
+@cache
+def say_how_compiled() -> None:
+    """After the first step, once a process, where it is not what `training.compile` promises: one whole graph."""
+    breaks = counters["graph_break"]
+    if counters["stats"]["unique_graphs"] == 0:
+        said = "the network is not compiled and trains as without; does the environment disable torch.compile?"
+    elif breaks:
+        reason = next(iter(breaks)).splitlines()[0]
+        said = f"the network is compiled in pieces ({reason}); TORCH_LOGS=graph_breaks names the places"
+    else:
+        return
+    print(f"training.compile: {said}", file=sys.stderr, flush=True)
 
 
 def compile_seconds() -> float:
@@ -205,6 +226,8 @@ def train_epoch(
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
             images, targets = learner.augment(images, labels, plan.epoch, step)
             loss = train_step(learner, images, targets, rate, plan.label_smoothing, norms, waiting)
+            if learner.compiled and world.is_main:
+                say_how_compiled()
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)
             watch.heart.beat("training", plan.epoch, step + 1)
