@@ -11,12 +11,23 @@
 import time
 from dataclasses import replace
 
-from ffcv_imnet.config.parsing import parse
+from ffcv_imnet.config.parsing import Command, parse
 from ffcv_imnet.core.errors import begin_script, run_main
 
 STARTED = time.perf_counter()
-# Parsed here because the imports below take four seconds: a wrong setting is said at once.
-COMMAND = begin_script(parse) if __name__ == "__main__" else None
+
+
+def command() -> Command:
+    """Before the imports below, which take four seconds: a wrong setting or path is said at once."""
+    found = parse()
+    if not found.dry_run or found.measure:
+        from ffcv_imnet.data.beton import check_there
+
+        check_there(found.settings.data.train_dataset, found.settings.data.val_dataset)
+    return found
+
+
+COMMAND = begin_script(command) if __name__ == "__main__" else None
 
 from ffcv_imnet.bench import cost
 from ffcv_imnet.bench.dry_run import dry_run
@@ -45,10 +56,10 @@ from ffcv_imnet.train.watch import Watch
 
 def main() -> int:
     """Exit status: 0 trained, 1 the work failed, 2 wrong usage, 128 + n ended by signal n."""
-    command = COMMAND or parse()
-    if command.dry_run:
-        return dry_run(command.settings, command.measure, STARTED)
-    return train(command.settings, command.resume, STARTED)
+    given = COMMAND or parse()
+    if given.dry_run:
+        return dry_run(given.settings, given.measure, STARTED)
+    return train(given.settings, given.resume, STARTED)
 
 
 def train(settings: Settings, resume: str | None, started: float) -> int:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from acceptance import plan, report
@@ -28,6 +29,7 @@ from acceptance.record import Check, Outcome, Result
 from ffcv_imnet.core.errors import Parser, UsageError, in_range, nearest, run_main
 
 UNFINISHED = os.EX_TEMPFAIL  # 75: called again it goes on
+RUNNING = "running"  # in DIR: the process of the part in hand, and when it started
 KEPT = ("report.md", "machine.json", "results", "logs", "json")  # of DIR, in --archive
 
 
@@ -37,21 +39,20 @@ def main() -> int:
     size = plan.FULL
     if options.rehearse:
         size = plan.SMALLEST if options.smallest else plan.REHEARSAL
-    place = Place(options.out, options.bundle, size)
+    place = Place(options.out, options.bundle, size, options.archive)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     known = plan.parts(place)
     wanted = chosen(known, options.stage)
     if options.archive:
         unpack(options.archive, place.out)
     (place.out / "results").mkdir(parents=True, exist_ok=True)
+    end_leftover(place.out)
     try:
         for stage in dict.fromkeys(part.stage for part in wanted):
             of_stage = [part for part in wanted if part.stage == stage]
             run_stage(of_stage, known, place, math.inf if options.all else 60 * options.minutes)
     finally:
         results = finish(known, place)
-        if options.archive:
-            pack(options.archive, place.out)
     return status(results, wanted)
 
 
@@ -128,17 +129,17 @@ def run_stage(parts: list[Part], known: list[Part], place: Place, seconds: float
         kept = result_path(place, part)
         if kept.is_file():
             continue
-        left = deadline - time.monotonic()
         # Half of its limit is more than a part usually takes. The first one always gets its chance.
-        if ran and left < part.limit / 2:
+        if ran and deadline - time.monotonic() < part.limit / 2:
             return False
         if part.gpu_only and place.size.device == "cpu":
             outcome = Outcome(0, 0.0)
             checks = [Check("needs a GPU", "not run", verdict="SKIP")]
         else:
-            prepare(place)
+            if part.needs_data:
+                prepare(place)
             print(f"{part.stage}/{part.name} ...", flush=True)
-            ended = run_part(part, place, min(part.limit, left))
+            ended = run_part(part, place, min(part.limit, deadline - time.monotonic()))
             ran = True
             if ended is None:
                 return False
@@ -196,6 +197,7 @@ def run(
             start_new_session=True,
             env=environment,
         )
+        (place.out / RUNNING).write_text(f"{process.pid} {started_at(process.pid)}")
         try:
             process.wait(seconds)
             timed_out = False
@@ -205,6 +207,27 @@ def run(
             if process.poll() is None:
                 kill(process)
     return process.returncode, time.monotonic() - started, timed_out
+
+
+def end_leftover(out: Path) -> None:
+    """What a call left running that was itself killed: it would share the GPU with whatever is measured now."""
+    try:
+        pid, started = map(int, (out / RUNNING).read_text().split())
+    except (OSError, ValueError):
+        return
+    if started_at(pid) == started:  # and no later process of that number
+        print("ending what the last call left running", flush=True)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def started_at(pid: int) -> int:
+    """Clock ticks since boot; -1 where there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return -1
+    return int(stat.rpartition(")")[2].split()[19])  # proc(5): field 22
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
@@ -251,10 +274,12 @@ def prepare(place: Place) -> None:
 
 
 def finish(known: list[Part], place: Place) -> list[Result]:
-    """Write the report over all results so far, which are returned."""
+    """Write the report over all results so far, which are returned, and the archive: the next part may be the last."""
     paths = [result_path(place, part) for part in known]
     results = [Result.load(path) for path in paths if path.is_file()]
     report.write(place.out, results, len(known) - len(results), place.size.name)
+    if place.archive:
+        pack(place.archive, place.out)
     return results
 
 

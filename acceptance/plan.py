@@ -97,6 +97,7 @@ class Part:
     limit: int  # seconds, then it is killed
     check: Callable[[Outcome], list[Check]]
     gpu_only: bool = False
+    needs_data: bool = True
 
     @property
     def key(self) -> str:
@@ -111,6 +112,7 @@ class Place:
     out: Path
     bundle: Path
     size: Size
+    archive: Path | None = None  # where results go too
 
     @property
     def work(self) -> Path:
@@ -164,6 +166,7 @@ def environment(place: Place) -> list[Part]:
             ("-m", "ffcv_imnet", "doctor", f"--device={place.size.device}"),
             120,
             checks.doctor,
+            needs_data=False,
         ),
         Part(
             "environment",
@@ -171,6 +174,7 @@ def environment(place: Place) -> list[Part]:
             ("-m", "ffcv_imnet.native.build", "--check"),
             60,
             checks.decoder,
+            needs_data=False,
         ),
         Part("environment", "tests", ("-m", "pytest", "-q", "-m", "gpu"), 420, checks.tests, True),
     ]

@@ -1,8 +1,11 @@
 """The first hour on a GPU: its driver with parts of milliseconds, what it reads from numbers, its data and bundle."""
 
 import json
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 import acceptance.__main__ as driver
-from acceptance import bundle, checks, data, plan, profile, smoke
+from acceptance import bundle, checks, data, packages, plan, profile, smoke
 from acceptance.plan import FULL, REHEARSAL, SMALLEST, Part, Place, Size
 from acceptance.record import Check, Outcome, Result, verdict
 from ffcv_imnet.config.parsing import load, parse
@@ -83,12 +86,71 @@ def test_a_stage_ends_in_time_and_goes_on_at_the_next_call(run: Any) -> None:
     assert "4 parts left" in (run.out / "report.md").read_text()
 
 
-def test_results_travel_in_an_archive(run: Any, tmp_path: Path) -> None:
+def test_making_the_data_is_of_the_stages_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[float] = []
+    monkeypatch.setattr(driver, "prepare", lambda place: time.sleep(0.2))
+    monkeypatch.setattr(driver, "run_part", lambda part, place, seconds: left.append(seconds))
+    assert run("--stage", "step", "--minutes", "0.01") == 75
+    assert left[0] <= 0.4
+
+
+def test_the_doctor_comes_before_the_data(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with a machine may be why no data can be made on it."""
+    real = plan.environment(Place(run.out, run.out, FULL))
+    assert [part.name for part in real if not part.needs_data] == ["doctor", "decoder"]
+    (part, *others) = plan.parts(Place(run.out, run.out, SMALLEST))
+    known = [replace(part, needs_data=False), *others]
+    monkeypatch.setattr(plan, "parts", lambda place: known)
+    monkeypatch.setattr(driver, "prepare", lambda place: sys.exit("no data"))
+    assert run("--stage", "smoke/good") == 0
+    with pytest.raises(SystemExit, match="no data"):
+        run("--stage", "smoke/bad")
+
+
+def test_what_a_killed_call_left_running_is_ended(tmp_path: Path) -> None:
+    words = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(words, start_new_session=True) as process:
+        started = driver.started_at(process.pid)
+        (tmp_path / driver.RUNNING).write_text(f"{process.pid} {started - 1}")
+        driver.end_leftover(tmp_path)  # another process, of the same number
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        (tmp_path / driver.RUNNING).write_text(f"{process.pid} {started}")
+        driver.end_leftover(tmp_path)
+        assert process.wait(10) == -signal.SIGKILL
+    driver.end_leftover(tmp_path)
+    assert driver.started_at(process.pid) == -1
+
+
+def test_what_python_lacks_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packages.main() == 0
+    monkeypatch.setattr(packages, "LOADED", {"_no_such_library": "cv"})
+    with pytest.raises(
+        UsageError, match=r"lacks cv \(No module named '_no_such_library'\): name a"
+    ):
+        packages.main()
+    monkeypatch.setattr(packages, "NEEDED", {"_no_torch": "", "_no_yaml": "PyYAML"})
+    with pytest.raises(UsageError, match="lacks _no_torch, PyYAML: name a Python"):
+        packages.main()
+
+
+def test_results_travel_in_an_archive(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = tmp_path / "results.tar.gz"
-    assert run("--stage", "smoke/good", "--archive", str(archive)) == 0
+    whole = driver.run_part
+
+    def after_one(part: Part, *more: Any) -> Outcome | None:
+        if part.name == "bad":  # this call will be killed
+            with tarfile.open(archive) as file:
+                assert "results/smoke.good.json" in file.getnames()
+        return whole(part, *more)
+
+    monkeypatch.setattr(driver, "run_part", after_one)
+    assert run("--stage", "smoke", "--archive", str(archive)) == 1
     run.out.rename(tmp_path / "first machine")
     assert run("--stage", "smoke/good", "--archive", str(archive)) == 0
-    assert run.seen.read_text() == "x"
+    assert run.seen.read_text() == "xx"  # of the first call
 
 
 def test_mistakes(run: Any) -> None:

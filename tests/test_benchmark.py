@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -181,3 +182,29 @@ def test_training_benchmark(
     assert [row["resolution"] for row in saved["rows"]] == [32, 64]
     assert all(row["both"] > 0 and "model_flop_utilisation" in row for row in saved["rows"])
     assert not (tmp_path / "run").exists()
+
+
+def test_torchvision_is_left_out_where_its_processes_would_die(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A container's /dev/shm has 64 MiB."""
+    words = [
+        "loader",
+        "--beton",
+        "B",
+        "--num_workers",
+        "1",
+        "--batch_size",
+        "512",
+        "--resolution",
+        "128",
+        "160",
+    ]
+    shm = shutil._ntuple_diskusage(64 << 20, 0, 64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shm)
+    assert "torchvision" not in benchmark.chosen_loaders(benchmark.parse(words), True)
+    assert "need 112 MiB of /dev/shm, where 64 MiB are free" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--loaders torchvision: its processes need 112 MiB"):
+        benchmark.chosen_loaders(benchmark.parse([*words, "--loaders", "torchvision"]), True)
+    words[words.index("512")] = "128"
+    assert "torchvision" in benchmark.chosen_loaders(benchmark.parse(words), True)

@@ -101,7 +101,7 @@ def test_a_network_in_pieces_is_said_once(capsys: pytest.CaptureFixture[str]) ->
     torch.compile(lambda x: twice(x + 1), backend="eager")(torch.ones(1))
     training.say_how_compiled.cache_clear()
     for _ in range(2):
-        training.say_how_compiled()
+        training.say_how_compiled(True)
     said = capsys.readouterr().err
     assert said.startswith("training.compile: the network is compiled in pieces (Call to `torch._")
     assert said.count("\n") == 1

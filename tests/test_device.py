@@ -157,7 +157,7 @@ def test_the_device_is_a_setting_with_a_short_name(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("device: cuda\ntraining: {epochs: 3}\n")
     settings = parse(["--config", str(tmp_path / "c.yaml")]).settings
     assert (settings.training.device, settings.training.epochs) == ("cuda", 3)
-    with pytest.raises(UsageError, match=r"training\.device must be one of auto, cuda, cpu"):
+    with pytest.raises(UsageError, match=r"line: device must be one of auto, cuda, cpu"):
         parse(["--device=gpu"])
 
 

@@ -97,6 +97,13 @@ def test_a_gpu_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert verdicts(capsys.readouterr().out)["pinned memory"] == WARN
 
 
+def test_a_torch_that_was_not_tested_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.versions().verdict == "ok"
+    monkeypatch.setattr(torch, "__version__", "2.8.0a0+34c6371d24.nv25.8")
+    found = doctor.versions()
+    assert found.verdict == "warn" and found.advice.startswith("torch before 2.11 was not tested")
+
+
 def test_a_forgotten_torchrun_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -15,8 +15,11 @@ import ffcv_imnet
 from ffcv_imnet import CropDecoder, ImageLoader, RunError, UsageError
 from ffcv_imnet.data.beton import read_tables
 from ffcv_imnet.data.loader import PADDING
+from ffcv_imnet.machine.host import find_nvidia
 from tests.conftest import SmallData
 from tests.test_data import damage, train_batches
+
+NO_CARD = pytest.mark.skipif(bool(find_nvidia()), reason="there is a card")
 
 
 def loader_of(path: Path, batch_size: int = 16, **options: Any) -> ImageLoader:
@@ -119,6 +122,7 @@ def test_shares_of_two_ranks(small: SmallData) -> None:
         ({"train": "perhaps"}, "train must be true or false"),
         ({"seed": -1}, "seed must be an integer from 0 to"),
         ({"device": "tpu"}, "device must be auto, cuda, cuda:N or cpu, not 'tpu'"),
+        pytest.param({"device": "cuda"}, r'; device="cpu" works here$', marks=NO_CARD),
         ({"rank": 1}, "rank and world_size go together"),
         ({"rank": 2, "world_size": 2}, "rank must be an integer from 0 to 1, not 2"),
         ({"num_workers": 999}, "num_workers 999 is more than the"),

@@ -8,7 +8,7 @@ import torch
 import torchvision.models as tv
 from PIL import Image
 
-from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.images.imagenet import imagenet_names
 from ffcv_imnet.tools import predict
 from tests.pictures import picture
@@ -62,7 +62,7 @@ def test_mistakes_are_one_line(weights: Path, tmp_path: Path) -> None:
         predict.main([good, *options, "--out", str(tmp_path / "x.jpg")])
     with pytest.raises(UsageError, match="name its network with --arch"):
         predict.main([good, *options])
-    with pytest.raises(UsageError, match=r"text\.md is no file of weights"):
+    with pytest.raises(RunError, match=r"text\.md is no file of weights"):
         predict.main([good, "--weights", str(tmp_path / "text.md")])
     with pytest.raises(UsageError, match="does not take 8 px"):
         predict.main([good, *options, "--arch", "squeezenet1_1", "--resolution", "8"])

@@ -22,6 +22,7 @@ from ffcv_imnet.data import remote
 from ffcv_imnet.data.beton import check_beton, manifest_path, read_tables
 from ffcv_imnet.data.remote import copy_path, fetch, fetch_beton, local_copies
 from ffcv_imnet.images import synthetic
+from ffcv_imnet.tools import adopt, verify
 from tests.conftest import SmallData
 
 ADDRESS = "memory://bucket/set/train.beton"
@@ -143,6 +144,21 @@ def test_what_is_refused(
         remote, "look", lambda address: (_ for _ in ()).throw(RunError("no network"))
     )
     assert fetch_beton(ADDRESS, tmp_path) == copy
+
+
+def test_a_file_at_an_address_is_adopted_and_verified(
+    store: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the copy that training uses: the manifest beside it is what training then finds."""
+    store.rm_file("/bucket/set/train.json")
+    cache = ["--cache_dir", str(tmp_path)]
+    assert adopt.main([ADDRESS, "--num_workers=1", *cache]) == 0
+    copy = copy_path(ADDRESS, tmp_path)
+    assert capsys.readouterr().out.count(f"{manifest_path(copy)}: 100 images") == 1
+    data = Data(train_dataset=ADDRESS, val_dataset=str(copy), cache_dir=str(tmp_path))
+    assert check_beton(Path(local_copies(data).train_dataset)).source["kind"] == "adopted"
+    assert verify.main([ADDRESS, "--no_decode", "--num_workers=1", *cache]) == 0
+    assert str(copy) in capsys.readouterr().out
 
 
 def test_the_second_process_waits(

@@ -1,5 +1,8 @@
 """Settings: one clear line for every mistake, and none of fastargs' surprises."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,8 @@ def test_later_wins(tmp_path: Path) -> None:
         ("--lr.lr", "expected one argument"),
         ("stray", "unexpected word 'stray'"),
         ("--config=rn_configs/rn18_16epp.yaml", "(did you mean rn18_16ep.yaml?)"),
+        ("--device=tpu", "command line: device must be one of auto, cuda, cpu"),
+        ("--training.device=tpu", "command line: training.device must be one of"),
     ],
 )
 def test_mistakes_on_the_command_line(argument: str, says: str) -> None:
@@ -95,7 +100,11 @@ def test_mistakes_on_the_command_line(argument: str, says: str) -> None:
         ("lr: 0.5", "lr is a section: its settings stand below it, lr.lr for one"),
         ("lr: {lr: yes}", "lr.lr must be a number"),
         ("lr: {lr: 1}\nlr: {lr: 2}", "the key 'lr' stands twice"),
-        ("lr: {lr: 1", "not a YAML file"),
+        ("lr: {lr: 1", "not a YAML file of settings: line 1: expected ',' or '}', but got"),
+        (
+            "# x\n- a: b: c",
+            "not a YAML file of settings: line 2: mapping values are not allowed here",
+        ),
         ("- 1", "holds no settings"),
         ("training: {use_blurpool: 2}", "must be true or false"),
         ("plan: [1]", "plan is a section"),
@@ -270,3 +279,13 @@ def test_text_that_looks_like_something_else_comes_back(folder: str, tmp_path: P
 def test_tuples_are_not_rounded_on_the_command_line() -> None:
     """What `load` and the sweep hand on as text."""
     assert load(augmentation__crop_ratio=(3 / 4, 4 / 3)).augmentation.crop_ratio == (3 / 4, 4 / 3)
+
+
+def test_a_missing_data_set_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    words = [sys.executable, "train_imagenet.py", "--data.train_dataset=nowhere.beton"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert done.stderr.startswith("error: nowhere.beton does not exist: write it with")
+    assert done.returncode == 2

@@ -94,7 +94,7 @@ class StrictConfig(fastargs.Config):
                 unknown.append(key)
                 continue
             if value is not None:
-                argument(f"{origin}: {key}", value, checker_of(key))
+                argument(f"{origin}: {name}", value, checker_of(key))
                 given[key] = value
         if unknown:
             raise UsageError(f"{origin}: {_unknown(unknown, origin)}")
@@ -269,8 +269,14 @@ def parse(argv: Sequence[str] | None = None) -> Command:
     config = StrictConfig()
     for path in arguments.config:
         config.collect_from(read_config(path), f"--config {path}")
+    words = {
+        word.split("=")[0].removeprefix("--") for word in (sys.argv[1:] if argv is None else argv)
+    }
+    typed = {key: word for word, key in RENAMED.items() if word in words and key not in words}
     given = {
-        key: value for key, value in vars(arguments).items() if "." in key and value is not None
+        typed.get(key, key): value
+        for key, value in vars(arguments).items()
+        if "." in key and value is not None
     }
     config.collect_from(given, "command line")
     settings = _build(config)

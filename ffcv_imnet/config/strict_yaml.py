@@ -116,9 +116,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _line(error: Exception) -> str:
-    """PyYAML's several lines as one."""
-    line = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-    return shown(line[:240])
+    """The line, and PyYAML's reason alone of its several lines."""
+    mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = f"line {mark.line + 1}: " if mark is not None else ""
+    return shown(place + " ".join(str(reason or error).split())[:240])
 
 
 _Loader.yaml_implicit_resolvers = {}

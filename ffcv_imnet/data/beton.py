@@ -28,7 +28,7 @@ from ffcv_imnet.core.atomic import (
     written,
 )
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
-from ffcv_imnet.core.paths import open_regular
+from ffcv_imnet.core.paths import is_address, open_regular
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.manifest import MANIFEST_FORMAT as MANIFEST_FORMAT
 from ffcv_imnet.data.manifest import Manifest as Manifest
@@ -60,6 +60,13 @@ def adopt_command(*paths: Path, classes: Path | None = None) -> str:
     """The command that makes manifests for files that another program wrote."""
     words = [*paths, "--classes", classes] if classes else paths
     return f"python -m ffcv_imnet adopt {' '.join(shlex.quote(str(word)) for word in words)}"
+
+
+def check_there(*places: str) -> None:
+    """Raises UsageError, as `check_beton` does, unless each is a file or folder of that name, or an address."""
+    for place in places:
+        if not is_address(place) and not Path(place).exists():
+            check_beton(Path(place))
 
 
 def check_manifests(*paths: Path) -> None:

@@ -284,9 +284,8 @@ def _world(device: str | torch.device, rank: int | None, size: int | None) -> Wo
         local_size = min(size, devices.count() or size)  # nobody says how many are on this machine
         ranks = Ranks(rank, size, rank % local_size, local_size)
     if isinstance(device, str) and device in DEVICES:
-        return World(
-            **vars(ranks), device=devices.choose(device, ranks.local_rank, ranks.local_size)
-        )
+        chosen = devices.choose(device, ranks.local_rank, ranks.local_size, 'device="cpu"')
+        return World(**vars(ranks), device=chosen)
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):

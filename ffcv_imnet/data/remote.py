@@ -138,6 +138,14 @@ def fetch(address: str, cache_dir: Path) -> Path:
     return target
 
 
+def local_path(place: Path | str, cache_dir: Path) -> Path:
+    """A path itself; of an address its copy here, as `fetch_beton` and `fetch` make it."""
+    if isinstance(place, Path):
+        return place
+    beton_like = place.endswith((".beton", ".ffcv"))
+    return (fetch_beton if beton_like else fetch)(place, cache_dir)
+
+
 def fetch_beton(address: str, cache_dir: Path) -> Path:
     """Like `fetch`, with the manifest beside it, and found to be what that says.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ffcv_imnet.core.errors import RunError, UsageError, reason_of
+from ffcv_imnet.core.errors import RunError, reason_of
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.core.optional import EXPORT, require
 from ffcv_imnet.evaluate import onnx_worker
@@ -41,8 +41,8 @@ class OnnxNetwork(nn.Module):
             graph takes raw pixels.
 
     Raises:
-        UsageError: onnx or onnxruntime is missing, or the network is not an image classifier.
-        RunError: the file is damaged, or takes more memory or time than it may.
+        UsageError: onnx or onnxruntime is missing.
+        RunError: the file is damaged or no image classifier, or takes more memory or time than it may.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class OnnxNetwork(nn.Module):
         (source, *more), target = said["inputs"] or [{"shape": []}], said["outputs"][0]
         shape = source["shape"]
         if more or len(shape) != 4 or shape[1] != 3 or len(target["shape"]) != 2:
-            raise UsageError(f"{path}: not a classifier of images (N, 3, H, W)")
+            raise RunError(f"{path}: not a classifier of images (N, 3, H, W)")
         if source["type"] not in INPUT_TYPES:
-            raise UsageError(f"{path}: its input is {source['type']}, expected float or uint8")
+            raise RunError(f"{path}: its input is {source['type']}, expected float or uint8")
         if math.prod(side for side in shape if isinstance(side, int)) > MOST_NUMBERS:
-            raise UsageError(
+            raise RunError(
                 f"{path}: its input has {quoted(shape)} numbers, {MOST_NUMBERS:,} at most"
             )
         self.path, self.dtype = path, INPUT_TYPES[source["type"]]

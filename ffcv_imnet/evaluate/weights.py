@@ -170,7 +170,7 @@ def _from_state(
             f"{path}: a state dict of none of {', '.join(candidates)}; name its network with --arch "
             f"(one of torchvision's, or {TIMM}NAME)"
         )
-    raise RunError(f"{path}: the state dict does not fit {arch}: {faults[0]}")
+    raise UsageError(f"{path}: the state dict does not fit {arch}: {faults[0]}")
 
 
 def _construct(name: str, blurpool: bool, classes: int) -> nn.Module:

@@ -19,14 +19,16 @@ from ffcv_imnet.machine.host import find_nvidia, why_unusable
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ON_PURPOSE = "or train on the CPU on purpose: --device=cpu"
 
 
-def choose(setting: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+def choose(
+    setting: str, local_rank: int = 0, local_size: int = 1, on_cpu: str = "--device=cpu"
+) -> torch.device:
     """The device of `local_rank` among this machine's processes.
 
     Args:
         setting: "auto" (a GPU, or the CPU where no NVIDIA card is), "cuda" or "cpu".
+        on_cpu: how the caller's user asks for the CPU.
 
     Raises:
         UsageError: a card is there, or asked for, that torch cannot use; or one that it has no code
@@ -34,18 +36,17 @@ def choose(setting: str, local_rank: int = 0, local_size: int = 1) -> torch.devi
     """
     if setting == "cpu":
         return CPU
+    purpose = f"or take the CPU on purpose: {on_cpu}"
     if not usable():
         found = find_nvidia()
         if not found and setting == "auto":
             return CPU
         if not found:
-            raise UsageError(
-                "device cuda: the kernel shows no NVIDIA card; --device=cpu trains here"
-            )
+            raise UsageError(f"device cuda: the kernel shows no NVIDIA card; {on_cpu} works here")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = why_unusable(found, torch.__version__, torch.version.cuda, visible)
         cards = f"{len(found.cards)} x {found.cards[0]}"
-        raise UsageError(f"torch cannot use this machine's GPU ({cards}): {why}, {ON_PURPOSE}")
+        raise UsageError(f"torch cannot use this machine's GPU ({cards}): {why}, {purpose}")
     if local_size > count():
         raise UsageError(
             f"torchrun --nproc_per_node={local_size}, but this machine has {count()} GPUs: start at "
@@ -56,7 +57,7 @@ def choose(setting: str, local_rank: int = 0, local_size: int = 1) -> torch.devi
         raise UsageError(
             f"torch {torch.__version__} has no code for {name(device)}, compute capability "
             f"{dotted(capability(device))}, only for {readable(archs())}: take another card, or a torch "
-            f"that was built for this one, {ON_PURPOSE}"
+            f"that was built for this one, {purpose}"
         )
     return device
 
@@ -128,7 +129,7 @@ def choose_precision(setting: str, device: torch.device) -> str:
     if device.type == "cuda":
         major, _ = capability(device)
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
-    able = torch.cpu.get_capabilities()
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 has none
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 

@@ -18,10 +18,11 @@ import numpy as np
 from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.names import fault_of, quoted
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import path_of, path_or_address
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
+from ffcv_imnet.data.remote import local_path
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names, read_labels
 from ffcv_imnet.images.stored import RAW
 from ffcv_imnet.machine.host import usable_cores
@@ -51,7 +52,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UsageError, also where a manifest is there already."""
     parser = ToolParser("adopt", __doc__)
     add = parser.add_argument
-    add("paths", nargs="+", type=path_of, metavar="FILE", help=".beton or .ffcv, of one data set")
+    add(
+        "paths",
+        nargs="+",
+        type=path_or_address,
+        metavar="FILE",
+        help=".beton or .ffcv, of one data set; from an address (s3://BUCKET/NAME) it is copied into --cache_dir first",
+    )
+    add("--cache_dir", type=path_of, default=Path("data/cache"), metavar="DIR",
+        help="of copies: that of training, data.cache_dir, which finds the manifest there (default: %(default)s)")  # fmt: skip
     add("--classes", type=path_of, metavar="FILE",
         help="names of the classes, one a line in the order of their numbers, or the manifest (.json) of"
         " a file of the same classes (default: ImageNet's ids where its counts fit, else numbers)")  # fmt: skip
@@ -62,6 +71,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="decoding processes (default: all cores)")  # fmt: skip
     add("--force", action="store_true", help="replace a manifest that is there")
     options = parser.parse_args(argv)
+    options.paths = [local_path(place, options.cache_dir) for place in options.paths]
     for path in options.paths:
         manifest = beton.manifest_path(path)
         if manifest == path:

@@ -19,7 +19,9 @@ import argparse
 import datetime
 import itertools
 import json
+import shutil
 import statistics
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +32,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from ffcv_imnet.bench.cost import image_flops
-from ffcv_imnet.bench.loaders import NEEDS, PEERS, Spec
+from ffcv_imnet.bench.loaders import AHEAD, NEEDS, PEERS, Spec
 from ffcv_imnet.bench.measure import PILOT_STEPS, bottleneck
 from ffcv_imnet.bench.measure import measure as measure_training
 from ffcv_imnet.bench.peers import (
@@ -57,6 +59,7 @@ from ffcv_imnet.core.paths import path_of, refuse_inputs
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
+from ffcv_imnet.machine.checks import SHM, of_memory
 from ffcv_imnet.machine.device import DTYPES, choose_precision
 from ffcv_imnet.machine.distributed import connect, describe_world, disconnect
 from ffcv_imnet.machine.host import core_numbers, usable_cores
@@ -144,7 +147,7 @@ def benchmark_loader(options: argparse.Namespace) -> int:
             f"{options.beton} holds {len(tables.labels)} images, fewer than --batch_size "
             f"{options.batch_size}: take a smaller batch"
         )
-    names = options.loaders or installed(bool((tables.modes == 0).all()))
+    names = chosen_loaders(options, bool((tables.modes == 0).all()))
     counts = options.cores or [options.num_workers]
     cases = [
         Case(*case) for case in itertools.product(options.resolution, options.min_crop, counts)
@@ -166,6 +169,22 @@ def benchmark_loader(options: argparse.Namespace) -> int:
     if options.figure:
         draw_loaders(options.figure, rows, f"{provenance.cpu_name()}, batch {options.batch_size}")
     return 0
+
+
+def chosen_loaders(options: argparse.Namespace, jpegs: bool) -> list[str]:
+    """Those asked for, else all that can run: torchvision's processes hand over their batches in /dev/shm, of which a
+    container has 64 MiB, and die where it is full. Raises UsageError."""
+    names: list[str] = options.loaders or installed(jpegs)
+    workers = max(options.cores or [options.num_workers])
+    needed = AHEAD * workers * options.batch_size * 3 * max(options.resolution) ** 2
+    free = shutil.disk_usage(SHM).free if SHM.exists() else 0
+    if "torchvision" not in names or needed <= free:
+        return names
+    why = f"its processes need {of_memory(needed)} of /dev/shm, where {of_memory(free)} are free (docker run --ipc=host)"
+    if options.loaders:
+        raise UsageError(f"--loaders torchvision: {why}")
+    print(f"torchvision is left out: {why}", file=sys.stderr, flush=True)
+    return [name for name in names if name != "torchvision"]
 
 
 def start_peers(

@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import textwrap
@@ -37,6 +38,7 @@ SECONDS = 1.2  # at most, of writing, and again of reading
 SLOW_DISK = (
     100e6  # bytes a second; 2,000 images/s of 40 kB are 80 MB/s, until memory holds the file
 )
+OLDEST_TORCH = 2, 11  # pyproject.toml has the same
 WIDTH = 100  # columns of the page
 
 
@@ -99,7 +101,15 @@ def versions() -> Finding:
     wanted |= devices.library_versions()
     if commit := provenance.git_commit():
         wanted["commit"] = commit.replace(commit[12:40], "")
-    return Finding("versions", ", ".join(f"{name} {number}" for name, number in wanted.items()))
+    text = ", ".join(f"{name} {number}" for name, number in wanted.items())
+    release = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if release and (int(release[1]), int(release[2])) < OLDEST_TORCH:
+        oldest = "{}.{}".format(*OLDEST_TORCH)
+        advice = (
+            f"torch before {oldest} was not tested with this: take a newer one if something fails"
+        )
+        return Finding("versions", text, WARN, advice)
+    return Finding("versions", text)
 
 
 def copies(device: torch.device) -> Finding:

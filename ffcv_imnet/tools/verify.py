@@ -30,10 +30,11 @@ from PIL import Image
 from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import RunError, UsageError
-from ffcv_imnet.core.paths import path_of, what_is
+from ffcv_imnet.core.paths import path_of, path_or_address, what_is
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
+from ffcv_imnet.data.remote import local_path
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_image
 from ffcv_imnet.images.holdout import hold_out
@@ -136,9 +137,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UsageError."""
     parser = ToolParser("verify", __doc__)
     add = parser.add_argument
-    add("paths", nargs="+", type=path_of, metavar="PATH",
+    add("paths", nargs="+", type=path_or_address, metavar="PATH",
         help="a tar; a folder with train/ and val/, or one of the two; a .beton, a .parquet, or a folder"
-        " of either")  # fmt: skip
+        " of either; a file at an address (s3://BUCKET/NAME) is copied into --cache_dir first")  # fmt: skip
+    add("--cache_dir", type=path_of, default=Path("data/cache"), metavar="DIR",
+        help="of copies: that of training, data.cache_dir (default: %(default)s)")  # fmt: skip
     add("--md5", action="store_true", help="checksum of the official archives (reads all of them)")
     add("--labels", "--val_labels", type=path_of, metavar="FILE",
         help="of images that lie in no class folders (of a flat tar: of validation)")  # fmt: skip
@@ -164,6 +167,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sources = [name for name in ("data_dir", "tar", "parquet") if getattr(options, name)]
     if len(sources) > 1:
         raise UsageError(f"--{sources[0]} and --{sources[1]} exclude each other: give one of them")
+    options.paths = [local_path(place, options.cache_dir) for place in options.paths]
     for path in options.paths:
         if not path.exists():
             raise UsageError(f"{path} does not exist")

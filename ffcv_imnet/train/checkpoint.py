@@ -252,17 +252,18 @@ def read(path: Path) -> Any:
     libraries keep beside weights is replaced by empty stand-ins (`stand_ins.py`), and nothing of theirs is run.
 
     Raises:
-        UsageError: the file cannot be opened, or torch.save did not write it.
-        RunError: it is damaged, or reading it would run what it holds.
+        UsageError: the file cannot be opened.
+        RunError: torch.save did not write it, it is damaged, or reading it would run what it holds.
     """
     try:
         with open_regular(path) as file:
             start = file.read(2)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    # A zip, before torch 1.6 a pickle.
-    if start and start != b"PK" and not start.startswith(b"\x80"):
-        raise UsageError(f"{path} is no file of weights: torch.save did not write it")
+    if not start:
+        raise RunError(f"{path} is empty, and no file of weights")
+    if start != b"PK" and not start.startswith(b"\x80"):  # a zip, before torch 1.6 a pickle
+        raise RunError(f"{path} is no file of weights: torch.save did not write it")
     if start == b"PK" and (damage := damage_of(path)) is not None:
         raise RunError(f"{path} is damaged, truncated or no file of weights ({damage})")
     try:

@@ -94,9 +94,11 @@ def compile_static(module: nn.Module) -> nn.Module:
 
 
 @cache
-def say_how_compiled() -> None:
+def say_how_compiled(compiled: bool) -> None:
     """After the first step, once a process, where it is not what `training.compile` promises: one whole graph."""
     breaks = counters["graph_break"]
+    if not compiled:
+        return
     if counters["stats"]["unique_graphs"] == 0:
         said = "the network is not compiled and trains as without; does the environment disable torch.compile?"
     elif breaks:
@@ -218,7 +220,6 @@ def train_epoch(
             asked = time.perf_counter()
             images, labels = next(batches)
             waited += time.perf_counter() - asked
-
             done = plan.epoch + (step + 0.5) / plan.steps
             rate = learning_rate(lr, plan.epochs, done, plan.batch_size)
             last = step + 1 == plan.steps
@@ -226,8 +227,7 @@ def train_epoch(
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
             images, targets = learner.augment(images, labels, plan.epoch, step)
             loss = train_step(learner, images, targets, rate, plan.label_smoothing, norms, waiting)
-            if learner.compiled and world.is_main:
-                say_how_compiled()
+            say_how_compiled(learner.compiled and world.is_main)
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)
             watch.heart.beat("training", plan.epoch, step + 1)

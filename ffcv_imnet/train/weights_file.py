@@ -33,8 +33,8 @@ def read_weights(path: Path, option: str) -> WeightsFile:
         option: stands before the name in messages.
 
     Raises:
-        UsageError: no such file, or none of weights.
-        RunError: it is damaged, or reading it would run what it holds.
+        UsageError: no such file, or of a kind that is not read.
+        RunError: it holds no weights or is damaged, or reading it would run what it holds.
     """
     check_there(path, option)
     if path.suffix == ".onnx":
