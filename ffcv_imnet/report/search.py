@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from tabulate import tabulate
 
 from ffcv_imnet.bench.search import (
@@ -23,7 +24,7 @@ from ffcv_imnet.bench.short_runs import RUNGS, held_out, short
 from ffcv_imnet.config.parsing import to_yaml
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.atomic import atomic_write
-from ffcv_imnet.core.provenance import cpu_name, git_commit, versions
+from ffcv_imnet.core.provenance import git_commit, versions
 from ffcv_imnet.machine.distributed import describe_world
 from ffcv_imnet.report.statistics import spread
 
@@ -38,7 +39,9 @@ def outcome(study: Any) -> dict[str, list[dict[str, float]]]:
 
 
 def verdict(made: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Whether the best trial is the better recipe, in a sentence."""
+    """Whether the best trial is the better recipe, in a sentence. `made`: see `outcome`."""
+    if not made[BEST]:
+        return "no trial was better than the recipe as it is: there is no reason to change it"
     best, recipe = (spread([s["loss"] for s in made[what]]) for what in (BEST, RECIPE))
     gain = recipe.mean - best.mean
     noise = math.hypot(best.standard_error or 0.0, recipe.standard_error or 0.0)
@@ -81,11 +84,11 @@ def record(
         rows.append([key, f"{theirs:.3g}", f"{ours:.3g}"])
     settings = tabulate(rows, ("setting", "recipe", "tuned"), "github", disable_numparse=True)
     rows = []
-    for what, scores in made.items():
+    for what, scores in made.items() if made[BEST] else ():
         loss, top_1 = (spread([s[of] for s in scores]) for of in ("loss", "top_1"))
         rows.append([what, str(len(scores)), f"{loss:.4f}", f"{top_1:%}"])
     columns = "last rung, new seeds", "runs", "loss (mean ± s.e.)", "top-1, %"
-    again = tabulate(rows, columns, "github", disable_numparse=True)
+    again = tabulate(rows, columns, "github", disable_numparse=True) + "\n\n" if rows else ""
     scores = [score for trial in trials for score in trial.user_attrs.get("scores", [])]
     hours = sum(score["seconds"] for score in scores) / 3600
     counts = [sum(int(s["rung"]) == number for s in scores) for number in range(RUNGS)]
@@ -94,17 +97,21 @@ def record(
         for count, rung in zip(counts, search.rungs, strict=True)
     )
     found = versions()
+    decay = (
+        f"Weight decay is searched as what it does over a whole run; recipe.yaml has what does as much over its own "
+        f"{search.steps:,} steps. "
+        if any(key.endswith("weight_decay") for key in search.keys)
+        else ""
+    )
     return (
-        f"# A search for {', '.join(search.keys)}\n\n{verdict(made).capitalize()}.\n\n{settings}\n\n{again}\n\n"
+        f"# A search for {', '.join(search.keys)}\n\n{verdict(made).capitalize()}.\n\n{settings}\n\n{again}"
         f"Runs at the lowest resolution, {short(search.settings, search.rungs[0]).plan.stages[0].resolution} px: "
         f"{runs}; scored on {held_out(search.samples):,} images held out of {search.settings.data.train_dataset} "
         f"({search.samples:,} images, {len(search.classes):,} classes). {hours:.2f} hours of a device.\n\n"
         f"![loss by setting](trials.png)\n\n"
-        f"Decay is searched as what it does over a whole run; recipe.yaml has what does as much over its own "
-        f"{search.steps:,} steps. That the best learning rate of a short run is the best of a long one is an "
-        f"assumption.\n\n"
+        f"{decay}That the best settings of a short run are the best of a long one is an assumption.\n\n"
         f"    python -m ffcv_imnet tune {' '.join(command)}\n\n"
-        f"{date.today()}, {describe_world(search.settings.training.device).device_name()}, {cpu_name()}; "
+        f"{date.today()}, {describe_world(search.settings.training.device).device_name()}; "
         f"{', '.join(f'{name} {found[name]}' for name in ('torch', 'ffcv') if name in found)}; commit {git_commit()}\n"
     )
 
@@ -137,6 +144,9 @@ def draw(search: Search, trials: Sequence[Any], best: Any, path: Path) -> None:
                 recipe, color="#d1570b", linewidth=1, linestyle=(0, (4, 3)), label="recipe"
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel({"momentum": f"1 - {key}", "weight_decay": f"{key} x sum of learning rates"}.get(
             key.split(".")[1], key))  # fmt: skip
         axes.grid(True, color="#e6e6e6", linewidth=0.8)

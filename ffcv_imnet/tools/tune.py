@@ -107,12 +107,14 @@ def _kept(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_again(search: Search) -> None:
-    """Enqueue the runs that say whether the best trial is better than the recipe, unless they are there."""
+    """Enqueue the runs that say whether the best trial is better than the recipe, if it is another, and once."""
     study = open_study(search)
     if any("again" in trial.user_attrs for trial in study.trials):
         return
     recipe = values_of(search.settings, search.keys, search.steps)
     best = best_trial(study)
+    if drawn(best) == recipe:
+        return
     for what, values in ((RECIPE, recipe), (BEST, drawn(best))):
         for seed in range(1, AGAIN + 1):
             attributes = {
