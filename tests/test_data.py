@@ -1,6 +1,8 @@
 """Loaders: the same batches everywhere, every image once, an error instead of a hang."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -469,3 +471,14 @@ def test_the_reader_of_the_file_is_compiled_once(small: SmallData, tmp_path: Pat
     ]
     first, second = (loader.memory_manager.compile_reader() for loader in loaders)
     assert first is second
+
+
+def test_a_process_on_one_core_that_forked_ends() -> None:
+    """With numba's threads from TBB it would not."""
+    code = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "import ffcv_imnet.data.fast_import, numba\n"
+        "numba.np.ufunc.parallel._launch_threads()\n"
+        "os.waitpid(os.fork() or os._exit(0), 0)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
