@@ -131,7 +131,7 @@ def test_what_is_refused(
     ):
         if status == "s3fs" and is_there("s3fs"):
             continue  # before an image is looked at
-        with pytest.raises(UsageError, match=rf"^{address}/train\.beton: .*{status}.*pip install"):
+        with pytest.raises(UsageError, match=rf"^{address}/train\.beton: .*{status}"):
             write_ffcv.placed(address, "train.beton", tmp_path)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))

@@ -78,6 +78,10 @@ def test_later_wins(tmp_path: Path) -> None:
         ("--augmentation.crop_scale=1,0.2", "two numbers"),
         ("--augmentation.crop_scale=0.2", "two numbers"),
         ("--logging.folder=", "logging.folder must be a path"),
+        (
+            "--logging.folder=s3://b/run",
+            "logging.folder s3://b/run is an address: name a local folder",
+        ),
         ("--lr.lr", "expected one argument"),
         ("stray", "unexpected word 'stray'"),
         ("--config=rn_configs/rn18_16epp.yaml", "(did you mean rn18_16ep.yaml?)"),

@@ -116,12 +116,14 @@ def test_dry_run_needs_neither_data_nor_optuna(capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "27 trials of muon.lr at 128 px, scored on 10,000 images" in said
     (line,) = [line for line in said.splitlines() if short_runs.PRICED_ON in line]
-    assert 28 <= int(line.split()[4]) <= 32  # minutes: the default is 30
+    assert 28 <= float(line.split()[2]) <= 32  # minutes: the default is 30
     for options, words in (
         (["--search", "lr.warmth"], "--search 'lr.warmth': it is one or more of muon.lr,lr.lr"),
         (["--trials", "3"], "argument --trials: '3' is not a whole number of at least 9|from 9"),
         (["--resume", "auto"], "takes neither --resume"),
         (["--minuts", "3"], "unknown option --minuts"),
+        (["--search", ""], "--search ''"),
+        (["--model.weights=nowhere.pth"], "nowhere.pth: no such file"),
     ):
         with pytest.raises(UsageError, match=words):
             tune.main(["--config", RECIPE, "--dry_run", *options])
@@ -143,6 +145,15 @@ def test_one_search_from_end_to_end(small: SmallData, tmp_path: Path) -> None:
                 process.send_signal(signal.SIGKILL)
                 break
     before = (out / "trials.log").read_bytes()
+    with subprocess.Popen(
+        [*command, "--processes=2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        next(line for line in process.stdout if line.startswith("trial "))
+        process.send_signal(signal.SIGTERM)
+        assert (
+            "the same command goes on" in process.stderr.read()
+        )  # to its end: no child has it open
     done = subprocess.run([*command, "--processes=2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (out / "trials.log").read_bytes().startswith(before)

@@ -30,7 +30,7 @@ from ffcv_imnet.config.schema import (
 from ffcv_imnet.config.strict_yaml import LARGEST, StrictError, dump_yaml, load_yaml
 from ffcv_imnet.core.errors import Parser, UsageError, nearest
 from ffcv_imnet.core.names import quoted
-from ffcv_imnet.core.paths import expanded, path_of, what_is
+from ffcv_imnet.core.paths import expanded, is_address, path_of, what_is
 
 RECIPES = Path(__file__).parents[1] / "rn_configs"  # a link in a checkout, a copy where installed
 
@@ -349,6 +349,8 @@ def _clashes(s: Settings) -> Iterator[str]:
     if s.plan.stages and resolution != Resolution():
         yield "plan.stages and the section resolution both say the resolution; leave one out"
     yield from _frozen_clashes(s)
+    if is_address(s.logging.folder):
+        yield f"logging.folder {s.logging.folder} is an address: name a local folder, and copy it when the run has ended"
     if s.lr.lr_peak_epoch > training.epochs:
         yield (
             f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "

@@ -99,8 +99,11 @@ def client(address: str) -> Any:
     fsspec = require("fsspec", address, INSTALL)
     try:
         fsspec.get_filesystem_class(address.split("://", 1)[0])
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"{address}: {reason_of(error)} (pip install {INSTALL})") from None
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # which says what to install, or that nothing would help
+        raise UsageError(f"{address}: {reason_of(error)}") from None
     return fsspec
 
 

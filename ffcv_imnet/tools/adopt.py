@@ -18,7 +18,7 @@ import numpy as np
 from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.names import fault_of, quoted
-from ffcv_imnet.core.paths import path_of, path_or_address
+from ffcv_imnet.core.paths import path_of, path_or_address, what_is
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
@@ -73,6 +73,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.paths = [local_path(place, options.cache_dir) for place in options.paths]
     for path in options.paths:
+        if not path.is_file():
+            raise UsageError(f"{path}: {what_is(path)}")
         manifest = beton.manifest_path(path)
         if manifest == path:
             raise UsageError(f"{path} has a manifest's name: give the .beton or .ffcv file")

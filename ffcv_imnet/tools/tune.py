@@ -8,21 +8,23 @@ settings, trains on a part of the training images and is scored by its loss on i
 training file; the best third goes on to three times as many images, and the best third of those again. Then
 the best trial and the recipe as it is run again under new seeds. OUT gets recipe.yaml, trials.png and README.md.
 
-`--minutes` are an A100's by the cost estimate, 30 by default; --dry_run says what that makes on other machines. Of
-several GPUs each works on a trial of its own. Stop it at any time and start it again: it goes on where it was,
-and makes only the runs under way again.
+--config, --dry_run and --section.name=value are those of train_imagenet.py. `--minutes` are an A100's by the cost
+estimate, 30 by default; --dry_run says what that makes on other machines. Of several GPUs each works on a trial of
+its own. Stop it at any time and start it again: it goes on where it was, and makes only the runs under way again.
 """
 
 import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tabulate import tabulate
 
@@ -53,7 +55,7 @@ from ffcv_imnet.bench.short_runs import (
 from ffcv_imnet.config.parsing import parse
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.config.schema import Settings, differences
-from ffcv_imnet.core.atomic import atomic_write, locked
+from ffcv_imnet.core.atomic import atomic_write, locked, make_folder
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.core.paths import path_of
@@ -65,6 +67,7 @@ from ffcv_imnet.machine.host import core_numbers
 from ffcv_imnet.models.registry import check_arch
 from ffcv_imnet.report.search import write_results
 from ffcv_imnet.tools import ToolParser
+from ffcv_imnet.train.start import start_from
 
 
 def open_study(search: Search, worker: int = 0) -> Any:
@@ -134,8 +137,11 @@ def work(search: Search, worker: int = 0) -> None:
     world = describe_world(search.settings.training.device)
     connect(world)
     runs = ShortRuns(search.settings, search.samples, search.classes, world)
+    parent = os.getppid()
     while (waiting := _waiting(study)) or _begun(study) < search.trials:
         if not waiting and any("again" in trial.user_attrs for trial in study.trials):
+            return
+        if os.getppid() != parent:  # killed, and could not end this one
             return
         _one(search, study, study.ask(), runs)
 
@@ -218,8 +224,10 @@ def _said(key: str, x: float) -> str:
     return f"{1 - x:.3f}" if key.endswith("momentum") else f"{x:.3g}"
 
 
-def work_on_all(search: Search, command: Sequence[str]) -> None:
+def work_on_all(search: Search, command: Sequence[str], lock: IO[str]) -> None:
     """`work` in `search.processes` processes, each with a GPU of its own; here where it is one.
+
+    None of them outlives this one, and each keeps `lock` for as long as it lives.
 
     Raises:
         RunError: one of them failed.
@@ -231,16 +239,16 @@ def work_on_all(search: Search, command: Sequence[str]) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = visible.split(",") if visible else [str(number) for number in range(processes)]
     children = []
-    for worker in range(processes):
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]}
-        words = [sys.executable, "-m", "ffcv_imnet", "tune", *command, f"--worker={worker}"]
-        children.append(subprocess.Popen(words, env=environment))
     try:
+        for worker in range(processes):
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]}
+            words = [sys.executable, "-m", "ffcv_imnet", "tune", *command, f"--worker={worker}"]
+            children.append(subprocess.Popen(words, env=environment, pass_fds=[lock.fileno()]))
         statuses = [child.wait() for child in children]
-    except KeyboardInterrupt:
-        for child in children:  # each got the signal too
+    finally:
+        for child in children:
+            child.kill()  # a trial that is cut off is made again
             child.wait()
-        raise
     if any(statuses):
         raise RunError(
             f"{sum(map(bool, statuses))} of the {processes} processes of the search failed; what they "
@@ -254,7 +262,8 @@ def work_on_all(search: Search, command: Sequence[str]) -> None:
 def plan(settings: Settings, options: Any, samples: int, classes: Sequence[str]) -> Search:
     """Raises UsageError for a setting that is not searched, and for too little data or time."""
     known = ranges(settings)
-    keys = [key.strip() for key in options.search.split(",")] if options.search else list(known)
+    named = options.search
+    keys = list(known) if named is None else [key.strip() for key in named.split(",")]
     if odd := [key for key in keys if key not in known]:
         raise UsageError(f"--search {odd[0]!r}: it is one or more of {','.join(known)}")
     images = a100_images(settings, options.minutes, samples, len(classes))
@@ -285,41 +294,45 @@ def describe(search: Search) -> str:
         search.settings, search.rungs, search.runs, search.samples, len(search.classes)
     )
     priced = [
-        (line.machine.name, f"{line.machine.gpus} x {line.machine.gpu}", f"{60 * line.hours:,.0f}",
-         f"${line.cost:,.2f}", line.throughput.kind) for line in lines
+        (line.machine.name, line.machine.gpu, f"{60 * line.hours:,.1f}",
+         f"${line.cost:,.2f}", line.throughput.kind) for line in lines if line.machine.gpus == 1
     ]  # fmt: skip
     costs = tabulate(
-        priced, ("machine", "GPUs", "minutes", "on demand", "throughput"), disable_numparse=True
+        priced, ("machine", "GPU", "minutes", "on demand", "throughput"), disable_numparse=True
     )
     side = short(search.settings, search.rungs[0]).plan.stages[0].resolution
     return (
         f"{search.trials} trials of {', '.join(search.keys)} at {side} px, scored on "
-        f"{held_out(search.samples):,} images held out of the training file; the last rung's {2 * AGAIN} last runs "
-        f"are the best trial and the recipe again\n\n{runs}\n\n{costs}\n"
+        f"{held_out(search.samples):,} images held out of the training file; {2 * AGAIN} runs of the longest kind come "
+        f"last: the best trial and the recipe, under two new seeds each\n\n{runs}\n\n{costs}\n\n"
+        f"several GPUs work on a trial each; on another machine the lines of the trials say how long is left\n"
     )
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _alone(out: Path) -> Iterator[IO[str]]:
     """One search at a time in a folder."""
-    out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as file:
         if not locked(file):
             raise UsageError(
                 f"--out {out}: another process is searching in it; wait for it, or name another folder"
             )
-        yield
+        yield file
 
 
 def _check_same(search: Search) -> None:
-    """Note what is searched, or raise UsageError if OUT holds another search."""
+    """Raises UsageError if OUT is a file, or holds another search or a run."""
+    if search.out.exists() and not search.out.is_dir():
+        raise UsageError(f"--out {search.out} is a file: name a folder")
+    if (search.out / "log.jsonl").exists():
+        raise UsageError(f"--out {search.out} holds a run: name another folder")
     path = search.out / "search.json"
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         ours = json.loads(json.dumps(search.to_json()))
         differ = differences(ours.pop("settings"), there.pop("settings"))
         differ += [
-            f"{name} {there.get(name)} -> {value}"
+            "--minutes" if name == "rungs" else f"{name} {there.get(name)} -> {value}"
             for name, value in ours.items()
             if there.get(name) != value
         ]
@@ -327,8 +340,15 @@ def _check_same(search: Search) -> None:
             raise UsageError(
                 f"--out {search.out} holds another search ({'; '.join(differ)}): name another folder"
             )
-    with atomic_write(path, "w") as file:
-        json.dump(search.to_json(), file)
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the search", file=sys.stderr, flush=True)
+        raise
 
 
 def main(argv: list[str]) -> int:
@@ -337,13 +357,13 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--out", type=path_of, metavar="DIR", help="default: logging.folder with _tune behind it")
     add("--minutes", type=in_range(float, 0.01, 1e5), default=30.0, metavar="M",
-        help="of one A100, by the cost estimate (default: %(default)g)")  # fmt: skip
+        help="of one A100, by the cost estimate, 0.01 or more (default: %(default)g)")  # fmt: skip
     add(
         "--trials",
         type=in_range(int, 9, 10_000),
         default=27,
         metavar="N",
-        help="default: %(default)s",
+        help="9 or more (default: %(default)s)",
     )
     add(
         "--search",
@@ -351,7 +371,7 @@ def main(argv: list[str]) -> int:
         help="settings to search; default: all of the recipe's optimizer",
     )
     add("--processes", type=in_range(int, 1, 64), metavar="N", help="default: one a GPU")
-    add("--worker", type=int, help="(for the processes that it starts)")
+    add("--worker", type=int, help=SUPPRESS)  # for the processes that it starts
     options, rest = parser.parse_known_args(argv)
     command = parse(rest)
     if command.resume or command.measure:
@@ -360,6 +380,7 @@ def main(argv: list[str]) -> int:
     check_arch(settings.model.arch)
     if command.dry_run:
         train = counted(settings.data.train_dataset, IMAGENET_TRAIN_IMAGES)
+        start_from(settings, train.names)
         print(describe(plan(settings, options, train.images, train.names)))
         return 0
     require("optuna", "tune", "optuna")
@@ -371,13 +392,18 @@ def main(argv: list[str]) -> int:
         return 0
     if describe_world(settings.training.device).size > 1:
         raise UsageError("tune starts a process a GPU itself: start it without torchrun")
+    _check_same(search)
+    start_from(settings, manifest.classes)  # refused before anything is written
     print(describe(search), flush=True)
-    with _alone(search.out):
-        _check_same(search)
+    make_folder(search.out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _alone(search.out) as lock, _saying_how_to_go_on():
+        with atomic_write(search.out / "search.json", "w") as file:
+            json.dump(search.to_json(), file)
         begin(search)
-        work_on_all(search, argv)
+        work_on_all(search, argv, lock)
         run_again(search)
-        work_on_all(search, argv)
+        work_on_all(search, argv, lock)
         print(
             f"\n{write_results(search, open_study(search), argv)}\n{search.out}: recipe.yaml, trials.png, README.md"
         )
