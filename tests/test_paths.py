@@ -48,6 +48,7 @@ def test_home_and_variables_are_expanded_everywhere(
     assert command.resume == f"{tmp_path}/last.pt"
     options = write_ffcv.parse(["--split=val", "--data_dir=~/d", "--out_dir=$BIG_DISK/b"])
     assert options.data_dir == [tmp_path / "d"] and options.out_dir == tmp_path / "big" / "b"
+    (tmp_path / "x.ffcv").touch()
     assert adopt.parse(["~/x.ffcv"]).paths == [tmp_path / "x.ffcv"]
     for tool in Path(adopt.__file__).parent.glob("*.py"):
         assert "type=Path" not in tool.read_text(), f"{tool}: type=path_of expands"
