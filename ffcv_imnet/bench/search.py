@@ -109,6 +109,11 @@ def drawn(trial: Any) -> dict[str, float]:
     return dict(trial.user_attrs.get("exact") or trial.params)
 
 
+def scores_of(trials: Sequence[Any]) -> list[dict[str, float]]:
+    """Of all runs of all trials: rung, loss, top_1, seconds."""
+    return [score for trial in trials for score in trial.user_attrs.get("scores", [])]
+
+
 def best_trial(study: Any) -> Any:
     """The lowest loss on the last rung. Raises RunError if no trial got there."""
     done = [

@@ -17,6 +17,7 @@ from ffcv_imnet.bench.search import (
     Search,
     best_trial,
     drawn,
+    scores_of,
     values_of,
     with_values,
 )
@@ -89,7 +90,7 @@ def record(
         rows.append([what, str(len(scores)), f"{loss:.4f}", f"{top_1:%}"])
     columns = "last rung, new seeds", "runs", "loss (mean ± s.e.)", "top-1, %"
     again = tabulate(rows, columns, "github", disable_numparse=True) + "\n\n" if rows else ""
-    scores = [score for trial in trials for score in trial.user_attrs.get("scores", [])]
+    scores = scores_of(trials)
     hours = sum(score["seconds"] for score in scores) / 3600
     counts = [sum(int(s["rung"]) == number for s in scores) for number in range(RUNGS)]
     runs = "; ".join(
@@ -123,9 +124,7 @@ def draw(search: Search, trials: Sequence[Any], best: Any, path: Path) -> None:
         figsize=(3.4 * len(search.keys) + 0.6, 3.6), layout="constrained", facecolor="white"
     )
     panels = figure.subplots(1, len(search.keys), sharey=True, squeeze=False)[0]
-    losses = [
-        s["loss"] for t in trials for s in t.user_attrs.get("scores", []) if s["loss"] < DIVERGED
-    ]
+    losses = [score["loss"] for score in scores_of(trials) if score["loss"] < DIVERGED]
     for key, axes in zip(search.keys, panels, strict=True):
         for number, rung in enumerate(search.rungs):
             points = [

@@ -38,6 +38,7 @@ from ffcv_imnet.bench.search import (
     best_trial,
     drawn,
     ranges,
+    scores_of,
     values_of,
     with_values,
 )
@@ -91,12 +92,12 @@ def open_study(search: Search, worker: int = 0) -> Any:
 
 def begin(search: Search) -> None:
     """Enqueue the recipe itself first, and again what was under way when the search was stopped."""
-    import optuna
+    from optuna.trial import TrialState
 
     study = open_study(search)
     for trial in study.get_trials(deepcopy=False):
-        if trial.state == optuna.trial.TrialState.RUNNING:
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs=_kept(trial.user_attrs))
     if not study.trials:
         exact = values_of(search.settings, search.keys, search.steps)
@@ -112,7 +113,7 @@ def _kept(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def run_again(search: Search) -> None:
     """Enqueue the runs that say whether the best trial is better than the recipe, if it is another, and once."""
     study = open_study(search)
-    if any("again" in trial.user_attrs for trial in study.trials):
+    if _made_again(study):
         return
     recipe = values_of(search.settings, search.keys, search.steps)
     best = best_trial(study)
@@ -138,16 +139,21 @@ def work(search: Search, worker: int = 0) -> None:
     connect(world)
     runs = ShortRuns(search.settings, search.samples, search.classes, world)
     parent = os.getppid()
-    while (waiting := _waiting(study)) or _begun(study) < search.trials:
-        if not waiting and any("again" in trial.user_attrs for trial in study.trials):
-            return
-        if os.getppid() != parent:  # killed, and could not end this one
-            return
+    # A parent that was killed could not end this process.
+    while _is_left(search, study) and os.getppid() == parent:
         _one(search, study, study.ask(), runs)
 
 
-def _waiting(study: Any) -> bool:
-    return any(trial.state.name == "WAITING" for trial in study.get_trials(deepcopy=False))
+def _is_left(search: Search, study: Any) -> bool:
+    """Whether a trial waits, or the search goes on: once trials are made again, it is over."""
+    trials = study.get_trials(deepcopy=False)
+    if any(trial.state.name == "WAITING" for trial in trials):
+        return True
+    return not _made_again(study) and _begun(study) < search.trials
+
+
+def _made_again(study: Any) -> bool:
+    return any("again" in trial.user_attrs for trial in study.get_trials(deepcopy=False))
 
 
 def _begun(study: Any, up_to: float = math.inf) -> int:
@@ -160,6 +166,8 @@ def _begun(study: Any, up_to: float = math.inf) -> int:
 
 def _one(search: Search, study: Any, trial: Any, runs: ShortRuns) -> None:
     """One trial, rung after rung, as far as it comes; only the last rung where it is made again."""
+    from optuna.trial import TrialState
+
     spans = ranges(search.settings)
     suggested = {
         key: trial.suggest_float(key, spans[key].low, spans[key].high, log=True)
@@ -171,26 +179,20 @@ def _one(search: Search, study: Any, trial: Any, runs: ShortRuns) -> None:
         settings = replace(
             settings, training=replace(settings.training, seed=trial.user_attrs["seed"])
         )
-    scores: list[dict[str, float]] = []
+    made: list[dict[str, float]] = []
     for number, rung in enumerate(search.rungs):
         if again and number < RUNGS - 1:
             continue
         steps = sum(plan.steps for plan in plan_run(short(settings, rung), rung.subset))
         score = runs.run(with_values(settings, values, steps), rung)
-        scores.append(_listed(score, number))
-        trial.set_user_attr("scores", scores)
+        made.append(_listed(score, number))
+        trial.set_user_attr("scores", made)
         trial.report(min(score.loss, DIVERGED), REDUCTION**number)
         print(_line(search, study, trial.number, score, number, values, again), flush=True)
         if score.loss == math.inf or (not again and number < RUNGS - 1 and trial.should_prune()):
-            study.tell(trial, state=_pruned())
+            study.tell(trial, state=TrialState.PRUNED)
             return
     study.tell(trial, score.loss)
-
-
-def _pruned() -> Any:
-    import optuna
-
-    return optuna.trial.TrialState.PRUNED
 
 
 def _listed(score: Score, number: int) -> dict[str, float]:
@@ -202,9 +204,7 @@ def _line(
     search: Search, study: Any, number: int, score: Score, rung: int, values: Mapping[str, float], again: str | None
 ) -> str:  # fmt: skip
     """What a run came to, and how long the rest will take at the speed so far."""
-    made = [
-        s for trial in study.get_trials(deepcopy=False) for s in trial.user_attrs.get("scores", [])
-    ]
+    made = scores_of(study.get_trials(deepcopy=False))
     images = sum(search.rungs[int(s["rung"])].images for s in made)
     whole = sum(r.images * count for r, count in zip(search.rungs, search.runs, strict=True))
     left = max(0.0, whole - images) / images * sum(s["seconds"] for s in made)
@@ -329,7 +329,7 @@ def _check_same(search: Search) -> None:
     path = search.out / "search.json"
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
-        ours = json.loads(json.dumps(search.to_json()))
+        ours = search.to_json()
         differ = differences(ours.pop("settings"), there.pop("settings"))
         differ += [
             "--minutes" if name == "rungs" else f"{name} {there.get(name)} -> {value}"
