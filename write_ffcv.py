@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
 from ffcv_imnet.core.names import shown
-from ffcv_imnet.core.paths import path_of, path_or_address
+from ffcv_imnet.core.paths import path_of, path_or_address, refuse_inside
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton, remote
@@ -42,7 +42,13 @@ from ffcv_imnet.images.forecast import available_memory, duration, forecast, siz
 from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.parallel import one_thread
 from ffcv_imnet.images.pixels import MAX_PIXELS
-from ffcv_imnet.images.remarks import check_classes, check_oddities, notes, oddities
+from ffcv_imnet.images.remarks import (
+    check_classes,
+    check_oddities,
+    class_folders,
+    notes,
+    oddities,
+)
 from ffcv_imnet.images.sources import (
     FOLDERS,
     even_subset,
@@ -260,6 +266,9 @@ def plan(options: argparse.Namespace) -> list[Job]:
         max_pixels=options.max_pixels,
     )
     source = find_source(options)
+    if options.labels is None:  # which says every image's class, wherever it lies
+        option = "out_dir" if isinstance(options.out_dir, Path) else "cache_dir"
+        refuse_inside(f"--{option}", getattr(options, option), class_folders(source))
     origin = {
         "kind": source.kind,
         "fingerprint": source.fingerprint(),

@@ -27,6 +27,7 @@ from acceptance import plan, report
 from acceptance.plan import Part, Place
 from acceptance.record import Check, Outcome, Result
 from ffcv_imnet.core.errors import Parser, UsageError, in_range, nearest, run_main
+from ffcv_imnet.core.paths import path_of
 
 UNFINISHED = os.EX_TEMPFAIL  # 75: called again it goes on
 RUNNING = "running"  # in DIR: the process of the part in hand, and when it started
@@ -65,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--out",
-        type=Path,
+        type=path_of,
         default=Path("runs/acceptance"),
         metavar="DIR",
         help="(default: %(default)s)",
@@ -81,14 +82,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "--bundle",
-        type=Path,
+        type=path_of,
         default=Path(os.environ.get("BUNDLE", "bundle")),
         metavar="DIR",
         help="what acceptance/bundle.sh made (default: $BUNDLE, else bundle)",
     )
     add(
         "--archive",
-        type=Path,
+        type=path_of,
         metavar="FILE.tar.gz",
         help="results of earlier calls come from here and go here: for a machine that forgets",
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, run_main
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.native import build
 
 MIB = 1 << 20
@@ -56,13 +57,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="bash acceptance/bundle.sh", description=layout, hint=" (--help lists the options)"
     )
     add, pixels = parser.add_argument, in_range(int, 16, 1000)
-    add("--out", type=Path, default=Path("bundle"), metavar="DIR", help="(default: %(default)s)")
+    add("--out", type=path_of, default=Path("bundle"), metavar="DIR", help="(default: %(default)s)")
     add("--python", default="python3", help="of the GPU machine's version (default: %(default)s)")
     add("--with", dest="also", nargs="+", default=[], metavar="PACKAGE", help="further wheels")
     add("--no_wheels", dest="wheels", action="store_false", help="only the .beton files")
     add(
         "--imagenette",
-        type=Path,
+        type=path_of,
         metavar="DIR",
         help="holds train/ and val/, or ImageNet's tars of these classes, or train.beton and val.beton",
     )
@@ -75,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "--photos",
-        type=Path,
+        type=path_of,
         metavar="DIR",
         help="holds train/: full-size images for the loader's benchmark, 100 are enough",
     )

@@ -155,8 +155,14 @@ def test_mistakes_are_one_line_and_leave_nothing(
     cases: dict[str, tuple[type[Exception], list[str]]] = {
         "'5' is not a whole number from 11 to 20": (UsageError, [*out, "--opset", "5"]),
         "opset: '99'": (UsageError, [*out, "--opset", "99"]),
-        "name an .onnx file": (UsageError, [*out[:2], "--out", str(tmp_path / "x.pb")]),
-        "in a folder that exists": (UsageError, [*out[:2], "--out", str(tmp_path / "no/x.onnx")]),
+        r"x\.pb: its name must end in \.onnx": (
+            UsageError,
+            [*out[:2], "--out", str(tmp_path / "x.pb")],
+        ),
+        r"no/x\.onnx: the folder .*no does not exist": (
+            UsageError,
+            [*out[:2], "--out", str(tmp_path / "no/x.onnx")],
+        ),
         "bad.jpg: the image cannot be read": (
             RunError,
             [*out, "--data", str(tmp_path / "tree")],

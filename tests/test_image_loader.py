@@ -127,7 +127,7 @@ def test_shares_of_two_ranks(small: SmallData) -> None:
         ({"rank": 2, "world_size": 2}, "rank must be an integer from 0 to 1, not 2"),
         ({"num_workers": 999}, "num_workers 999 is more than the"),
         ({"path": None}, r"path must be that of a \.beton, not None"),
-        ({"path": "s3://b/x.beton"}, r"^s3://b/x\.beton is an address: copy it here"),
+        ({"path": "s3://b/x.beton"}, r"^s3://b/x\.beton is an address: name a path on"),
         ({"path": "nowhere.beton"}, r"nowhere\.beton does not exist: write it with"),
     ],
 )

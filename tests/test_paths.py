@@ -10,16 +10,19 @@ import write_ffcv
 from ffcv_imnet.config.parsing import load, parse, read_config
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
 from ffcv_imnet.core.log import read_log
-from ffcv_imnet.core.paths import expanded, open_regular
+from ffcv_imnet.core.paths import check_output, expanded, open_regular
 from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.loader import own_target
 from ffcv_imnet.evaluate.weights import load_network
+from ffcv_imnet.images import synthetic
 from ffcv_imnet.images.imagenet import IMAGENETTE, imagenet_names
 from ffcv_imnet.images.labels import read_labels
 from ffcv_imnet.images.parquet import shards_of
 from ffcv_imnet.images.tar import index_tar
 from ffcv_imnet.tools import adopt, migrate, verify
 from ffcv_imnet.train import checkpoint
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_home_and_variables_are_expanded_everywhere(
@@ -50,8 +53,8 @@ def test_home_and_variables_are_expanded_everywhere(
     assert options.data_dir == [tmp_path / "d"] and options.out_dir == tmp_path / "big" / "b"
     (tmp_path / "x.ffcv").touch()
     assert adopt.parse(["~/x.ffcv"]).paths == [tmp_path / "x.ffcv"]
-    for tool in Path(adopt.__file__).parent.glob("*.py"):
-        assert "type=Path" not in tool.read_text(), f"{tool}: type=path_of expands"
+    for file in (*(ROOT / "ffcv_imnet").rglob("*.py"), ROOT / "acceptance/__main__.py"):
+        assert "type=Path" not in file.read_text(), f"{file}: type=path_of expands"
 
 
 def test_paths_that_cannot_be_meant(tmp_path: Path) -> None:
@@ -72,8 +75,30 @@ def test_paths_that_cannot_be_meant(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("words", [
+    "evaluate --data v.beton --weights", "predict a.png --weights", "export --out m.onnx --weights",
+    "samples --config", "samples --beton", "report", "compare r --against r --out", "verify v.beton --labels", "benchmark loader --json",
+])  # fmt: skip
+def test_an_address_where_a_path_is_wanted_keeps_its_slashes(words: str) -> None:
+    tool, *rest = words.split()
+    with pytest.raises(UsageError, match=r"s3://b/x\.y is an address: name a path on this machine"):
+        importlib.import_module(f"ffcv_imnet.tools.{tool}").main([*rest, "s3://b/x.y"])
+
+
+def test_of_an_output_what_is_wrong_is_said(tmp_path: Path) -> None:
+    check_output("--out", None)
+    check_output("--out", tmp_path / "x.PNG", ".png", ".html")
+    for name, said in (
+        ("x.pb", r"/x\.pb: its name must end in \.png or \.html$"),
+        ("no/x.png", r"/no/x\.png: the folder .*/no does not exist$"),
+        ("", "is a folder: name a file in it$"),
+    ):
+        with pytest.raises(UsageError, match=rf"^--out /.*{said}"):
+            check_output("--out", tmp_path / name, ".png", ".html")
+
+
 def test_a_target_is_not_held_against_other_data(capsys: pytest.CaptureFixture[str]) -> None:
-    root = Path(__file__).parents[1] / "rn_configs"
+    root = ROOT / "rn_configs"
     settings = load(root / "imagenette_5ep.yaml")
     assert own_target(settings, IMAGENETTE) == settings and settings.training.stop_at == 0.85
     assert own_target(settings, ("cat", "dog")).training.stop_at == 0
@@ -81,6 +106,9 @@ def test_a_target_is_not_held_against_other_data(capsys: pytest.CaptureFixture[s
     imagenet = load(root / "rn18_16ep.yaml")
     assert own_target(imagenet, tuple(imagenet_names())).training.stop_at == 0.65
     assert own_target(imagenet, IMAGENETTE, say=False).training.stop_at == 0
+    demo = load(root / "demo.yaml")
+    assert own_target(demo, synthetic.CLASSES) == demo and demo.training.stop_at == 0.8
+    assert own_target(demo, ("cat", "dog"), say=False).training.stop_at == 0
     own = load(root / "rn18_16ep.yaml", training__stop_at_on="any")
     assert own_target(own, ("cat", "dog")) == own and not capsys.readouterr().out
 

@@ -58,7 +58,7 @@ def test_mistakes_are_one_line(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "text.md").write_text("# no weights\n")
     options = ["--weights", str(weights)]
     good = str(tmp_path / "good.jpg")
-    with pytest.raises(UsageError, match=r"name a \.png file"):
+    with pytest.raises(UsageError, match=r"x\.jpg: its name must end in \.png$"):
         predict.main([good, *options, "--out", str(tmp_path / "x.jpg")])
     with pytest.raises(UsageError, match="name its network with --arch"):
         predict.main([good, *options])

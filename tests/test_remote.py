@@ -13,7 +13,7 @@ import pytest
 
 import write_ffcv
 from ffcv_imnet.bench.dry_run import dry_run
-from ffcv_imnet.config.parsing import load
+from ffcv_imnet.config.parsing import load, to_yaml
 from ffcv_imnet.config.schema import Data
 from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import RunError, UsageError
@@ -22,7 +22,7 @@ from ffcv_imnet.data import remote
 from ffcv_imnet.data.beton import check_beton, manifest_path, read_tables
 from ffcv_imnet.data.remote import copy_path, fetch, fetch_beton, local_copies
 from ffcv_imnet.images import synthetic
-from ffcv_imnet.tools import adopt, verify
+from ffcv_imnet.tools import adopt, tune, verify
 from tests.conftest import SmallData
 
 ADDRESS = "memory://bucket/set/train.beton"
@@ -137,7 +137,7 @@ def test_what_is_refused(
         full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
         with pytest.raises(UsageError, match=r"MB and .* has 1\.0 kB free: make room, or"):
             fetch_beton(ADDRESS, tmp_path)
-    with pytest.raises(UsageError, match="--data_dir: s3://b/x is an address: copy it here"):
+    with pytest.raises(UsageError, match="--data_dir: s3://b/x is an address: name a path on"):
         write_ffcv.parse(["--split=val", "--data_dir=s3://b/x"])
     copy = fetch_beton(ADDRESS, tmp_path)
     monkeypatch.setattr(
@@ -180,6 +180,9 @@ def test_the_dry_run_reads_the_manifests_alone(
     settings = small.settings(tmp_path, data__train_dataset=ADDRESS, data__cache_dir=tmp_path)
     assert dry_run(settings, False, 0.0) == 0
     assert "100 training images" in capsys.readouterr().out
+    (tmp_path / "c.yaml").write_text(to_yaml(settings))
+    with pytest.raises(UsageError, match="it takes a smaller batch, or more images"):  # of the 100
+        tune.main([f"--config={tmp_path}/c.yaml", "--dry_run"])
     assert not copy_path(ADDRESS, tmp_path).exists()
 
 

@@ -78,10 +78,10 @@ def test_later_wins(tmp_path: Path) -> None:
         ("--augmentation.crop_scale=1,0.2", "two numbers"),
         ("--augmentation.crop_scale=0.2", "two numbers"),
         ("--logging.folder=", "logging.folder must be a path"),
-        (
-            "--logging.folder=s3://b/run",
-            "logging.folder s3://b/run is an address: name a local folder",
-        ),
+        ("--logging.folder=s3://b/r", "logging.folder, 's3://b/r' is an address: name a path on"),
+        ("--model.weights=s3://b/w", "model.weights, 's3://b/w' is an address: name a path on"),
+        ("--config=s3://b/c.yaml", "--config s3://b/c.yaml is an address: name a path on"),
+        ("--resume=s3://b/last.pt", "--resume s3://b/last.pt is an address: name a path on"),
         ("--lr.lr", "expected one argument"),
         ("stray", "unexpected word 'stray'"),
         ("--config=rn_configs/rn18_16epp.yaml", "(did you mean rn18_16ep.yaml?)"),
@@ -192,6 +192,8 @@ def test_a_renamed_setting_is_still_read(tmp_path: Path) -> None:
     old.write_text("training: {on_lost_loss: back}\n")
     for words in ([f"--config={old}"], ["--training.on_lost_loss=back"]):
         assert parse(words).settings.training.on_nonfinite_loss == "back"
+    with pytest.raises(UsageError, match=r"'training\.device' is given twice, written in two ways"):
+        parse(["--device=cpu", "--training.device=cuda"])
     now = to_dict(load(training__on_nonfinite_loss="back"))
     assert differences(now, {"training": {"on_lost_loss": "back"}}) == []
 
@@ -236,7 +238,7 @@ def test_a_retired_setting_is_ignored_aloud_unless_it_asked_for_nothing(
         ("1: 2", "unknown setting '1'"),
         ("null: 2", "unknown setting 'null'"),
         ("? [1]\n: 2", "a key must be text"),
-        ("lr.lr: 2\nlr: {lr: 1}", "'lr.lr' is given twice, nested or with a dot"),
+        ("lr.lr: 2\nlr: {lr: 1}", "'lr.lr' is given twice, written in two ways"),
         ("lr: {lr: 1}\nlr.lr:", "'lr.lr' is given twice"),
         ("training: {batch_size: 1:30}", "training.batch_size must be an integer"),
         ("training: {batch_size: 010}", "line 1: the number 010 begins with 0"),

@@ -88,7 +88,10 @@ def test_step_benchmark_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
         ("step --steps fast", "invalid choice: 'fast'"),
         ("step --precision int8", "invalid choice: 'int8'"),
         ("step --batch_size 1", "BatchNorm needs two images"),
-        ("step --json nowhere/rows.json", r"--json nowhere/rows\.json: its folder does not exist"),
+        (
+            "step --json nowhere/rows.json",
+            r"--json nowhere/rows\.json: the folder nowhere does not exist",
+        ),
     ],
 )
 def test_mistakes(command: str, message: str) -> None:

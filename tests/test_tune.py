@@ -1,6 +1,7 @@
 """The search for a recipe's settings: what its short runs are, and one search from end to end."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_subsets_are_nested_and_held_out_images_never_trained(
     small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = small.settings(tmp_path)
-    runs = ShortRuns(settings, 100, [str(n) for n in range(10)], describe_world("cpu"))
+    runs = ShortRuns(100, 10, None, describe_world("cpu"))
     assert len(runs.held) == held_out(100) == 10
     assert sorted([*runs.held, *runs.rest]) == list(range(100))
     orders = []
@@ -117,6 +118,7 @@ def test_dry_run_needs_neither_data_nor_optuna(capsys: pytest.CaptureFixture[str
     assert "27 trials of muon.lr at 128 px, scored on 10,000 images" in said
     (line,) = [line for line in said.splitlines() if short_runs.PRICED_ON in line]
     assert 28 <= float(line.split()[2]) <= 32  # minutes: the default is 30
+    assert re.search("none: a CPU +not measured", said)
     for options, words in (
         (["--search", "lr.warmth"], "--search 'lr.warmth': it is one or more of muon.lr,lr.lr"),
         (["--trials", "3"], "argument --trials: '3' is not a whole number of at least 9|from 9"),

@@ -393,6 +393,24 @@ def test_out_dir_that_cannot_be(tree: Path, tmp_path: Path) -> None:
         write_ffcv.main(arguments(tree, tmp_path / "file" / "out"))
 
 
+def test_out_dir_where_it_would_be_taken_for_a_class(tree: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(tree, tmp_path / "images")
+    (tmp_path / "link").symlink_to(root / "train")
+    for out in (root / "train" / "beton", tmp_path / "link" / "n00000000" / "beton"):
+        with pytest.raises(
+            UsageError, match=rf"^--out_dir {out} is inside {root}/train, whose folders are read as"
+        ):
+            write_ffcv.main(arguments(root, out))
+        assert not out.exists()
+    for _ in range(2):  # beside the folder of the split it is no class, and stays none
+        assert write_ffcv.main(arguments(root, root / "beton")) == 0
+    table = tmp_path / "labels.csv"  # says the class of each image, wherever it lies
+    files = sorted((root / "train").glob("*/*"))
+    table.write_text("file,class\n" + "".join(f"{f.name},{f.parent.name}\n" for f in files))
+    inside = arguments(root, root / "train" / "mine")
+    assert write_ffcv.main([*inside, "--labels", str(table), "--allow_odd"]) == 0
+
+
 def test_exit_status_and_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "write_ffcv.py", "--split", "trian"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

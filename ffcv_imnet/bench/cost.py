@@ -35,6 +35,8 @@ RESERVE = 10.0  # seconds before a limit that are kept for the checkpoint and th
 STORED = 400  # longest side in px at which write_ffcv.py stores images by default
 SMALLER = 256  # and one at which decoding keeps up with faster GPUs
 
+NO_GPU = "any", "none: a CPU", "not measured"  # a row's first columns
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -394,6 +396,7 @@ def _describe_lines(
             f"${line.cost:,.2f}",
         ]
         rows.append(row + ([_minutes(other)] if stored != SMALLER else []))
+    rows.append([*NO_GPU])
     columns = [
         *("machine", "GPUs", "TFLOP/s a GPU", "GPU img/s", "vCPUs", "decoded img/s", "limit"),
         *(f"min at {stored} px", "on demand", f"min at {SMALLER} px"),

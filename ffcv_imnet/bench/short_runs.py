@@ -20,7 +20,7 @@ from ffcv_imnet.data.loader import Batches, Indices, TrainLoader, ValLoader, epo
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.train.checkpoint import Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
-from ffcv_imnet.train.start import start_from
+from ffcv_imnet.train.start import Start
 from ffcv_imnet.train.validate import evaluate
 from ffcv_imnet.train.watch import Watch
 
@@ -169,20 +169,17 @@ class ShortRuns:
     """The data set in two parts, and runs on them.
 
     Args:
-        settings: the recipe, whose `data.train_dataset` is there and checked.
-        samples: in that file.
-        classes: their names.
+        samples: in `data.train_dataset`, which is there and checked.
+        classes: how many.
+        start: what each run starts from, where that is not random.
     """
 
-    def __init__(
-        self, settings: Settings, samples: int, classes: Sequence[str], world: World
-    ) -> None:
-        self.samples, self.classes, self.world = samples, len(classes), world
+    def __init__(self, samples: int, classes: int, start: Start | None, world: World) -> None:
+        self.samples, self.classes, self.start, self.world = samples, classes, start, world
         # One order for all runs: a larger subset holds the smaller ones.
         order = np.random.default_rng(0).permutation(samples)
         held = held_out(samples)
         self.held, self.rest = np.sort(order[:held]), order[held:]
-        self.start = start_from(settings, classes)
 
     def run(self, settings: Settings, rung: Rung) -> Score:
         """Train and score `short(settings, rung)`. Its seed is that of weights, order and augmentation.

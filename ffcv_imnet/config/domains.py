@@ -11,7 +11,7 @@ from fastargs.validation import Checker
 from ffcv_imnet.config.strict_yaml import StrictError, load_yaml
 from ffcv_imnet.core.errors import UsageError, nearest
 from ffcv_imnet.core.names import quoted
-from ffcv_imnet.core.paths import expanded
+from ffcv_imnet.core.paths import HERE, expanded, is_address
 
 MOST_INTEGER = 2**63 - 1
 LONGEST_TEXT = 4096  # characters: no path is longer
@@ -195,10 +195,16 @@ class Text(Checker):
 
 
 class PathText(Text):
-    """A file or folder; see `core.paths`."""
+    """A file or folder, or where `remote` an address; see `core.paths`."""
+
+    def __init__(self, remote: bool = False) -> None:
+        self.remote = remote
 
     def check(self, value: object) -> str:
-        return expanded(super().check(value))
+        text = super().check(value)
+        if is_address(text) and not self.remote:
+            raise RowError(f"{quoted(text)} is an address: {HERE}")
+        return expanded(text)
 
     def help(self) -> str:
         return "a path"

@@ -30,7 +30,7 @@ from ffcv_imnet.config.schema import (
 from ffcv_imnet.config.strict_yaml import LARGEST, StrictError, dump_yaml, load_yaml
 from ffcv_imnet.core.errors import Parser, UsageError, nearest
 from ffcv_imnet.core.names import quoted
-from ffcv_imnet.core.paths import expanded, is_address, path_of, what_is
+from ffcv_imnet.core.paths import local, what_is
 
 RECIPES = Path(__file__).parents[1] / "rn_configs"  # a link in a checkout, a copy where installed
 
@@ -78,7 +78,7 @@ class StrictConfig(fastargs.Config):
         for name, value in leaves(values):
             key = RENAMED.get(name, name)
             if key in seen:
-                raise UsageError(f"{origin}: {quoted(key)} is given twice, nested or with a dot")
+                raise UsageError(f"{origin}: {quoted(key)} is given twice, written in two ways")
             seen.add(key)
             if key in sections():
                 if value is None:  # every line below it is a comment
@@ -161,7 +161,7 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
     Raises:
         UsageError: the file is missing, is not YAML or is not a table of settings.
     """
-    file = path_of(path)
+    file = Path(local(path, option))
     if not file.exists() and file.parent == Path("rn_configs") and not file.parent.exists():
         file = RECIPES / file.name  # installed, and run from some other folder
     if file.is_dir():
@@ -240,7 +240,7 @@ def _parser() -> Parser:
         help="with --dry_run: measure this machine on the data and predict the run's duration",
     )
     for key in (*declared(), *RENAMED, *RETIRED):
-        parser.add_argument(f"--{key}", dest=RENAMED.get(key, key), help=argparse.SUPPRESS)
+        parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
     return parser
 
 
@@ -269,15 +269,8 @@ def parse(argv: Sequence[str] | None = None) -> Command:
     config = StrictConfig()
     for path in arguments.config:
         config.collect_from(read_config(path), f"--config {path}")
-    words = {
-        word.split("=")[0].removeprefix("--") for word in (sys.argv[1:] if argv is None else argv)
-    }
-    typed = {key: word for word, key in RENAMED.items() if word in words and key not in words}
-    given = {
-        typed.get(key, key): value
-        for key, value in vars(arguments).items()
-        if "." in key and value is not None
-    }
+    typed = vars(arguments)
+    given = {key: typed[key] for key in (*declared(), *RENAMED, *RETIRED) if typed[key] is not None}
     config.collect_from(given, "command line")
     settings = _build(config)
     check(settings)
@@ -287,7 +280,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
         settings=settings,
         dry_run=arguments.dry_run,
         measure=arguments.measure,
-        resume=expanded(arguments.resume) if arguments.resume else None,
+        resume=local(arguments.resume, "--resume ") if arguments.resume else None,
     )
 
 
@@ -349,8 +342,6 @@ def _clashes(s: Settings) -> Iterator[str]:
     if s.plan.stages and resolution != Resolution():
         yield "plan.stages and the section resolution both say the resolution; leave one out"
     yield from _frozen_clashes(s)
-    if is_address(s.logging.folder):
-        yield f"logging.folder {s.logging.folder} is an address: name a local folder, and copy it when the run has ended"
     if s.lr.lr_peak_epoch > training.epochs:
         yield (
             f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "

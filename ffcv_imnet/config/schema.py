@@ -53,8 +53,8 @@ def _text(default: str, text: str) -> Any:
     return _setting(default, Text(), text)
 
 
-def _path(default: str, text: str) -> Any:
-    return _setting(default, PathText(), text)
+def _path(default: str, text: str, remote: bool = False) -> Any:
+    return _setting(default, PathText(remote), text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,9 @@ class Data:
     """Files and their loading"""
 
     train_dataset: str = _path(
-        "data/beton/train.beton", ".beton to train on; a path, or an address"
+        "data/beton/train.beton", ".beton to train on; a path, or an address", remote=True
     )
-    val_dataset: str = _path("data/beton/val.beton", ".beton to validate on; likewise")
+    val_dataset: str = _path("data/beton/val.beton", ".beton to validate on; likewise", remote=True)
     cache_dir: str = _path(
         "data/cache", "where files at an address (s3://BUCKET/train.beton) are copied, once"
     )
@@ -225,8 +225,8 @@ class Training:
     stop_at: float = _float(0.0, "target of top_1 or ema_top_1, a fraction of one; 0: none", 0, 1)
     stop_at_on: str = _setting(
         "any",
-        Choice(["any", "imagenet", "imagenette"]),
-        "data set that stop_at is meant for, known by its classes: of another one there is no target",
+        Choice(["any", "imagenet", "imagenette", "shapes"]),
+        "data set that stop_at is meant for, known by its classes (shapes: those of make demo): on another there is no target",
     )
     stop_when_reached: bool = _switch(False, "end the run at the target instead of at its epochs")
     checkpoint_minutes: float = _float(

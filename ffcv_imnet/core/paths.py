@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,11 +41,23 @@ def path_or_address(text: str) -> Path | str:
 
 def path_of(text: str) -> Path:
     """An argparse type."""
-    if is_address(text):
-        raise argparse.ArgumentTypeError(f"{text} is an address: copy it here, and name the copy")
     if not text:
         raise argparse.ArgumentTypeError("an empty path; the current folder is .")
-    return Path(expanded(text))
+    try:
+        return Path(local(text))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local(text: str, what: str = "") -> str:
+    """`expanded`, of what must be on this machine; `what` stands before it in the message.
+
+    Raises:
+        UsageError: as `expanded`, and for an address.
+    """
+    if is_address(text):
+        raise UsageError(f"{what}{text} is an address: {HERE}")
+    return expanded(text)
 
 
 def open_regular(path: Path | str | bytes) -> BinaryIO:
@@ -72,6 +85,18 @@ def what_is(path: Path) -> str:
     return f"it is {KINDS.get(stat.S_IFMT(mode), 'no regular file')}, and a file is wanted"
 
 
+def check_output(option: str, out: Path | None, *suffixes: str) -> None:
+    """Raises UsageError unless a file `out` can be written, with one of `suffixes` if there are any."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise UsageError(f"{option} {out} is a folder: name a file in it")
+    if suffixes and out.suffix.lower() not in suffixes:
+        raise UsageError(f"{option} {out}: its name must end in {' or '.join(suffixes)}")
+    if not out.parent.is_dir():
+        raise UsageError(f"{option} {out}: the folder {out.parent} does not exist")
+
+
 def refuse_inputs(option: str, out: Path | None, *read: Path | str | None) -> None:
     """Raises UsageError if writing `out` would replace one of the files that the command reads."""
     for path in (Path(one) for one in read if one is not None):
@@ -79,6 +104,16 @@ def refuse_inputs(option: str, out: Path | None, *read: Path | str | None) -> No
             raise UsageError(f"{option} {out} would replace a file that is read: name another")
 
 
+def refuse_inside(option: str, out: Path, folders: Iterable[Path]) -> None:
+    """Raises UsageError if `out` is below one of `folders`, whose own folders are read as something."""
+    for folder in folders:
+        if folder.resolve() in out.resolve().parents:
+            raise UsageError(
+                f"{option} {out} is inside {folder}, whose folders are read as classes: name a folder outside it"
+            )
+
+
+HERE = "name a path on this machine"
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",

@@ -18,7 +18,7 @@ from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.config.schema import DEVICES, Settings, checker_of
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.names import quoted
-from ffcv_imnet.core.paths import is_address
+from ffcv_imnet.core.paths import local
 from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.loader import Batches, TrainLoader, ValLoader
 from ffcv_imnet.machine import device as devices
@@ -248,9 +248,7 @@ def _path(path: str | os.PathLike[str]) -> str:
     """Raises UsageError unless it can be a file's."""
     if not isinstance(path, str | os.PathLike):
         raise UsageError(f"path must be that of a .beton, not {quoted(path)}")
-    if is_address(text := os.fspath(path)):
-        raise UsageError(f"{path} is an address: copy it here, and name the copy")
-    return text
+    return local(os.fspath(path))
 
 
 def _checked(name: str, value: object) -> Any:

@@ -38,7 +38,8 @@ from ffcv_imnet.data.beton import (
 )
 from ffcv_imnet.data.decoders import DAMAGES, CropDecoder
 from ffcv_imnet.data.read_ahead import ReadAhead
-from ffcv_imnet.images.imagenet import data_set
+from ffcv_imnet.images import synthetic
+from ffcv_imnet.images.imagenet import IMAGENETTE, imagenet_names
 from ffcv_imnet.machine.device import copies_to, make_current
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.machine.host import affinity_cores, usable_cores
@@ -92,8 +93,14 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
 
 def own_target(settings: Settings, classes: Sequence[str], say: bool = True) -> Settings:
     """Without a target, said where `say`, if `training.stop_at` is meant for another data set."""
-    training = settings.training
-    if not training.stop_at or training.stop_at_on in ("any", data_set(classes)):
+    training, ours = settings.training, tuple(classes)
+    classes_of = {
+        "any": ours,
+        "imagenet": tuple(imagenet_names()),
+        "imagenette": IMAGENETTE,
+        "shapes": synthetic.CLASSES,
+    }
+    if not training.stop_at or ours == classes_of[training.stop_at_on]:
         return settings
     if say:
         print(

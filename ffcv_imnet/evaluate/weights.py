@@ -18,6 +18,7 @@ from torch import nn
 from ffcv_imnet.config.parsing import from_dict
 from ffcv_imnet.config.schema import MEAN, STD, Settings
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, nearest, reason_of
+from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 from ffcv_imnet.images.preprocess import INTERPOLATIONS, Preprocess
@@ -73,7 +74,7 @@ def load_network(
         RunError: the file is damaged or is not what it is taken for.
     """
     check_there(path, "--weights ")
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         if arch or plain:
             raise UsageError(
                 f"{path} is an ONNX file and knows its network: leave out --arch, --plain"
@@ -220,7 +221,8 @@ def _mismatch(network: nn.Module, state: State) -> str | None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every tool that takes weights; `load_from` and `parse_preprocess` read them."""
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help="checkpoint, state dict, .safetensors or .onnx")
+    add("--weights", type=path_of, required=True, metavar="FILE",
+        help="checkpoint, state dict, .safetensors or .onnx")  # fmt: skip
     add("--arch", metavar="NAME", help=f"of a state dict: here, in torchvision, or {TIMM}NAME")
     add("--plain", action="store_true", help="the plain weights of a run that averaged them")
     add("--mean", metavar="M", help="one or three numbers, 0 to 255; default: ImageNet's")

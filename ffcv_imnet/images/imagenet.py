@@ -28,13 +28,6 @@ def imagenet_names() -> dict[str, str]:
     return names
 
 
-def data_set(classes: Sequence[str]) -> str:
-    """imagenet or imagenette, where these are its classes; else an empty string."""
-    if tuple(classes) == IMAGENETTE:
-        return "imagenette"
-    return "imagenet" if tuple(classes) == tuple(imagenet_names()) else ""
-
-
 def readable(name: str) -> str:
     """`n01440764 tench` for a wnid of ImageNet; any other class name as it is."""
     known = imagenet_names().get(name)

@@ -3,10 +3,12 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.names import fault_of_all, shown
 from ffcv_imnet.images import ImageSource
+from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.merged import Merged
 
 ALLOW = "--allow_odd"
@@ -51,6 +53,11 @@ def oddities(source: ImageSource) -> list[str]:
 
 def _parts(source: ImageSource) -> Sequence[ImageSource]:
     return source.parts if isinstance(source, Merged) else [source]
+
+
+def class_folders(source: ImageSource) -> list[Path]:
+    """The folders in which a further folder would be taken for a class."""
+    return [Path(part.where) for part in _parts(source) if isinstance(part, ImageFolderTree)]
 
 
 def check_oddities(source: ImageSource) -> None:

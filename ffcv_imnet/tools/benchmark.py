@@ -55,7 +55,7 @@ from ffcv_imnet.core import provenance
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import UsageError, in_range
 from ffcv_imnet.core.optional import is_there
-from ffcv_imnet.core.paths import path_of, refuse_inputs
+from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
@@ -123,8 +123,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     beside = options.beton and manifest_path(options.beton)
     for name in ("json", "figure"):
         path = getattr(options, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"--{name} {path}: its folder does not exist; make it first")
+        check_output(f"--{name}", path)
         refuse_inputs(f"--{name}", path, options.beton, beside, *(options.config or []))
     if options.resume and options.json is None:
         raise UsageError("--resume needs --json, the file to go on with")

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import check_output, path_of
 from ffcv_imnet.report.statistics import epochs_to, p_value, score, seconds_to, spread
 from ffcv_imnet.tools import ToolParser
 
@@ -165,10 +165,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.target is not None and not 0 < options.target < 1:
         raise UsageError(f"--target {options.target:g} must lie between 0 and 1, such as 0.65")
-    if options.out is not None and (
-        options.out.suffix.lower() != ".png" or not options.out.parent.is_dir()
-    ):
-        raise UsageError(f"--out {options.out}: name a .png file in a folder that exists")
+    check_output("--out", options.out, ".png")
     new = read_side(options.names[0], options.runs)
     old = read_side(options.names[1], options.against)
     print(table(new, old, options.target))

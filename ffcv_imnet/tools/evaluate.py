@@ -23,7 +23,7 @@ from ffcv_imnet.config import parsing
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import UsageError, in_range
-from ffcv_imnet.core.paths import path_of, refuse_inputs
+from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.data.beton import Manifest, check_beton, manifest_path
 from ffcv_imnet.data.folder_loader import FolderLoader
 from ffcv_imnet.data.loader import ValLoader, workers_of
@@ -81,10 +81,7 @@ def parser() -> ToolParser:
 def main(argv: list[str]) -> int:
     """Evaluate, print the tables, write the JSON. Exit status 0."""
     options = parser().parse_args(argv)
-    if options.out is not None and not options.out.parent.is_dir():
-        raise UsageError(f"--out {options.out}: the folder {options.out.parent} does not exist")
-    if options.out is not None and options.out.is_dir():
-        raise UsageError(f"--out {options.out} is a folder: name a file in it")
+    check_output("--out", options.out)
     if options.interpolation and not options.data.is_dir():
         raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
     beside = manifest_path(options.data) if options.data.is_file() else None

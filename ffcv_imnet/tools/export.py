@@ -23,7 +23,7 @@ import torch
 from ffcv_imnet.core.atomic import atomic_write, partial_path, rename, written
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
 from ffcv_imnet.core.optional import EXPORT, require
-from ffcv_imnet.core.paths import path_of, refuse_inputs
+from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.data.beton import check_beton, read_image, read_tables
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.evaluate.weights import (
@@ -77,8 +77,7 @@ def parser() -> ToolParser:
 def main(argv: list[str]) -> int:
     """Export, compare, give the files their names. Exit status 0."""
     options = parser().parse_args(argv)
-    if options.out.suffix != ".onnx" or not options.out.parent.is_dir():
-        raise UsageError(f"--out {options.out}: name an .onnx file in a folder that exists")
+    check_output("--out", options.out, ".onnx")
     for path in (options.out, options.out.with_suffix(".safetensors")):
         refuse_inputs("--out", path, options.weights)
     for module in EXPORT.split():

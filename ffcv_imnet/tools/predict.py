@@ -21,7 +21,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
-from ffcv_imnet.core.paths import path_of, refuse_inputs
+from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.images import LARGEST_FILE, Pixels
 from ffcv_imnet.images.imagenet import readable
@@ -53,8 +53,7 @@ def main(argv: list[str]) -> int:
     add("--out", type=path_of, metavar="FILE.png", help="sheet of images and guesses")
     options = parser.parse_args(argv)
     out: Path | None = options.out
-    if out is not None and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
-        raise UsageError(f"--out {out}: name a .png file in a folder that exists")
+    check_output("--out", out, ".png")
     if out is not None and len(options.images) > DRAWN:
         raise UsageError(f"--out draws at most {DRAWN} images, not {len(options.images):,}")
     refuse_inputs("--out", out, options.weights, *options.images)

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import check_output, path_of
 from ffcv_imnet.report import charts
 from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, read_run, target
 from ffcv_imnet.tools import ToolParser
@@ -145,9 +145,7 @@ def _output(out: Path | None, png: Path | None, runs: list[Path]) -> Path | None
     """`--out`, if it can be written. Raises UsageError."""
     if out is None and len(runs) > 1:
         raise UsageError("several runs make one image: name it with --out FILE.png or .html")
-    good = out is None or (out.suffix.lower() in (".png", ".html") and out.parent.is_dir())
-    if not good:
-        raise UsageError(f"--out {out}: name a .png or .html file in a folder that exists")
+    check_output("--out", out, ".png", ".html")
     if png is not None and (out is None or out.suffix.lower() != ".html"):
         raise UsageError("--png writes the charts of the page: name it with --out FILE.html")
     if png is not None:

@@ -21,7 +21,7 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import EpochPlan, plan_run
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import UsageError
-from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.paths import check_output, local, path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.beton import check_beton, read_tables
 from ffcv_imnet.data.loader import TrainLoader
@@ -53,14 +53,13 @@ def main(argv: list[str]) -> int:
         help="default: %(default)s",
     )
     options = parser.parse_args(argv)
-    if options.out.suffix.lower() != ".png" or not options.out.parent.is_dir():
-        raise UsageError(f"--out {options.out}: name a .png file in a folder that exists")
+    check_output("--out", options.out, ".png")
     if not 1 <= min(options.images, options.epochs) <= max(options.images, options.epochs) <= MOST:
         raise UsageError(f"--images and --epochs are from 1 to {MOST}")
 
     chosen = {"data__train_dataset": options.beton} if options.beton else {}
     settings = load(*options.config, **chosen)
-    beton = Path(settings.data.train_dataset)
+    beton = Path(local(settings.data.train_dataset, "data.train_dataset "))
     manifest = check_beton(beton)
     count = min(options.images, manifest.samples)
     # No step is made, so a file smaller than a batch will do.

@@ -28,6 +28,7 @@ from typing import IO, Any
 
 from tabulate import tabulate
 
+from ffcv_imnet.bench.cost import NO_GPU
 from ffcv_imnet.bench.dry_run import counted
 from ffcv_imnet.bench.search import (
     AGAIN,
@@ -68,7 +69,7 @@ from ffcv_imnet.machine.host import core_numbers
 from ffcv_imnet.models.registry import check_arch
 from ffcv_imnet.report.search import write_results
 from ffcv_imnet.tools import ToolParser
-from ffcv_imnet.train.start import start_from
+from ffcv_imnet.train.start import Start, start_from
 
 
 def open_study(search: Search, worker: int = 0) -> Any:
@@ -129,7 +130,7 @@ def run_again(search: Search) -> None:
             study.enqueue_trial(best.params, user_attrs=attributes)
 
 
-def work(search: Search, worker: int = 0) -> None:
+def work(search: Search, start: Start | None, worker: int = 0) -> None:
     """Make trials until all are begun, on this process's device, or its share of the cores."""
     study = open_study(search, worker)
     if search.processes > 1 and not count_gpus():
@@ -137,7 +138,7 @@ def work(search: Search, worker: int = 0) -> None:
         os.sched_setaffinity(0, cores[worker :: search.processes] or cores)
     world = describe_world(search.settings.training.device)
     connect(world)
-    runs = ShortRuns(search.settings, search.samples, search.classes, world)
+    runs = ShortRuns(search.samples, len(search.classes), start, world)
     parent = os.getppid()
     # A parent that was killed could not end this process.
     while _is_left(search, study) and os.getppid() == parent:
@@ -224,7 +225,7 @@ def _said(key: str, x: float) -> str:
     return f"{1 - x:.3f}" if key.endswith("momentum") else f"{x:.3g}"
 
 
-def work_on_all(search: Search, command: Sequence[str], lock: IO[str]) -> None:
+def work_on_all(search: Search, start: Start | None, command: Sequence[str], lock: IO[str]) -> None:
     """`work` in `search.processes` processes, each with a GPU of its own; here where it is one.
 
     None of them outlives this one, and each keeps `lock` for as long as it lives.
@@ -234,7 +235,7 @@ def work_on_all(search: Search, command: Sequence[str], lock: IO[str]) -> None:
     """
     processes = search.processes
     if processes == 1:
-        work(search)
+        work(search, start)
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = visible.split(",") if visible else [str(number) for number in range(processes)]
@@ -298,7 +299,9 @@ def describe(search: Search) -> str:
          f"${line.cost:,.2f}", line.throughput.kind) for line in lines if line.machine.gpus == 1
     ]  # fmt: skip
     costs = tabulate(
-        priced, ("machine", "GPU", "minutes", "on demand", "throughput"), disable_numparse=True
+        [*priced, NO_GPU],
+        ("machine", "GPU", "minutes", "on demand", "throughput"),
+        disable_numparse=True,
     )
     side = short(search.settings, search.rungs[0]).plan.stages[0].resolution
     return (
@@ -379,6 +382,7 @@ def main(argv: list[str]) -> int:
     settings = command.settings
     check_arch(settings.model.arch)
     if command.dry_run:
+        settings = replace(settings, data=local_copies(settings.data, manifests_only=True))
         train = counted(settings.data.train_dataset, IMAGENET_TRAIN_IMAGES)
         start_from(settings, train.names)
         print(describe(plan(settings, options, train.images, train.names)))
@@ -387,13 +391,13 @@ def main(argv: list[str]) -> int:
     settings = replace(settings, data=local_copies(settings.data))
     manifest = check_beton(Path(settings.data.train_dataset))
     search = plan(settings, options, manifest.samples, manifest.classes)
+    start = start_from(settings, manifest.classes)  # refused before anything is written
     if options.worker is not None:
-        work(search, options.worker)
+        work(search, start, options.worker)
         return 0
     if describe_world(settings.training.device).size > 1:
         raise UsageError("tune starts a process a GPU itself: start it without torchrun")
     _check_same(search)
-    start_from(settings, manifest.classes)  # refused before anything is written
     print(describe(search), flush=True)
     make_folder(search.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -401,9 +405,9 @@ def main(argv: list[str]) -> int:
         with atomic_write(search.out / "search.json", "w") as file:
             json.dump(search.to_json(), file)
         begin(search)
-        work_on_all(search, argv, lock)
+        work_on_all(search, start, argv, lock)
         run_again(search)
-        work_on_all(search, argv, lock)
+        work_on_all(search, start, argv, lock)
         print(
             f"\n{write_results(search, open_study(search), argv)}\n{search.out}: recipe.yaml, trials.png, README.md"
         )

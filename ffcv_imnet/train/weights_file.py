@@ -37,7 +37,7 @@ def read_weights(path: Path, option: str) -> WeightsFile:
         RunError: it holds no weights or is damaged, or reading it would run what it holds.
     """
     check_there(path, option)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         raise UsageError(
             f"{option}{path} is an ONNX file: name the weights that it was exported from"
         )
