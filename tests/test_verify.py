@@ -28,6 +28,10 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     status = verify.main([*map(str, words), "--num_workers", "1"])
     said = capsys.readouterr().out
     summary = json.loads(said.splitlines()[-1])
+    page = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
+    assert all(
+        f"`{name}`" in page for name in [*summary, *{k for p in summary["problems"] for k in p}]
+    )
     assert summary["well"] == (status == 0) == (summary["findings"]["BAD"] == 0)
     return status, said
 
