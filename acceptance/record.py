@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ffcv_imnet.core.atomic import atomic_write
+from ffcv_imnet.core.bounded import read_json
+from ffcv_imnet.core.errors import RunError
 
 Verdict = Literal["PASS", "FAIL", "SKIP", "INFO"]
 
@@ -56,6 +58,11 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> "Result":
-        """What `save` wrote."""
-        fields = json.loads(path.read_text())
-        return cls(**{**fields, "checks": [Check(**check) for check in fields["checks"]]})
+        """What `save` wrote. Raises RunError if it is something else."""
+        try:
+            fields = read_json(path)
+            return cls(**{**fields, "checks": [Check(**check) for check in fields["checks"]]})
+        except (OSError, ValueError, TypeError, KeyError):
+            raise RunError(
+                f"{path}: not the result of a part: remove it, and the part is run again"
+            ) from None

@@ -303,6 +303,17 @@ def test_judge() -> None:
     assert result.checks[0].verdict == "FAIL"
 
 
+def test_the_result_of_a_part_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "step.x.json"
+    result = Result("step", "x", "python", 0, 1.0, "now", [Check("a", "1")])
+    result.save(path)
+    assert Result.load(path) == result
+    for text in ("", "{", "[]", "{}", '{"checks": 3}', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(RunError, match=r"step\.x\.json: not the result of a part"):
+            Result.load(path)
+
+
 # ---- data and bundle ----------------------------------------------------------------------------
 
 

@@ -149,6 +149,13 @@ def test_mistakes(command: str, message: str) -> None:
         benchmark.main(command.split())
 
 
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"passes": 3}', '{"passes": [3]}'])
+def test_what_is_resumed_is_a_result(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(UsageError, match=r"r\.json is no result of"):
+        benchmark.earlier_passes(tmp_path / "r.json", {})
+
+
 def test_a_batch_larger_than_the_data(small: SmallData) -> None:
     with pytest.raises(UsageError, match="holds 100 images, fewer than"):
         benchmark.main(["loader", "--beton", str(small.train)])

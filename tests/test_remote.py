@@ -248,5 +248,13 @@ def test_a_real_s3_client_and_server(
         small.train.with_name("train.beton.origin").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[" * 100_000, '{"address": "a", "bytes": 1e999, "token": "t"}', '{"a": 1}']
+)
+def test_a_note_of_another_kind_is_none(tmp_path: Path, text: str) -> None:
+    remote.note_path(tmp_path / "x").write_text(text)
+    assert remote.noted(tmp_path / "x") is None
+
+
 def test_settings_take_addresses() -> None:
     assert load(data__train_dataset="s3://b/$x.beton").data.train_dataset == "s3://b/$x.beton"

@@ -94,3 +94,11 @@ def test_a_folder_of_someone_else_is_refused(tmp_path: Path) -> None:
         write_tree(tmp_path / "shapes", 1, 1)
     assert (tmp_path / "shapes" / "letter.txt").exists()
     assert not (tmp_path / "shapes" / COMPLETE).exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
+def test_a_mark_of_another_kind_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / COMPLETE).write_text(text)
+    with pytest.raises(UsageError, match="is not a tree of shapes"):
+        write_tree(tmp_path, 1, 1)
+    assert (tmp_path / COMPLETE).exists()

@@ -1,5 +1,6 @@
 """The search for a recipe's settings: what its short runs are, and one search from end to end."""
 
+import json
 import math
 import re
 import signal
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 
 from ffcv_imnet.bench import short_runs
-from ffcv_imnet.bench.search import ranges, values_of, with_values
+from ffcv_imnet.bench.search import Search, ranges, values_of, with_values
 from ffcv_imnet.bench.short_runs import Rung, ShortRuns, held_out, plan_rungs, runs_of_rungs, short
 from ffcv_imnet.config.parsing import load, to_yaml
 from ffcv_imnet.config.schedules import plan_run
-from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.machine.distributed import describe_world
 from ffcv_imnet.tools import tune
 from tests.conftest import SmallData
@@ -129,6 +130,21 @@ def test_dry_run_needs_neither_data_nor_optuna(capsys: pytest.CaptureFixture[str
     ):
         with pytest.raises(UsageError, match=words):
             tune.main(["--config", RECIPE, "--dry_run", *options])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "{}", '{"settings": 3}', '{"settings": {"lr": 3}}', "[" * 100_000, "\xff"],
+)
+def test_what_is_searched_is_read_or_refused(small: SmallData, tmp_path: Path, text: str) -> None:
+    settings = small.settings(tmp_path, training__batch_size=1)
+    search = Search(settings, 100, ("a", "b"), (Rung(48, 1),) * 3, 9, ("lr.lr",), tmp_path)
+    path = tmp_path / "search.json"
+    path.write_text(json.dumps(search.to_json()))
+    tune._check_same(search)
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(RunError, match=r"search\.json: not the file that says what is searched"):
+        tune._check_same(search)
 
 
 def test_one_search_from_end_to_end(small: SmallData, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ compares its header with the file's length) is not in here.
 """
 
 import errno
+import json
 import os
 import resource
 import zipfile
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ffcv_imnet.core.paths import open_regular
 
@@ -31,6 +32,23 @@ def read_at_most(path: Path | str, most: int) -> bytes:
         if length > most:
             raise OSError(errno.EINVAL, f"it has more than {in_words(most)}", str(path))
         return file.read(length)  # not `most`, for which Python would make room
+
+
+def read_json(path: Path | str, most: int = 64 << 20) -> Any:
+    """The value in a file of JSON of at most `most` bytes.
+
+    Raises:
+        OSError: see `read_at_most`.
+        ValueError: it is no JSON, or no value of ours: nested too deeply, or with a number that is none.
+    """
+    try:
+        return json.loads(read_at_most(path, most), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def in_words(count: int) -> str:

@@ -28,6 +28,7 @@ from ffcv_imnet.core.atomic import (
     partial_path,
     rename,
 )
+from ffcv_imnet.core.bounded import read_json
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.core.paths import is_address
@@ -353,9 +354,9 @@ def note(target: Path, origin: Origin) -> None:
 def noted(target: Path) -> Origin | None:
     """What `note` kept."""
     try:
-        kept = json.loads(note_path(target).read_text(encoding="utf-8"))
+        kept = read_json(note_path(target))
         return Origin(str(kept["address"]), int(kept["bytes"]), str(kept["token"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -14,12 +14,15 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ffcv_imnet.core.atomic import partial_path, rename
+from ffcv_imnet.core.bounded import read_json
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.progress import Progress
 
@@ -197,9 +200,12 @@ def write_tree(root: Path, train_per_class: int, val_per_class: int, seed: int =
         "drawing": hashlib.sha256(one_of_each).hexdigest(),  # another once `draw` is changed
     }
     marker = root / COMPLETE
-    if marker.is_file():
-        if json.loads(marker.read_text()) == made_from:
-            return False
+    found: Any = None
+    with suppress(OSError, ValueError):
+        found = read_json(marker)
+    if found == made_from:
+        return False
+    if isinstance(found, dict):
         shutil.rmtree(root)
     elif root.exists():
         raise UsageError(

@@ -53,6 +53,7 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.atomic import atomic_write
+from ffcv_imnet.core.bounded import read_json
 from ffcv_imnet.core.errors import UsageError, in_range
 from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
@@ -229,7 +230,7 @@ def earlier_passes(path: Path, about: dict[str, Any]) -> Passes:
     if not path.is_file():
         return {}
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
         other = [key for key, value in about.items() if held.get(key) != value]
         passes = unlisted(held["passes"])
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -58,6 +58,7 @@ from ffcv_imnet.config.parsing import parse
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.config.schema import Settings, differences
 from ffcv_imnet.core.atomic import atomic_write, locked, make_folder
+from ffcv_imnet.core.bounded import read_json
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.core.paths import path_of
@@ -331,8 +332,7 @@ def _check_same(search: Search) -> None:
         raise UsageError(f"--out {search.out} holds a run: name another folder")
     path = search.out / "search.json"
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        ours = search.to_json()
+        ours, there = search.to_json(), _begun_search(path)
         differ = differences(ours.pop("settings"), there.pop("settings"))
         differ += [
             "--minutes" if name == "rungs" else f"{name} {there.get(name)} -> {value}"
@@ -343,6 +343,20 @@ def _check_same(search: Search) -> None:
             raise UsageError(
                 f"--out {search.out} holds another search ({'; '.join(differ)}): name another folder"
             )
+
+
+def _begun_search(path: Path) -> dict[str, Any]:
+    """What `main` kept of a search. Raises RunError if it is something else."""
+    there: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        there = read_json(path)
+    settings = there.get("settings") if isinstance(there, dict) else None
+    if isinstance(settings, dict) and all(isinstance(part, dict) for part in settings.values()):
+        return there
+    raise RunError(
+        f"{path}: not the file that says what is searched here: remove it if the same command began this "
+        f"search, or name another folder with --out"
+    )
 
 
 @contextlib.contextmanager

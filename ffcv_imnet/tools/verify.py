@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ffcv_imnet.core.atomic import NotWritten, atomic_write
-from ffcv_imnet.core.bounded import read_at_most
+from ffcv_imnet.core.bounded import read_json
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.paths import path_of, path_or_address, what_is
 from ffcv_imnet.core.progress import Progress
@@ -74,7 +74,6 @@ CMYK = set(
     n04336792_7448 n04371774_5854 n04596742_4225 n07583066_647 n13037406_4650
     ILSVRC2012_val_00019877""".split()  # noqa: SIM905 - twenty-three lines otherwise
 )
-LARGEST_STATE = 64 << 20  # bytes of what an interrupted check left
 SAVE_EVERY = 10.0  # seconds between saves of how far a check of images is
 SAMPLES = 256  # of a .beton, compared with their source
 NEAR = 4.0  # mean difference of pixels that another version of a library may make
@@ -398,8 +397,8 @@ def check_images(path: Path, source: ImageSource, num_workers: int, report: Repo
 
 def load_state(state: Path, fingerprint: str) -> tuple[int, list[Look]]:
     """How many images were checked, and what was found; nothing if it was of other images."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        said = json.loads(read_at_most(state, LARGEST_STATE))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        said = read_json(state)
         if said["fingerprint"] == fingerprint:
             return int(said["done"]), [Look(**look) for look in said["looks"]]
     return 0, []
