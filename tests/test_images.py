@@ -179,12 +179,42 @@ def test_orientation_counts_even_if_the_rest_of_exif_is_damaged() -> None:
         (KINDS["rgb"][: len(KINDS["rgb"]) // 2], "truncated"),
         (KINDS["png"][: len(KINDS["png"]) // 2], "truncated"),
         (b"<html>404</html>", "not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
 def test_undecodable_has_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=f"(?i){reason}"):
         decode_rgb(data)
+
+
+def tiff_of(compression: int, samples: int) -> bytes:
+    """8 x 8 px whose compressed bytes are no such ones."""
+    tags = {
+        256: 8,
+        257: 8,
+        258: 8,
+        259: compression,
+        262: 1,
+        273: 200,
+        277: samples,
+        278: 8,
+        279: 64,
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries
+    return head.ljust(200, b"\0") + b"\x80\xff" * 300
+
+
+@pytest.mark.parametrize("compression", [2, 4, 5, 7, 8, 32773, 34925, 50000])
+def test_a_damaged_tiff_is_refused_without_lines_of_libtiff(
+    compression: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BadImage, match=r"its compressed pixels are damaged \(decoder error"):
+        decode_rgb(tiff_of(compression, 1))
+    with pytest.raises(BadImage, match="not read, or damaged"):
+        decode_rgb(tiff_of(compression, 200))
+    assert capfd.readouterr() == ("", "")
 
 
 def area_mean(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.models import build_model
+from ffcv_imnet.train.checkpoint import _optimizer_state
 from ffcv_imnet.train.muon import POLYNOMIALS, is_kernel, newton_schulz
 from ffcv_imnet.train.optim import build_average, build_optimizer, parameter_groups
 
@@ -313,6 +314,42 @@ def test_muon_resumes() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(1), torch.zeros(()), torch.zeros(3, 0), 3, "x"])
+@pytest.mark.parametrize("name", ["momentum_buffer", "muon_momentum"])
+def test_a_loaded_momentum_fits_its_weights(name: str, odd: Any) -> None:
+    """The fused step asks none of them for its shape, and would write beyond it."""
+    model = network()
+    optimizer = build_optimizer(model, muon())
+    take_steps(model, optimizer, range(1))
+    state = copy.deepcopy(optimizer.state_dict())
+    for kept in state["state"].values():
+        if name in kept:
+            kept[name] = odd
+    with pytest.raises(ValueError, match=r"a momentum of .* for weights of"):
+        build_optimizer(network(), muon()).load_state_dict(state)
+
+
+def test_of_a_loaded_optimizer_only_momenta_are_believed() -> None:
+    model = network()
+    optimizer = build_optimizer(model, muon())
+    take_steps(model, optimizer, range(1))
+    held = copy.deepcopy(optimizer.state_dict())
+    for group in held["param_groups"]:
+        group |= {"weight_decay": None, "ns_steps": 10**9, "momentum": "x", "maximize": True}
+    for kept in held["state"].values():  # one number in the place of all
+        for name, value in kept.items():
+            kept[name] = torch.full((1,), 2.0).expand(value.shape)
+    resumed = build_optimizer(network(), muon())
+    options = [group | {"params": None} for group in resumed.param_groups]
+    resumed.load_state_dict(_optimizer_state(resumed, held))
+    assert [group | {"params": None} for group in resumed.param_groups] == options
+    for parameter, kept in resumed.state.items():
+        for value in kept.values():
+            assert value.stride() == parameter.stride() and (value == 2).all()
+    with pytest.raises(ValueError):
+        _optimizer_state(resumed, held | {"param_groups": held["param_groups"][1:]})
 
 
 def test_parameter_groups_partition_the_network() -> None:

@@ -1,6 +1,8 @@
 """The tools' entry, the report of a run, and the demo's verdict."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,16 @@ def test_the_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert picture.format == "PNG" and min(picture.size) > 600
     assert sorted(p.name for p in run.iterdir()) == ["curve.png", "log.jsonl"]
     assert report.main([str(run / "log.jsonl")]) == 0  # the file itself will do
+
+
+def test_matplotlib_is_quiet_whatever_surrounds_it(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text("font.family: Nope\nbogus: 3\n")
+    code = "import ffcv_imnet.tools; from matplotlib.figure import Figure; f = Figure(); f.text(0, 0, '🦊'); f.savefig('x.png')"
+    environment = os.environ | {"MPLBACKEND": "nope", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_norms_are_drawn_where_the_log_has_them(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_mistakes_on_the_command_line(argument: str, says: str) -> None:
         ("training: {lr: 1}", "(did you mean lr.lr?)"),
         ("lr: 0.5", "lr is a section: its settings stand below it, lr.lr for one"),
         ("lr: {lr: yes}", "lr.lr must be a number"),
+        ("training:\n  epochs:", "training.epochs has no value: write one, or leave the line out"),
         ("lr: {lr: 1}\nlr: {lr: 2}", "the key 'lr' stands twice"),
         ("lr: {lr: 1", "not a YAML file of settings: line 1: expected ',' or '}', but got"),
         (

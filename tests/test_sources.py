@@ -117,11 +117,17 @@ def test_an_archive_of_the_other_split_or_of_folders(data: Path) -> None:
 
 def test_a_folder_too_deep_a_zip_and_a_folder_of_tars(data: Path) -> None:
     (data / "kaggle.zip").write_bytes(b"PK")
+    for name in ("file", "link"):
+        (data / name).mkdir()
+    (data / "file/train").touch()
+    (data / "link/train").symlink_to("/not/mounted")
     for place, reason in [
         (data / "tree/train", rf"has no folder 'train'.*did you mean {data}/tree\?"),
         (data / "kaggle.zip", "is a file, not a folder"),
         (data, r"a tar is read with --tar"),
         (data / "none", "does not exist"),
+        (data / "file", "file/train is no folder"),
+        (data / "link", "link/train is no folder, or a link to nothing"),
     ]:
         with pytest.raises(UsageError, match=reason):
             open_source("train", [place])

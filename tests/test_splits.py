@@ -1,5 +1,6 @@
 """A validation split under any name, held out, from a table, from several folders, or lacking a class."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +210,6 @@ def test_a_class_that_is_only_trained_keeps_the_numbers_of_the_others(
     val_loader = loader.ValLoader(settings.data.val_dataset, 5, settings, ALONE, places)
     (_, labels), *_ = val_loader.batches()
     assert labels.tolist() == [0, 0, 2, 2, 2]
+    again = replace(settings.data, val_dataset=settings.data.train_dataset)
+    loader.check_data(again)
+    assert capsys.readouterr().err.count("train.beton has the same images as ") == 1

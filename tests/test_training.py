@@ -247,6 +247,10 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     "as its steps in its trained": lambda state: state["run"].update(trained={"steps": "1"}),
     "as its elapsed_seconds in its run": lambda state: state["run"].update(elapsed_seconds="1"),
+    r"project \(format 1\)": lambda state: state.update(format=torch.zeros(3)),
+    "weights that are not tensors of real numbers": lambda state: state["model"].update(
+        {"conv.weight": torch.zeros(3, dtype=torch.complex64)}
+    ),
     "weights that are not tensors": lambda state: state["model"].update({"conv.weight": [1.0]}),
     "an optimizer without its groups": lambda state: state.update(optimizer={"state": {}}),
     "whose settings are not plain": lambda state: state["optimizer"]["param_groups"][0].update(
@@ -275,7 +279,7 @@ def test_what_is_no_checkpoint_of_this_project_gives_way_to_the_one_before(
         state = checkpoint.load(whole / "last.pt")
         spoil(state)
         torch.save(state, folder / "last.pt")
-        with pytest.raises(RunError, match=f"last.pt: not a checkpoint of this project, .*{says}"):
+        with pytest.raises(RunError, match=f"last.pt: not a checkpoint of this .*{says}"):
             opened(settings)
     shutil.copy(whole / "previous.pt", folder)
     for other in ([1, 2], {"format": 1}, torch.zeros(3)):

@@ -96,6 +96,8 @@ class StrictConfig(fastargs.Config):
             if value is not None:
                 argument(f"{origin}: {name}", value, checker_of(key))
                 given[key] = value
+            elif origin.startswith("--config ") and declared()[key].default is not None:
+                raise UsageError(f"{origin}: {name} has no value: write one, or leave the line out")
         if unknown:
             raise UsageError(f"{origin}: {_unknown(unknown, origin)}")
         self.collect(given)

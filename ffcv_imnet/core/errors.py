@@ -130,7 +130,10 @@ class Parser(argparse.ArgumentParser):
         To be called before parsing: argparse would rather complain of what is missing.
         """
         known = [option for action in self._actions for option in action.option_strings]
-        words = itertools.takewhile(lambda word: word != "--", argv)
+        words = [*itertools.takewhile(lambda word: word != "--", argv)]
+        for word in words:
+            if word.startswith("-") and not word.startswith("--") and os.path.lexists(word):
+                raise UsageError(f"{word} would be taken for an option: write ./{word}")
         for given in (word.split("=")[0] for word in words if word.startswith("--")):
             if given not in known:
                 raise UsageError(f"unknown option {given}{nearest(given, known)}{self.hint}")

@@ -82,6 +82,14 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
             file=sys.stderr,
             flush=True,
         )
+    same = train.content_checksum == val.content_checksum
+    if same and (world is None or world.is_main):
+        print(
+            f"{data.val_dataset} has the same images as {data.train_dataset}: top-1 will say how well they are "
+            "remembered, not how well others are told apart",
+            file=sys.stderr,
+            flush=True,
+        )
     for path, said in zip(paths, (train, val), strict=True):
         if data.verify and first and content_checksum(path) != said.content_checksum:
             raise RunError(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
 # Bytes of an encoded one: --max_pixels of four times 16 bits have three quarters.
 LARGEST_FILE = 2 << 30
+POINTER = b"version https://git-lfs"  # what `git clone` leaves in place of a large file
 
 
 class ImageSource(Protocol):

@@ -115,6 +115,8 @@ def _check_root(root: Path) -> None:
         )
     if not root.parent.is_dir():
         raise UsageError(f"the folder {root.parent} does not exist: {layout}")
+    if os.path.lexists(root):
+        raise UsageError(f"{root} is no folder, or a link to nothing: {layout}")
     names = sorted(entry.name for entry in os.scandir(root.parent))
     holds = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     # Lower case first: "Train" for "train" is the commonest slip.

@@ -73,7 +73,7 @@ def _check(path: Path, line: int, file: str, name: str) -> None:
     if fault is None and (name in (".", "..") or "/" in name):
         fault = "cannot be the name of a class"
     if fault:
-        raise UsageError(f"{path}, line {line}: {quoted(name)} {fault}")
+        raise UsageError(f"{path}, line {line}: the class {quoted(name)} {fault}")
     if name.isdigit() and "ILSVRC2012" in file:
         raise UsageError(
             f"{path}, line {line}: the class is the number {name}, and lists of ImageNet number"
@@ -124,10 +124,11 @@ def _columns(path: Path, rows: list[Row]) -> Iterator[tuple[int, str, str]]:
     if not rows:
         return
     head = rows[0][1]
-    words = [re.sub(r"[\s_-]", "", cell.lower()) for cell in head]
-    file = next((words.index(word) for word in FILE_COLUMNS if word in words), None)
-    label = next((words.index(word) for word in LABEL_COLUMNS if word in words), None)
+    places = _place(head, FILE_COLUMNS), _place(head, LABEL_COLUMNS)
+    file, label = places[0][0], places[1][0]
     header = file is not None and label is not None
+    if header and (twice := places[0][1] or places[1][1]):
+        raise UsageError(f"{path}, line {rows[0][0]}: {twice}")
     if len(head) == 2 and not header:
         # The column of the files is the one with their endings; one that starts below is a header.
         ends = [[_is_image(cell) for cell in row] for _, row in rows[:2]]
@@ -143,6 +144,17 @@ def _columns(path: Path, rows: list[Row]) -> Iterator[tuple[int, str, str]]:
         yield line, row[file], row[label]
 
 
+def _place(names: Sequence[str], wanted: Sequence[str]) -> tuple[int | None, str]:
+    """Where the first of `wanted` stands among names of columns, and what is said if it does so twice."""
+    words = [re.sub(r"[\s_-]", "", name.lower()) for name in names]
+    found = next((word for word in wanted if word in words), None)
+    if found is None:
+        return None, ""
+    place = words.index(found)
+    times = words.count(found)
+    return place, f"{times} columns are called {quoted(names[place])}" if times > 1 else ""
+
+
 def _pairs(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     """The same from JSON-lines: an object a line."""
     for line, words in enumerate(text.splitlines(), 1):
@@ -151,22 +163,25 @@ def _pairs(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
         if not words.strip():
             continue
         try:
-            held = json.loads(words)
+            held = json.loads(words, object_pairs_hook=tuple)  # a key may stand there twice
         except ValueError as error:
             raise UsageError(f"{path}, line {line}: not JSON ({error})") from None
         except RecursionError:
             raise UsageError(f"{path}, line {line}: not JSON (nested too deeply)") from None
-        if not isinstance(held, dict):
+        if not isinstance(held, tuple):
             raise UsageError(f"{path}, line {line}: not an object such as {{...}}")
         yield line, _field(path, line, held, FILE_COLUMNS), _field(path, line, held, LABEL_COLUMNS)
 
 
-def _field(path: Path, line: int, held: dict[str, Any], wanted: Sequence[str]) -> str:
-    by_word = {re.sub(r"[\s_-]", "", key.lower()): value for key, value in held.items()}
-    value = next((by_word[word] for word in wanted if word in by_word), None)
+def _field(path: Path, line: int, held: tuple[tuple[str, Any], ...], wanted: Sequence[str]) -> str:
+    names = [name for name, _ in held]
+    place, twice = _place(names, wanted)
+    if twice:
+        raise UsageError(f"{path}, line {line}: {twice}")
+    value = None if place is None else held[place][1]
     if isinstance(value, bool) or not isinstance(value, str | int):
         what = "file name" if wanted is FILE_COLUMNS else "class"
-        keys = ", ".join(map(quoted, list(held)[:5]))
+        keys = ", ".join(map(quoted, names[:5]))
         raise UsageError(
             f"{path}, line {line}: no {what} (text or a number) among {keys}: call it"
             f" {'filename' if wanted is FILE_COLUMNS else 'label'}"

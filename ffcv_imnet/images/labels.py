@@ -85,7 +85,8 @@ def labels_of(
                 f"the label of {quoted(row)} fits two images of {where}, {other} and {file}: write"
                 " their folders into the label file too"
             )
-    if unused := sorted(set(wnids) - set(taken)):  # a list of all may well go with some images
+    unused = sorted(set(wnids) - set(taken))
+    if taken and unused:  # a list of all may well go with some images
         print(
             f"{len(unused):,} of {len(wnids):,} labels have no image in {where}, for instance"
             f" {', '.join(map(quoted, unused[:3]))}",

@@ -21,7 +21,7 @@ from ffcv_imnet.core.bounded import in_words, memory_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import LONGEST, fault_of, quoted, shown
 from ffcv_imnet.core.optional import require
-from ffcv_imnet.images import InArrays
+from ffcv_imnet.images import POINTER, InArrays
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
 from ffcv_imnet.images.stored import checksum
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"(.+)_(n\d{8})(\.\w+)")  # original name, wnid
 SHARD = re.compile(r"(train|validation|val|test)[-_.]")
 COUNTED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")  # the n-th of so many; the hub may add a hash
-POINTER = b"version https://git-lfs"  # what `git clone` leaves in place of a large file
 # Bytes of a row group's images, which a worker holds (the hub's have 12 MB), and of its names and labels
 # (those of a million images have a third).
 LARGEST_GROUP, LARGEST_LABELS = 4 << 30, 1 << 30

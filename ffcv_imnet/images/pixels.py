@@ -6,15 +6,23 @@ the file's extension says, but for two kinds that it spoils: 16-bit and floating
 since the colour below it is anything, mostly the black of the subject.
 """
 
+import ctypes
+import functools
 import io
+import logging
 import re
 import warnings
+from contextlib import suppress
+from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from ffcv_imnet.images import Pixels
+from ffcv_imnet.images import POINTER, Pixels
+
+# It logs of some damaged files; what matters it raises.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # Images only. Pillow would otherwise run Ghostscript on an EPS that is named .jpg.
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
@@ -65,6 +73,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and palettes are ordinary here
             image = _open(data)
+            if image.format == "TIFF":
+                _quiet_libtiff()
             pixels = image.width * image.height
             if (
                 image.format in ("JPEG", "MPO")
@@ -93,6 +103,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if reason.startswith("decoder error"):
+            reason = f"its compressed pixels are damaged ({reason})"
         if "MAX_TEXT" in reason:  # a name in Pillow
             reason = (
                 "a PNG whose texts or colour profile unpack to more than 1 MB, or to 64 MB together"
@@ -100,8 +112,19 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         raise BadImage(reason) from None
 
 
+@functools.cache
+def _quiet_libtiff() -> None:
+    """No more lines of libtiff on the standard error, which name no file: Pillow raises what matters of them."""
+    with suppress(OSError, AttributeError, StopIteration):  # no Linux, or no libtiff of its own
+        mapped = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+        library = ctypes.CDLL(next(line.split()[-1] for line in mapped if "/libtiff" in line))
+        library.TIFFSetErrorHandler(None)
+
+
 def _unread(data: bytes) -> str | None:
     """What a sound file is that Pillow takes for none; None if nothing is known of it."""
+    if data.startswith(POINTER):
+        return "only Git's pointer to the image: fetch it with `git lfs pull`"
     frame = re.search(rb"\xff[\xc0-\xc3\xc9-\xcb]..([\x02-\x10])", data[: 1 << 16], re.DOTALL)
     if data[:2] == b"\xff\xd8" and frame and frame[1] != b"\x08":
         return f"a JPEG of {frame[1][0]} bits a sample, of which only 8 are read: convert it to PNG"

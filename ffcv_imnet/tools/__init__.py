@@ -3,12 +3,21 @@
 The first line of its docstring is its line in `--help`. Nothing imports a tool.
 """
 
+import logging
+import os
+import warnings
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from ffcv_imnet.config.schema import DEVICES
 from ffcv_imnet.core.errors import Parser
+
+# Charts go to files, whatever the environment says; what matplotlib has to say of fonts is nothing that a user of
+# ours could mend: another font is taken, and a box stands for a letter that none has.
+os.environ["MPLBACKEND"] = "agg"
+logging.getLogger("matplotlib").addHandler(logging.NullHandler())
+warnings.filterwarnings("ignore", message="Glyph .* missing")
 
 
 class ToolParser(Parser):

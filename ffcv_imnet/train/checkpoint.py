@@ -124,7 +124,7 @@ def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
     """Put a checkpoint's state into `learner`. Raises RunError if it does not fit."""
     try:
         learner.model.load_state_dict(state["model"])
-        learner.optimizer.load_state_dict(state["optimizer"])
+        learner.optimizer.load_state_dict(_optimizer_state(learner.optimizer, state["optimizer"]))
         if learner.scaler.is_enabled():
             learner.scaler.load_state_dict(state["scaler"])
         if learner.ema is not None:
@@ -132,9 +132,21 @@ def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
         torch.set_rng_state(state["torch_rng"])
         device.set_random_state(_device_of(learner), state.get("device_rng"))
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{path}: the checkpoint does not fit this network: {reason_of(error)}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]  # torch's first line alone says nothing
+        raise RunError(f"{path}: the checkpoint does not fit this network: {reason}") from error
+
+
+def _optimizer_state(optimizer: Optimizer, held: dict[str, Any]) -> dict[str, Any]:
+    """`held` with the options that the settings gave `optimizer`: of the file only momenta are believed.
+
+    Raises:
+        ValueError: it has other groups.
+    """
+    groups = [
+        {**own, "params": kept["params"]}
+        for own, kept in zip(optimizer.param_groups, held["param_groups"], strict=True)
+    ]
+    return {"state": held["state"], "param_groups": groups}
 
 
 def _device_of(learner: Learner) -> torch.device:
@@ -200,7 +212,9 @@ def load(path: Path) -> dict[str, Any]:
 def check_format(state: Any, path: Path) -> None:
     """Raises RunError if what `read` gave is no checkpoint of this project: the one check of all that
     is believed afterwards, save whether the tensors fit the network."""
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or not (
+        is_value(found := state.get("format"), int) and found == FORMAT
+    ):
         raise RunError(f"{path}: not a checkpoint of this project (format {FORMAT})")
     if fault := _fault_of(state):
         raise RunError(f"{path}: not a checkpoint of this project, it {fault}")
@@ -222,12 +236,12 @@ def _fault_of(state: dict[str, Any]) -> str | None:
     if fault := fault_of_fields(Trained, run.get("trained", {})):
         return f"{fault} in its trained"
     if not _are_tensors(state["model"]) or not (ema is None or _are_tensors(ema)):
-        return "has weights that are not tensors"
+        return "has weights that are not tensors of real numbers"
     return _fault_of_optimizer(state["optimizer"])
 
 
 def _are_tensors(values: dict[str, Any]) -> bool:
-    return all(isinstance(value, torch.Tensor) for value in values.values())
+    return all(isinstance(v, torch.Tensor) and not v.is_complex() for v in values.values())
 
 
 def _fault_of_optimizer(state: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffcv_imnet.train.sgd import FusedSGD
+from ffcv_imnet.train.sgd import FusedSGD, like
 
 
 def is_kernel(parameter: Tensor) -> bool:
@@ -228,8 +228,7 @@ class MuonSGD(FusedSGD):
             for kernel, part in zip(
                 kernels.parameters, kernels.each(kernels.momentum), strict=True
             ):
-                if (loaded := self.state[kernel].get("muon_momentum")) is not None:
-                    part.copy_(loaded)
+                part.copy_(like(kernel, self.state[kernel].get("muon_momentum")))
                 self.state[kernel]["muon_momentum"] = part
 
     @torch.no_grad()

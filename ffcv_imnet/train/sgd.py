@@ -25,13 +25,27 @@ class FusedSGD(torch.optim.SGD):
         self.start()
 
     def start(self) -> None:
-        """Momenta for all parameters that have none: at first, and after loading the state of a run that
-        had made no step."""
+        """Momenta for all parameters, zero where none was loaded, each laid out as its parameter: the fused
+        step reads and writes as many numbers as that has, wherever they lie.
+
+        Raises:
+            ValueError: a loaded one is of another shape, or none.
+        """
         for group in self.param_groups:
             for parameter in group["params"] if group["momentum"] else ():
                 state = self.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                state["momentum_buffer"] = like(parameter, state.get("momentum_buffer"))
+
+
+def like(parameter: torch.Tensor, loaded: Any) -> torch.Tensor:
+    """A loaded momentum in memory of its own, as `parameter` is; zeros for None. Raises ValueError."""
+    momentum = torch.zeros_like(parameter)
+    if loaded is None:
+        return momentum
+    if not isinstance(loaded, torch.Tensor) or loaded.shape != parameter.shape:
+        found = list(loaded.shape) if isinstance(loaded, torch.Tensor) else loaded
+        raise ValueError(f"a momentum of {found} for weights of {list(parameter.shape)}")
+    return momentum.copy_(loaded)
 
 
 def _start(optimizer: torch.optim.Optimizer) -> None:
