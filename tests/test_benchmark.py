@@ -140,7 +140,7 @@ def test_a_loader_that_fails_says_why(small: SmallData) -> None:
         ("loader --beton B --cores 0", "--cores: '0' is not a whole number"),
         ("loader --beton B --min_crop 2", "--min_crop: '2' is not a number from 0.001 to 1"),
         ("loader --beton B --resume", "--resume needs --json"),
-        ("loader --beton B --figure no/where.png", "--figure no/where.png: its folder does not"),
+        ("loader --beton B --figure no/where.png", "--figure no/where.png: the folder no does not"),
         ("both", "invalid choice"),
     ],
 )

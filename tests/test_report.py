@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,26 @@ def test_the_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert picture.format == "PNG" and min(picture.size) > 600
     assert sorted(p.name for p in run.iterdir()) == ["curve.png", "log.jsonl"]
     assert report.main([str(run / "log.jsonl")]) == 0  # the file itself will do
+
+
+def test_words_of_a_log_do_nothing_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = replace(header(), device="\x1b]0;title\x07", git_commit="\x1b[31m")
+    assert report.main([str(write_run(tmp_path / "run", odd, *FINISHED[1:]))]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and r"\x1b]0;title\x07" in said
+
+
+def test_epochs_of_a_log_follow_one_another(tmp_path: Path) -> None:
+    for twice in (0, 2):
+        path = write_run(
+            tmp_path / f"run{twice}", header(), epoch(2, 0.3), header(), epoch(twice, 0.4)
+        )
+        with pytest.raises(
+            RunError, match=f"line 4: epoch {twice} after epoch 2, so it is the log of"
+        ):
+            read_log(path)
 
 
 def test_matplotlib_is_quiet_whatever_surrounds_it(tmp_path: Path) -> None:

@@ -260,6 +260,10 @@ def test_workers_that_cannot_start(tree: Path, monkeypatch: pytest.MonkeyPatch) 
     ):
         list(chunks)
     assert not multiprocessing.active_children()
+    monkeypatch.setattr(spawn, "_python_exe", b"/etc/passwd")  # none that anybody may start
+    chunks = encode_all(ImageFolderTree(tree / "train"), PixelSettings(), beton.PAGE_SIZE, 1)
+    with pytest.raises(RunError, match="this user may not start /etc/passwd"):
+        list(chunks)
 
 
 @pytest.fixture

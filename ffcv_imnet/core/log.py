@@ -245,6 +245,12 @@ def read_log(path: Path) -> Log:
             ) from error
         if number == 1 and not isinstance(record, Header):
             raise UsageError(f"{path}: not a run's log: its first line is no header")
+        last = found[Epoch][-1].epoch if found[Epoch] else -1
+        if isinstance(record, Epoch) and record.epoch <= last:
+            raise RunError(
+                f"{path}, line {number}: epoch {record.epoch} after epoch {last}, so it is the log of two runs or "
+                f"damaged; where its checkpoint is at hand, --resume auto writes the log again"
+            )
         found[type(record)].append(record)
     summary = next(reversed(found[Summary]), None)
     return Log(found[Header], found[Epoch], summary, found[Lowered])

@@ -48,6 +48,11 @@ def shown(name: str) -> str:
     return "".join(c if _showable(c) else _escaped(c) for c in name)
 
 
+def shown_lines(text: str) -> str:
+    """Lines that hold words of a file from outside, each as `shown` has it."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
 def quoted(value: object) -> str:
     """Any value in a message: on one line, cut to what a line holds; bytes where text was not UTF-8."""
     if isinstance(value, str) and fault_of(value[:LONGEST]) == "is not UTF-8":

@@ -90,6 +90,11 @@ def in_order(
 def _pool(num_workers: int) -> ProcessPoolExecutor:
     # spawn: the caller may have threads, and a forked copy of a held lock never opens.
     context = multiprocessing.get_context("spawn")
+    if not os.access(program := os.fsdecode(spawn.get_executable()), os.X_OK):
+        raise RunError(
+            f"this user may not start {program}, which worker processes run: install Python in a folder that the "
+            "user may read"
+        )
     try:
         return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     except BrokenPipeError:  # of the process that counts the locks, started as the workers are

@@ -11,6 +11,7 @@ from pathlib import Path
 from ffcv_imnet.config.schema import NOT_OF_THE_RESULT, flatten
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.log import LOG, Epoch, Log, Reached, best_of, first_reached, read_log
+from ffcv_imnet.core.names import shown
 
 SEED = "training.seed"
 
@@ -74,7 +75,7 @@ def origin(log: Log) -> str:
     header = log.headers[-1]
     model = header.settings.get("model", {}).get("arch", "?")
     resumed = f", {len(log.headers) - 1} x resumed" if len(log.headers) > 1 else ""
-    return (
+    return shown(
         f"{model} on {header.device}, {header.precision}, world size {header.world_size}, "
         f"commit {(header.git_commit or 'unknown')[:12]}{resumed}"
     )

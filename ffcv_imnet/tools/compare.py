@@ -19,6 +19,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
+from ffcv_imnet.core.names import shown, shown_lines
 from ffcv_imnet.core.paths import check_output, path_of
 from ffcv_imnet.report.statistics import epochs_to, p_value, score, seconds_to, spread
 from ffcv_imnet.tools import ToolParser
@@ -168,9 +169,9 @@ def main(argv: list[str]) -> int:
     check_output("--out", options.out, ".png")
     new = read_side(options.names[0], options.runs)
     old = read_side(options.names[1], options.against)
-    print(table(new, old, options.target))
+    print(shown_lines(table(new, old, options.target)))
     for words in warnings(new, old):
-        print(f"warning: {words}", file=sys.stderr)
+        print(f"warning: {shown(words)}", file=sys.stderr)
     if options.out is not None:
         plot(new, old, options.target, options.out)
         print(f"curves: {options.out}")

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log
+from ffcv_imnet.core.names import shown_lines
 from ffcv_imnet.core.paths import check_output, path_of
 from ffcv_imnet.report import charts
 from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, read_run, target
@@ -128,7 +129,8 @@ def main(argv: list[str]) -> int:
 
     runs = [read_run(path) for path in options.runs]
     for run in runs:
-        print(f"{run.path}: {origin(run.log)}\n\n{table(run.log)}\n\n{verdict(run.log)}")
+        said = f"{run.path}: {origin(run.log)}\n\n{table(run.log)}\n\n{verdict(run.log)}"
+        print(shown_lines(said))
     only = runs[0].path
     out = out or (only / "curve.png" if only.is_dir() else only.with_suffix(".png"))
     if out.suffix.lower() == ".html":
