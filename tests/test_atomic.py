@@ -124,6 +124,10 @@ def test_the_disk_has_the_bytes_before_the_name_and_then_the_name(
     monkeypatch.setattr(Path, "replace", renamed)
     make_folder(tmp_path / "new" / "run")
     assert done == [f"fsync {tmp_path.name}", "fsync new"]
+    make_folder(tmp_path / "/".join("x" * 1900))  # deeper than Python calls itself
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file")
     done.clear()
     with atomic_write(tmp_path / "a") as file:
         file.write(b"x")

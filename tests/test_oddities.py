@@ -131,6 +131,17 @@ def test_classes_that_differ_only_in_writing(root: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("pair", [("1", "001"), ("ab", "a\u200bb"), ("space", "space ")])
+def test_classes_that_look_alike(tmp_path: Path, pair: tuple[str, str]) -> None:
+    odd = only_oddity(tree(tmp_path, *(f"{name}/0.jpg" for name in pair)))
+    assert odd.startswith("these class folders differ only in how their names are written")
+
+
+def test_classes_that_are_the_parts_of_a_data_set(tmp_path: Path) -> None:
+    odd = only_oddity(tree(tmp_path, "Train/0.jpg", "val/0.jpg"))
+    assert f"the classes of {tmp_path} would be Train, val: do the classes lie" in odd
+
+
 def test_images_of_other_suffixes(root: Path) -> None:
     tree(root, "cat/a.jfif", "cat/b.JPE", "cat/notes.txt", "cat/c.xyz", "cat/boxes.xml")
     found = ImageFolderTree(root)

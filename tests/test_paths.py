@@ -85,6 +85,15 @@ def test_an_address_where_a_path_is_wanted_keeps_its_slashes(words: str) -> None
         importlib.import_module(f"ffcv_imnet.tools.{tool}").main([*rest, "s3://b/x.y"])
 
 
+def test_a_link_in_a_circle_is_no_output(tmp_path: Path) -> None:
+    synthetic.write_tree(tmp_path / "d", train_per_class=1, val_per_class=1)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match=r"loop.* could not be written"):
+        write_ffcv.main(
+            ["--split", "val", "--data_dir", f"{tmp_path}/d", "--out_dir", f"{tmp_path}/loop"]
+        )
+
+
 def test_of_an_output_what_is_wrong_is_said(tmp_path: Path) -> None:
     check_output("--out", None)
     check_output("--out", tmp_path / "x.PNG", ".png", ".html")

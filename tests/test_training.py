@@ -325,6 +325,14 @@ def test_resume_from_a_named_checkpoint(whole: Path, small: SmallData, tmp_path:
         run(settings, str(whole / "last.pt"))
 
 
+def test_one_image_a_batch_is_too_few_for_a_stage_of_one_pixel(
+    small: SmallData, tmp_path: Path
+) -> None:
+    settings = small.settings(tmp_path / "run", model__arch="resnet18", training__batch_size=1)
+    with pytest.raises(UsageError, match=r"one image of \d+ px .*: raise training.batch_size"):
+        run(settings)
+
+
 def test_resume_auto(whole: Path, small: SmallData, capsys: pytest.CaptureFixture[str]) -> None:
     settings = small.settings(whole, **FULL)
     before = (whole / "log.jsonl").read_bytes()

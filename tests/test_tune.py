@@ -147,6 +147,18 @@ def test_what_is_searched_is_read_or_refused(small: SmallData, tmp_path: Path, t
         tune._check_same(search)
 
 
+@pytest.mark.parametrize("text", ["rubbish\n", "[]\n", '{"op_code": 99}\n', "\xff\n"])
+def test_a_damaged_log_of_trials_is_named(small: SmallData, tmp_path: Path, text: str) -> None:
+    pytest.importorskip("optuna")
+    settings = small.settings(tmp_path)
+    search = Search(settings, 100, ("a", "b"), (Rung(48, 1),) * 3, 9, ("lr.lr",), tmp_path)
+    tune.open_study(search)
+    with (tmp_path / "trials.log").open("a", encoding="latin-1") as file:
+        file.write(text)
+    with pytest.raises(RunError, match=r"trials\.log: optuna cannot read it"):
+        tune.open_study(search)
+
+
 def test_one_search_from_end_to_end(small: SmallData, tmp_path: Path) -> None:
     """Killed once, gone on with in two processes; real Optuna, real training."""
     pytest.importorskip("optuna")

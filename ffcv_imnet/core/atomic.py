@@ -124,9 +124,10 @@ def locked(file: int | IO[Any]) -> bool:
 def make_folder(path: Path) -> None:
     """Like `mkdir -p`, and the disk keeps every new folder's name. Raises OSError."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(new):
+    for folder in reversed(new):  # `parents=True` calls itself for each of thousands
+        folder.mkdir(exist_ok=True)
         force_folder(folder.parent)
+    path.mkdir(exist_ok=True)  # raises where it is a file
 
 
 def force(file: IO[Any]) -> None:

@@ -107,7 +107,7 @@ def refuse_inputs(option: str, out: Path | None, *read: Path | str | None) -> No
 def refuse_inside(option: str, out: Path, folders: Iterable[Path]) -> None:
     """Raises UsageError if `out` is below one of `folders`, whose own folders are read as something."""
     for folder in folders:
-        if folder.resolve() in out.resolve().parents:
+        if Path(os.path.realpath(folder)) in Path(os.path.realpath(out)).parents:
             raise UsageError(
                 f"{option} {out} is inside {folder}, whose folders are read as classes: name a folder outside it"
             )

@@ -19,6 +19,7 @@ from ffcv_imnet.images import LARGEST_FILE, InArrays, leftovers
 from ffcv_imnet.images.leftovers import Left
 
 HEIC = (b".heic", b".heif", b".hif")
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 # torchvision.datasets.folder.IMG_EXTENSIONS, two more of JPEG, and what Pillow and its plug-in read;
 # compared in lower case.
 EXTENSIONS = (
@@ -70,6 +71,7 @@ class ImageFolderTree(InArrays):
             *_broken(root, top.broken),
             *_beside(root, top.files),
             *_level(root, self.classes, walk.direct, walk.inside),
+            *_splits(root, self.classes),
             *_alike(self.classes),
             *walk.oddities(),
             *walk.left.oddities(),
@@ -329,6 +331,15 @@ def _level(
     )
 
 
+def _splits(root: Path, classes: Sequence[str]) -> Iterable[str]:
+    """Classes that are the parts of a data set."""
+    if len(classes) > 1 and {name.casefold() for name in classes} <= SPLITS:
+        yield (
+            f"the classes of {root} would be {_some(classes)}: do the classes lie one level deeper, and is one of"
+            " these the folder?"
+        )
+
+
 def _alike(classes: Sequence[str]) -> Iterable[str]:
     folded = Counter(map(_folded, classes))
     alike = [name for name in classes if folded[_folded(name)] > 1]
@@ -337,7 +348,10 @@ def _alike(classes: Sequence[str]) -> Iterable[str]:
 
 
 def _folded(name: str) -> str:
-    return unicodedata.normalize("NFKC", name).casefold().strip()
+    """What of a name can be seen, and of a number what it is worth."""
+    seen = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    folded = "".join(seen).casefold().strip()
+    return str(int(folded)) if folded.isdecimal() else folded
 
 
 def _show(path: bytes) -> str:

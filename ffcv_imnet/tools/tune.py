@@ -59,7 +59,7 @@ from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.config.schema import Settings, differences
 from ffcv_imnet.core.atomic import atomic_write, locked, make_folder
 from ffcv_imnet.core.bounded import read_json
-from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.data.beton import check_beton
@@ -74,18 +74,26 @@ from ffcv_imnet.train.start import Start, start_from
 
 
 def open_study(search: Search, worker: int = 0) -> Any:
-    """Optuna's, in OUT/trials.log, which several processes write."""
+    """Optuna's, in OUT/trials.log, which several processes write. Raises RunError if that is damaged."""
     optuna = require("optuna", "tune", "optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     from optuna.storages.journal import JournalFileBackend
 
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(search.out / "trials.log")))
-    study = optuna.create_study(
-        study_name="tune",
-        storage=storage,
-        load_if_exists=True,
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION),
-    )
+    path = search.out / "trials.log"
+    try:
+        study = optuna.create_study(
+            study_name="tune",
+            storage=optuna.storages.JournalStorage(JournalFileBackend(str(path))),
+            load_if_exists=True,
+            pruner=optuna.pruners.SuccessiveHalvingPruner(1, REDUCTION),
+        )
+    except OSError:
+        raise
+    except Exception as error:  # of a log that another program changed it raises nearly anything
+        raise RunError(
+            f"{path}: optuna cannot read it ({type(error).__name__}: {reason_of(error)}): remove it to begin anew, "
+            f"or name another folder with --out"
+        ) from error
     # Not the draws of the part before, when a search goes on.
     seed = 1000 * len(study.trials) + worker
     study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)

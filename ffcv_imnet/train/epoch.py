@@ -4,8 +4,8 @@ import inspect
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ffcv_imnet.config.schedules import EpochPlan, learning_rate, resolutions
 from ffcv_imnet.config.schema import Lr, Settings
-from ffcv_imnet.core.errors import NonFiniteLoss
+from ffcv_imnet.core.errors import NonFiniteLoss, UsageError
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.data.loader import PADDING, TrainLoader
 from ffcv_imnet.machine.device import choose_precision
@@ -226,7 +226,10 @@ def train_epoch(
             # Gradients and weights are the same on all processes.
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
             images, targets = learner.augment(images, labels, plan.epoch, step)
-            loss = train_step(learner, images, targets, rate, plan.label_smoothing, norms, waiting)
+            with _saying_too_small(plan.resolution):
+                loss = train_step(
+                    learner, images, targets, rate, plan.label_smoothing, norms, waiting
+                )
             say_how_compiled(learner.compiled and world.is_main)
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)
@@ -252,6 +255,20 @@ def train_epoch(
         late=watch.late,
         norms=looks,
     )
+
+
+@contextmanager
+def _saying_too_small(side: int) -> Iterator[None]:
+    """Raises UsageError in torch's stead where a batch is of one image, and the last stage of one pixel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            f"a batch of one image of {side} px for each process leaves BatchNorm one number of each channel and "
+            "nothing to compare it with: raise training.batch_size"
+        ) from error
 
 
 def begin_training(learner: Learner, head_alone: bool) -> list[nn.Parameter]:
