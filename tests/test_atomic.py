@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import inspect
 import os
 import pty
 import resource
@@ -124,7 +125,12 @@ def test_the_disk_has_the_bytes_before_the_name_and_then_the_name(
     monkeypatch.setattr(Path, "replace", renamed)
     make_folder(tmp_path / "new" / "run")
     assert done == [f"fsync {tmp_path.name}", "fsync new"]
-    make_folder(tmp_path / "/".join("x" * 1900))  # deeper than Python calls itself
+    most = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(len(inspect.stack()) + 100)
+        make_folder(tmp_path / "/".join("x" * 150))  # deeper than Python calls itself
+    finally:
+        sys.setrecursionlimit(most)
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         make_folder(tmp_path / "file")
