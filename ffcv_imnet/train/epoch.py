@@ -138,7 +138,8 @@ def train_step(
     for group in learner.optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
     with torch.autocast(images.device.type, learner.dtype, enabled=learner.dtype != torch.float32):
-        logits = learner.forward(images)
+        with _saying_too_small(images.shape[-1]):
+            logits = learner.forward(images)
         loss = objective(logits, labels, label_smoothing, learner.loss)
     learner.scaler.scale(loss).backward()
     for parameter in waiting:
@@ -226,10 +227,7 @@ def train_epoch(
             # Gradients and weights are the same on all processes.
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
             images, targets = learner.augment(images, labels, plan.epoch, step)
-            with _saying_too_small(plan.resolution):
-                loss = train_step(
-                    learner, images, targets, rate, plan.label_smoothing, norms, waiting
-                )
+            loss = train_step(learner, images, targets, rate, plan.label_smoothing, norms, waiting)
             say_how_compiled(learner.compiled and world.is_main)
             tally.add(step, loss, labels)
             progress.update(plan.batch_size)
