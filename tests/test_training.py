@@ -252,6 +252,10 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], object]] = {
         {"conv.weight": torch.zeros(3, dtype=torch.complex64)}
     ),
     "weights that are not tensors": lambda state: state["model"].update({"conv.weight": [1.0]}),
+    "it has no weights": lambda state: state.update(model={}),
+    "optimizer's state that is none": lambda state: state["optimizer"].update(
+        state={0: {"momentum_buffer": torch.zeros(3, dtype=torch.complex64)}}
+    ),
     "an optimizer without its groups": lambda state: state.update(optimizer={"state": {}}),
     "whose settings are not plain": lambda state: state["optimizer"]["param_groups"][0].update(
         lr=["fast"]

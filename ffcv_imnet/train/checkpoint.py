@@ -235,13 +235,15 @@ def _fault_of(state: dict[str, Any]) -> str | None:
             return f"has a record {number} that is none: {error}"
     if fault := fault_of_fields(Trained, run.get("trained", {})):
         return f"{fault} in its trained"
-    if not _are_tensors(state["model"]) or not (ema is None or _are_tensors(ema)):
+    if not state["model"]:
+        return "has no weights"
+    if not all(map(_is_real, [*state["model"].values(), *(ema or {}).values()])):
         return "has weights that are not tensors of real numbers"
     return _fault_of_optimizer(state["optimizer"])
 
 
-def _are_tensors(values: dict[str, Any]) -> bool:
-    return all(isinstance(v, torch.Tensor) and not v.is_complex() for v in values.values())
+def _is_real(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_complex()
 
 
 def _fault_of_optimizer(state: dict[str, Any]) -> str | None:
@@ -255,7 +257,7 @@ def _fault_of_optimizer(state: dict[str, Any]) -> str | None:
             return "has an optimizer's group whose settings are not plain"
     for kept in held.values():
         if not isinstance(kept, dict) or not all(
-            isinstance(value, torch.Tensor) or is_value(value, _PLAIN) for value in kept.values()
+            _is_real(value) or is_value(value, _PLAIN) for value in kept.values()
         ):
             return "has an optimizer's state that is none"
     return None
