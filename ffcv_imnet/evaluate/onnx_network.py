@@ -27,7 +27,7 @@ INPUT_TYPES: dict[str, Any] = {"tensor(float)": np.dtype("f4"), "tensor(uint8)":
 SECONDS = (
     60  # of processor time to load the file, and to compute an image (AT_ONCE of a batch count)
 )
-MOST_NUMBERS = 1 << 28  # of a batch: 1,783 images of 224 px
+MOST_NUMBERS = 1 << 27  # of a batch: 891 images of 224 px; as float32 half a GB
 MEMORY = "it takes more memory than 1 GB and four times the file"  # see onnx_worker.ROOM
 PATIENCE = 20  # times as long by the clock, for a process that waits for what never comes
 
