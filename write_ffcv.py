@@ -156,7 +156,7 @@ def build_parser() -> Parser:
         help="of --subset and --compress_probability (default: %(default)s)")  # fmt: skip
     add("--skip_bad", action="store_true", help="leave unreadable images out instead of failing")
     add("--allow_odd", action="store_true",
-        help="go on where images would be left out or be in two classes, or where the classes seem to"
+        help="go on where images would be left out or a folder is in two classes by a link, or where the classes seem to"
         " lie one level deeper, instead of failing")  # fmt: skip
     add("--force", action="store_true", help="replace a .beton that was written otherwise")
     return parser
@@ -358,11 +358,13 @@ def announce(job: Job) -> None:
 def differences(job: Job, said: beton.Manifest) -> list[str]:
     """How the file that is there differs from the one that is asked for, in words."""
     found = [
-        f"{name} is {said.settings.get(name)}, not {job.recorded.get(name)}"
+        f"it was written with {as_option(name, there)}, and this command has {as_option(name, here)}"
         for name in {**job.recorded, **said.settings}
-        if said.settings.get(name) != job.recorded.get(name)
+        if (there := said.settings.get(name)) != (here := job.recorded.get(name))
     ]
-    if said.source.get("fingerprint") != job.origin["fingerprint"]:
+    # With --holdout and without it the folders that are read may be others.
+    same = (said.settings.get("holdout") is None) == (job.recorded.get("holdout") is None)
+    if same and said.source.get("fingerprint") != job.origin["fingerprint"]:
         found.append(
             "the source images have changed, or were copied without their times (`cp -a`"
             " keeps them)"
@@ -370,6 +372,11 @@ def differences(job: Job, said: beton.Manifest) -> list[str]:
     if said.skipped and not job.skip_bad:
         found.append(f"it lacks {len(said.skipped):,} unreadable images (--skip_bad accepts that)")
     return found
+
+
+def as_option(name: str, value: object) -> str:
+    """A setting that a manifest records, as it is typed."""
+    return f"no --{name}" if value is None else f"--{name} {value}"
 
 
 def up_to_date(job: Job, cache_dir: Path) -> bool:
@@ -429,6 +436,7 @@ def write_samples(file: IO[bytes], job: Job) -> Written:
     count = len(job.source)
     writer = beton.BetonWriter(file, count)
     digests = np.zeros((count, 32), np.uint8)
+    contents = np.zeros(count, np.uint64)
     bad: list[Bad] = []
     kept = np.ones(count, dtype=bool)
     order = reading_order(job.source)  # numbers in the file are the source's all the same
@@ -445,13 +453,33 @@ def write_samples(file: IO[bytes], job: Job) -> Written:
                 elif job.skip_bad or not bad:  # else it goes on only to find all that are bad
                     writer.add(done, index)
                     digests[index] = np.frombuffer(done.digest, np.uint8)
+                    contents[index] = done.content
             progress.update(len(chunk), f"{len(bad):,} unreadable" if bad else "")
     report_bad(job, kept, bad)
     tables_checksum = writer.finish()
     rate = count / (time.perf_counter() - started)
     print(f"encoded and on the disk at {rate:,.0f} images/s; verifying", flush=True)
+    if note := copies(job.source, contents, np.flatnonzero(kept)):
+        print(f"note: {note}", flush=True)
     content = hashlib.sha256(digests[kept].data).hexdigest()
     return Written(np.flatnonzero(kept), bad, f"sha256:{content}", tables_checksum)
+
+
+def copies(source: ImageSource, contents: NDArray[np.uint64], kept: NDArray[np.int64]) -> str:
+    """A sentence on images of the same bytes in two classes, of which ImageNet may have some; else nothing."""
+    order = kept[np.lexsort((source.labels[kept], contents[kept]))]
+    one, other = order[:-1], order[1:]
+    found = (contents[one] == contents[other]) & (source.labels[one] != source.labels[other])
+    if not found.any():
+        return ""
+    named = [
+        f"{shown(source.name(int(a)))} and {shown(source.name(int(b)))}"
+        for a, b in zip(one[found][:EXAMPLES], other[found][:EXAMPLES], strict=True)
+    ]
+    return (
+        f"images of the same bytes are in two classes, and stored under both: {'; '.join(named)}"
+        f" ({found.sum():,} in all)"
+    )
 
 
 def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:

@@ -407,6 +407,8 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         raise Failure("--model %s: no such file" % options.model, 2)
     if not options.model.endswith((".onnx", *ENGINES)):
         raise Failure("--model %s: expected .onnx, or %s" % (options.model, ", ".join(ENGINES)), 2)
+    if options.json and not options.json.endswith(".json"):
+        raise Failure("--json %s: its name must end in .json" % options.json, 2)
     if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):
         raise Failure("--json %s: its folder does not exist" % options.json, 2)
     return options

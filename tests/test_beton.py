@@ -188,6 +188,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         RunError,
         "truncated",
     ),
+    "other header": (
+        lambda path: flip(path, 20),
+        RunError,
+        "the header of .* is damaged, the file has",
+    ),
     "longer": (lambda path: edit(path, path.stat().st_size, b"x"), RunError, "too long"),
     "other label": (lambda path: flip(path, 24 + 2 * 1041 + 16), RunError, "tables .* are not"),
     "other pointer": (

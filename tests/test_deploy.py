@@ -149,6 +149,7 @@ def test_mistakes_are_one_line(shipped: Path, tmp_path: Path) -> None:
         "--batch 7: ": ("--batch", "7"),
         "invalid int value: 'x'": ("--limit", "x"),
         "its folder does not exist": ("--json", "/no/x.json"),
+        "its name must end in .json": ("--json", "/no/x.beton"),
         "no Quantum, only": ("--provider", "Quantum"),
     }
     (tmp_path / "good" / "circle").mkdir(parents=True)

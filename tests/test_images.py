@@ -367,8 +367,11 @@ def test_a_large_image_is_named_with_the_limit_that_an_option_raises(tmp_path: P
     assert "--max_pixels" in bad.reason
     assert isinstance(encode_image(tree, 0, 0, PixelSettings(max_pixels=60_000), 1 << 23), Stored)
     huge = b"P6 65535 65535 255\n" + bytes(100)  # 12 GB
-    with pytest.raises(BadImage, match="4,294,836,225 pixels, more than 178,956,970"):
+    with pytest.raises(BadImage, match="4,294,836,225 pixels, more than 178,956,970") as refused:
         decode_rgb(huge)
+    assert "--max_pixels" not in str(
+        refused.value
+    )  # of predict and others, which have no such option
 
 
 def test_a_jpeg_of_a_thousand_scans_is_refused_at_once() -> None:

@@ -179,6 +179,17 @@ def test_tables(text: str, tmp_path: Path) -> None:
     assert classes == ("eel", "golden jackal") and labels.tolist() == [1, 0]
 
 
+def test_classes_of_ones_own_images_may_be_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "labels"
+    for text in (
+        "dog/x.JPEG,0\ncat/x.JPEG,1\n",
+        '{"file": "dog/x.JPEG", "label": 0}\n{"file": "cat/x.JPEG", "label": 1}',
+    ):
+        path.write_text(text)
+        classes, labels = labels_of(["cat/x.JPEG", "dog/x.JPEG"], read_labels(path), "x")
+        assert classes == ("0", "1") and labels.tolist() == [1, 0]
+
+
 def test_a_row_is_of_one_image_and_the_longest_row_counts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -201,7 +212,8 @@ def test_a_row_is_of_one_image_and_the_longest_row_counts(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("ILSVRC2012_val_00000001.JPEG 7", "line 1: the class is the number 7"),
+        ("ILSVRC2012_val_00000001.JPEG 7", "line 1: the class is the number 7.* such as class7"),
+        ("n01440764/1.JPEG 7", "line 1: the class is the number 7"),
         ("a.jpg", "not an image and a class"),
         ("a.jpg golden jackal", "names with spaces need commas, tabs or quotes"),
         ("a.jpg x\na.jpg y", "line 2: 'a.jpg' has two classes"),

@@ -51,6 +51,26 @@ def test_its_recipe_becomes_ours(tmp_path: Path, capsys: pytest.CaptureFixture[s
         migrate.main([str(path)])
 
 
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[1] / "rn_configs").glob("rn*.yaml"))
+)
+def test_a_recipe_of_this_project_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"yaml is a recipe of this project already$"):
+        migrate.main([str(recipe), "--out", str(tmp_path / "out.yaml")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_ours_in_it_is_said_to_be_and_a_folder_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "data.gpu: 0\nlr.base_batch_size: 512\nlogging.folder: runs/c\n"
+    )
+    assert migrate.main([str(tmp_path / "c.yaml")]) == 0
+    assert load(tmp_path / "c.migrated.yaml").logging.folder == "runs/c"
+    assert "lr.base_batch_size: 512 (it is a setting of this project" in capsys.readouterr().out
+
+
 def test_what_it_leaves_out_is_its_default_and_what_changes_the_run_is_loud(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

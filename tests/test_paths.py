@@ -66,8 +66,8 @@ def test_paths_that_cannot_be_meant(tmp_path: Path) -> None:
     for name, said in (("file", r"file is not a \.beton, it has only 0"), ("", "is a folder")):
         with pytest.raises((UsageError, RunError), match=said):
             check_beton(tmp_path / name)
-    with pytest.raises(UsageError, match="is a folder: --out names the recipe's file"):
-        migrate.main(["x.yaml", "--out", str(tmp_path)])
+    with pytest.raises(UsageError, match=r"^--out /.* is a folder: name a file in it$"):
+        migrate.main(["x.yaml", "--out", f"{tmp_path}"])
     with pytest.raises(OSError) as raised:
         (tmp_path / "file" / "train.beton").touch()
     assert not_written("file/train.beton", raised.value).endswith(
@@ -95,7 +95,7 @@ def test_a_link_in_a_circle_is_no_output(tmp_path: Path) -> None:
 
 
 def test_of_an_output_what_is_wrong_is_said(tmp_path: Path) -> None:
-    check_output("--out", None)
+    check_output("--out", None, ".json")
     check_output("--out", tmp_path / "x.PNG", ".png", ".html")
     for name, said in (
         ("x.pb", r"/x\.pb: its name must end in \.png or \.html$"),
@@ -145,12 +145,27 @@ def test_only_files_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [
+    "evaluate --weights w.pt --data v.beton --out", "benchmark loader --beton v.beton --json",
+    "benchmark loader --beton v.beton --figure", "migrate x.yaml --force --out",
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["train.beton", "last.pt", "log.jsonl", "script.py"])
+def test_an_output_is_of_its_kind(words: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    tool, *rest = words.split()
+    with pytest.raises(
+        UsageError, match=rf"{name}: its name must end in \.(json|png|yaml or \.yml)$"
+    ):
+        importlib.import_module(f"ffcv_imnet.tools.{tool}").main([*rest, str(tmp_path / name)])
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("words", [
     "predict --weights w.pt a.png b.png --out b.png", "evaluate --weights w.pt --data v.beton --out v.json",
-    "evaluate --weights w.pt --data v.beton --out link", "evaluate --weights w.pt --data v.beton --out w.pt",
+    "evaluate --weights w.pt --data v.beton --out link.json", "evaluate --weights w.pt --data v.beton --out u.json",
     "export --weights w.safetensors --out w.onnx", "export --weights w.onnx --out w.onnx",
     "benchmark loader --beton v.beton --json v.json", "migrate r.yaml --force --out r.yaml",
 ])  # fmt: skip
-def test_no_output_replaces_an_input(
+def test_no_output_replaces_an_input_or_a_manifest(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -162,11 +177,15 @@ def test_no_output_replaces_an_input(
         "b.png",
         "v.beton",
         "v.json",
+        "u.json",
         "r.yaml",
     ):
         Path(name).write_bytes(b"mine")
-    Path("link").symlink_to("v.beton")
+    Path("u.beton").write_bytes(b"mine")
+    Path("link.json").symlink_to("v.beton")
     tool, *rest = words.split()
-    with pytest.raises(UsageError, match="would replace a file that is read"):
+    with pytest.raises(
+        UsageError, match=r"would replace (a file that is read|the manifest of [uv]\.beton)"
+    ):
         importlib.import_module(f"ffcv_imnet.tools.{tool}").main(rest)
     assert all(path.read_bytes() == b"mine" for path in tmp_path.iterdir())

@@ -64,6 +64,10 @@ def test_mistakes_are_one_line(weights: Path, tmp_path: Path) -> None:
         predict.main([good, *options])
     with pytest.raises(RunError, match=r"text\.md is no file of weights"):
         predict.main([good, "--weights", str(tmp_path / "text.md")])
+    state = {key: value.to(torch.complex64) for key, value in torch.load(weights).items()}
+    torch.save(state, tmp_path / "complex.pth")
+    with pytest.raises(RunError, match=r"complex.pth: \S+ is not of floating-point numbers$"):
+        predict.main([good, "--weights", str(tmp_path / "complex.pth"), "--arch", "squeezenet1_1"])
     with pytest.raises(UsageError, match="does not take 8 px"):
         predict.main([good, *options, "--arch", "squeezenet1_1", "--resolution", "8"])
 

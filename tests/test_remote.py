@@ -205,7 +205,8 @@ def test_write_ffcv_takes_addresses(
     assert write_ffcv.main([*words, "train"]) == 0
     assert capsys.readouterr().out == f"{out}/train.beton is up to date\n"
     with pytest.raises(
-        UsageError, match=r"there/train\.beton is there already and differs: jpeg_q"
+        UsageError,
+        match=r"there/train\.beton is there already and differs: it was written with --jpeg_quality 90, and",
     ):
         write_ffcv.main([*words, "train", "--jpeg_quality", "80"])
     # On this machine the copy is there already.

@@ -113,8 +113,13 @@ def test_both_files_come_from_one_command(
     assert capsys.readouterr().out.count("is up to date") == 2
     (out / "val.beton").unlink()  # a run that was stopped between the two
     assert write(out, *words).content_checksum == val.content_checksum
-    with pytest.raises(UsageError, match=r"differs: holdout is 0.3, not 0.4"):
+    with pytest.raises(UsageError, match=r"--holdout 0.3, and this command has --holdout 0.4; --f"):
         write(out, *words[:3], "0.4", "--seed", "5")
+    images(tmp_path / "e" / "train", seed=50)
+    with pytest.raises(
+        UsageError, match=r"with --holdout 0.3, and this command has no --holdout; --f"
+    ):  # and nothing on the images, which are of another folder then
+        write(out, "--data_dir", tmp_path / "e", "--split", "train", "--seed", "5")
     with pytest.raises(UsageError, match="--holdout writes both files"):
         write(out, "--split", "val", *words)
     for split in ("train", "val"):
@@ -165,6 +170,36 @@ def test_several_folders_are_merged_by_class(tmp_path: Path) -> None:
     assert said.class_counts == (4, 2, 2)
     words = [str(tmp_path / "out"), "--data_dir", str(first), "--data_dir", str(second)]
     assert verify.main([*words, "--num_workers", "1"]) == 0
+
+
+def test_a_validation_folder_that_holdout_does_not_read_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        images(tmp_path / "d" / split)
+    (tmp_path / "d" / "dev").mkdir()
+    write(tmp_path / "out", "--data_dir", tmp_path / "d", "--holdout", "0.3")
+    said = capsys.readouterr().err
+    assert "d/val is not read: with --holdout both" in said and "d/dev" not in said
+
+
+def test_images_of_the_same_bytes_in_two_classes_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = images(tmp_path / "d" / "train")
+    (root / NAMES[0] / "twin.jpg").write_bytes((root / NAMES[0] / "1.jpg").read_bytes())
+    words = ("--split", "train", "--data_dir", tmp_path / "d")
+    count = write(tmp_path / "one", *words).samples
+    assert "same bytes" not in capsys.readouterr().out  # in one class
+    copy = root / NAMES[1] / "other.jpg"
+    copy.write_bytes((root / NAMES[0] / "1.jpg").read_bytes())
+    assert write(tmp_path / "two", *words).samples == count + 1
+    said = capsys.readouterr().out
+    assert (
+        f"note: images of the same bytes are in two classes, and stored under both: {NAMES[0]}/"
+        in said
+    )
+    assert f" and {NAMES[1]}/other.jpg (1 in all)\n" in said
 
 
 # ---------------------------------------------------------------------------- a class without images

@@ -208,7 +208,10 @@ def test_up_to_date_is_left_and_else_refused(
     before = (out / "train.beton").stat().st_mtime_ns
     assert write_ffcv.main(arguments(tree, out)) == 0
     assert "is up to date" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"jpeg_quality is 90, not 80; --force replaces it"):
+    with pytest.raises(
+        UsageError,
+        match=r"--jpeg_quality 90, and this command has --jpeg_quality 80; --force replaces it",
+    ):
         write_ffcv.main(arguments(tree, out, "--jpeg_quality", "80"))
     os.utime(tree / "train" / "n00000000" / "n00000000_0000.JPEG", (1, 1))
     with pytest.raises(UsageError, match="source images have changed, or were copied"):

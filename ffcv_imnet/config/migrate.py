@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ffcv_imnet.config.domains import argument
-from ffcv_imnet.config.schema import checker_of
+from ffcv_imnet.config.schema import checker_of, declared
 from ffcv_imnet.core.errors import UsageError
 
 # The defaults of its train_imagenet.py, by the name of the setting here, which is the same.
@@ -56,6 +56,8 @@ REASONS = {
     "dist.address": "torchrun's --master_addr",
     "dist.port": "torchrun's --master_port",
 }
+STRANGE = "neither ffcv-imagenet nor this project has such a setting"
+ADD = "it is a setting of this project, not of ffcv-imagenet: add it to the recipe"
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,10 @@ def migrate(given: dict[str, Any], name: str) -> Migrated:
         f"lr.base_batch_size {values['training.batch_size']} keeps the learning rate as it is at this"
         " batch, and in proportion at another"
     )
-    folder = PurePath(values["logging.folder"]) / name
-    values["logging.folder"] = str(folder)
-    changed.append(f"logging.folder is {folder}: a run's files lie right in it")
+    folder = PurePath(values["logging.folder"])
+    if folder.name != name:
+        values["logging.folder"] = str(folder := folder / name)
+        changed.append(f"logging.folder is {folder}: a run's files lie right in it")
     for key in ("data.train_dataset", "data.val_dataset"):
         if key not in given:
             changed.append(f"{key} is {values[key]}: the configuration names none")
@@ -125,7 +128,7 @@ def _dropped(given: dict[str, Any]) -> list[str]:
     for key, value in given.items():
         if key in DEFAULTS:
             continue
-        reason = REASONS.get(key, "neither ffcv-imagenet nor this project has such a setting")
+        reason = REASONS.get(key, STRANGE if key not in declared() else ADD)
         if key == "lr.lr_schedule_type" and str(value) not in ("cyclic", "ramp"):
             reason = f"THE SCHEDULE IS ANOTHER: {reason}"
         if key == "model.pretrained" and str(value).lower() not in ("0", "false"):

@@ -86,15 +86,18 @@ def what_is(path: Path) -> str:
 
 
 def check_output(option: str, out: Path | None, *suffixes: str) -> None:
-    """Raises UsageError unless a file `out` can be written, with one of `suffixes` if there are any."""
+    """Raises UsageError unless a file `out` can be written: its name ends in one of `suffixes`, and it is no
+    manifest of a .beton."""
     if out is None:
         return
     if out.is_dir():
         raise UsageError(f"{option} {out} is a folder: name a file in it")
-    if suffixes and out.suffix.lower() not in suffixes:
+    if out.suffix.lower() not in suffixes:
         raise UsageError(f"{option} {out}: its name must end in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
         raise UsageError(f"{option} {out}: the folder {out.parent} does not exist")
+    if (beton := out.with_suffix(".beton")).exists() and out.suffix.lower() == ".json":
+        raise UsageError(f"{option} {out} would replace the manifest of {beton}: name another")
 
 
 def refuse_inputs(option: str, out: Path | None, *read: Path | str | None) -> None:

@@ -316,11 +316,22 @@ def _read_header(path: Path, file: IO[bytes], size: int) -> NDArray[Any]:
         raise RunError(f"{path} is half-written, its writer did not finish: {again(path)}")
     samples = int(header["num_samples"])
     if (expected := pointer + samples * ALLOCATION.itemsize) != size:
+        if _said_bytes(path) == size:
+            raise RunError(
+                f"the header of {path} is damaged, the file has the size that its manifest says: {again(path)}"
+            )
         raise RunError(
             f"{path} is {'truncated' if size < expected else 'too long'}: it has {size:,} bytes and"
             f" its header says {expected:,}: {again(path)}"
         )
     return header
+
+
+def _said_bytes(path: Path) -> int | None:
+    """The size in the manifest, None where there is none to be read."""
+    with suppress(RunError, UsageError):
+        return Manifest.load(manifest_path(path)).bytes
+    return None
 
 
 def check_beton(path: Path, manifest: Path | None = None) -> Manifest:

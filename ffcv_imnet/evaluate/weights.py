@@ -159,6 +159,9 @@ def _from_state(
             network = construct(outputs or 1)
             faults.append(_mismatch(network, found))
             if outputs is not None and faults[-1] is None:
+                for key, own in network.state_dict().items():
+                    if own.is_floating_point() and not found[key].is_floating_point():
+                        raise RunError(f"{path}: {key} is not of floating-point numbers")
                 network.load_state_dict(found, strict=False)  # BatchNorm's counters may lack
                 model = nn.Sequential(Normalize(mean or MEAN, std or STD), network)
                 kind = "averaged weights" if is_averaged(prefix) else "state dict"

@@ -75,7 +75,11 @@ def encode_image(
     except OSError as error:
         return Bad(source.name(index), error.strerror or str(error))
     mode = JPEG if jpeg else RAW
-    return Stored(label, mode, height, width, stored, sample_digest(label, stored))
+    read = hashlib.blake2b(
+        data if isinstance(data, bytes) else data.tobytes(), digest_size=8
+    ).digest()
+    digest = sample_digest(label, stored)
+    return Stored(label, mode, height, width, stored, digest, int.from_bytes(read, "little"))
 
 
 def encode_chunk(

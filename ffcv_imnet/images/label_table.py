@@ -32,6 +32,7 @@ LABEL_COLUMNS = (
 )  # fmt: skip
 # Kaggle's LOC_val_solution.csv: a class and the four corners of a box, as often as there are boxes.
 BOXES = re.compile(r"(\S+)( \d+){4}( \S+( \d+){4})*\s*")
+IMAGENET = re.compile(r"ILSVRC2012|\bn\d{8}[_/\\]", re.ASCII)  # within the name of a file
 LARGEST = 512 << 20  # bytes of a table: the fourteen million images of all of ImageNet have as many
 LONGEST = 1 << 17  # characters of a line of JSON; csv's own bound of a cell
 SUFFIXES = tuple(suffix.decode() for suffix in EXTENSIONS)
@@ -74,10 +75,11 @@ def _check(path: Path, line: int, file: str, name: str) -> None:
         fault = "cannot be the name of a class"
     if fault:
         raise UsageError(f"{path}, line {line}: the class {quoted(name)} {fault}")
-    if name.isdigit() and "ILSVRC2012" in file:
+    if name.isdigit() and IMAGENET.search(file):
         raise UsageError(
-            f"{path}, line {line}: the class is the number {name}, and lists of ImageNet number"
-            " their classes differently: write the wnid (n01440764) in its place"
+            f"{path}, line {line}: the class is the number {name}, {quoted(file)} is named as ImageNet's"
+            " images are, and its lists number the classes differently: write the wnid (n01440764) in"
+            f" its place, or for classes of your own a name such as class{name}"
         )
 
 

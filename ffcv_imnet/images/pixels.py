@@ -55,8 +55,9 @@ class BadImage(Exception):
     """This image cannot be stored; the message is the reason in a few words."""
 
 
-def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Decode a whole image file, unless its header promises more than `max_pixels`.
+def decode_rgb(data: bytes, max_pixels: int | None = None) -> Pixels:
+    """Decode a whole image file, unless its header promises more than `max_pixels` (None: `MAX_PIXELS`,
+    where no option of that name is there to be advised).
 
     Returns:
         (height, width, 3) uint8, RGB, upright.
@@ -68,7 +69,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         raise BadImage("the file is empty")
     if fault := _slow(data):
         raise BadImage(f"{fault}, which is made to take long")
-    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow warns there, and refuses twice as many
+    most = MAX_PIXELS if max_pixels is None else max_pixels
+    Image.MAX_IMAGE_PIXELS = (most + 1) // 2  # Pillow warns there, and refuses twice as many
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and palettes are ordinary here
@@ -94,8 +96,9 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     except Image.DecompressionBombError as error:
         found = re.search(r"\d+", str(error))
         raise BadImage(
-            f"{f'{int(found[0]):,}' if found else 'too many'} pixels, more than {max_pixels:,}: a"
-            " decompression bomb, or a large image that --max_pixels allows"
+            f"{f'{int(found[0]):,}' if found else 'too many'} pixels, more than {most:,}: a"
+            " decompression bomb, or a large image "
+            + ("to make smaller first" if max_pixels is None else "that --max_pixels allows")
         ) from None
     except UnidentifiedImageError:
         raise BadImage(

@@ -58,6 +58,13 @@ def open_undivided(data_dirs: Sequence[Path], labels: Path | None = None) -> Ima
         UsageError, RunError: as `open_source`.
     """
     if any(images_of(folder) or split_folder(folder, "train").is_dir() for folder in data_dirs):
+        for top in (images_of(folder) or folder for folder in data_dirs):
+            for val in (top / name for name in FOLDERS["val"]):
+                if val.is_dir() and any(val.iterdir()):
+                    print(
+                        f"{val} is not read: with --holdout both files are of the training images",
+                        file=sys.stderr,
+                    )
         return open_source("train", data_dirs, labels=labels)
     parts = [
         FlatFolder(folder, read_labels(labels), others=True) if labels else ImageFolderTree(folder)

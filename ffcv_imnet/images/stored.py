@@ -25,6 +25,7 @@ class Stored:
     width: int
     data: bytes
     digest: bytes
+    content: int = 0  # 64 bits of a digest of the image file, by which copies of it are found
 
 
 def checksum(*parts: NDArray[Any] | bytes) -> str:

@@ -110,8 +110,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="step: default: what the device computes natively; the public step takes the first")  # fmt: skip
     parser.add_device()
     add("--loaders", nargs="+", choices=list(PEERS), help="default: all that are installed")
-    add("--json", type=path_of, help="where the rows go")
-    add("--figure", type=path_of, help="loader: a PNG of the rows")
+    add("--json", type=path_of, metavar="FILE.json", help="where the rows go")
+    add("--figure", type=path_of, metavar="FILE.png", help="loader: a PNG of the rows")
     add("--resume", action="store_true", help="loader: go on with what --json holds")
     options = parser.parse_args(argv)
     options.resolution = (
@@ -122,9 +122,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.what == "step" and options.batch_size < 2:
         raise UsageError("--batch_size 1: BatchNorm needs two images; take 2 or more")
     beside = options.beton and manifest_path(options.beton)
-    for name in ("json", "figure"):
+    for name, suffix in (("json", ".json"), ("figure", ".png")):
         path = getattr(options, name)
-        check_output(f"--{name}", path)
+        check_output(f"--{name}", path, suffix)
         refuse_inputs(f"--{name}", path, options.beton, beside, *(options.config or []))
     if options.resume and options.json is None:
         raise UsageError("--resume needs --json, the file to go on with")

@@ -81,7 +81,7 @@ def parser() -> ToolParser:
 def main(argv: list[str]) -> int:
     """Evaluate, print the tables, write the JSON. Exit status 0."""
     options = parser().parse_args(argv)
-    check_output("--out", options.out)
+    check_output("--out", options.out, ".json")
     if options.interpolation and not options.data.is_dir():
         raise UsageError("--interpolation is for folders: a .beton is resized by area averaging")
     beside = manifest_path(options.data) if options.data.is_file() else None

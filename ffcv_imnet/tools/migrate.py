@@ -11,15 +11,13 @@ from pathlib import Path
 
 import yaml
 
-from ffcv_imnet.config.migrate import Migrated, migrate
+from ffcv_imnet.config.migrate import DEFAULTS, REASONS, Migrated, migrate
 from ffcv_imnet.config.parsing import leaves, load, read_config
-from ffcv_imnet.config.schema import declared
+from ffcv_imnet.config.schema import RENAMED, RETIRED, declared
 from ffcv_imnet.core.atomic import atomic_write, partial_path
 from ffcv_imnet.core.errors import UsageError
-from ffcv_imnet.core.paths import path_of, refuse_inputs
+from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.tools import ToolParser
-
-OURS = {"augmentation", "plan", "muon", "distributed", "cost"}  # sections it has not
 
 
 def main(argv: list[str]) -> int:
@@ -32,8 +30,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     source: Path = options.config
     out: Path = options.out or source.with_suffix(".migrated.yaml")
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder: --out names the recipe's file")
+    check_output("--out", out, ".yaml", ".yml")
     refuse_inputs("--out", out, source)
     if out.exists() and not options.force:
         raise UsageError(f"{out} is there already: --force replaces it, --out names another")
@@ -41,7 +38,8 @@ def main(argv: list[str]) -> int:
     given = {key: value for key, value in held if value is not None}
     if not given:
         raise UsageError(f"{source} holds no settings")
-    if OURS & {key.partition(".")[0] for key in given if key in declared()}:
+    own, theirs = {*declared(), *RENAMED, *RETIRED}, {*DEFAULTS, *REASONS}
+    if own >= given.keys() and not theirs >= given.keys():
         raise UsageError(f"{source} is a recipe of this project already")
     try:
         found = migrate(given, source.stem)
