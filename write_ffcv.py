@@ -357,6 +357,8 @@ def announce(job: Job) -> None:
 
 def differences(job: Job, said: beton.Manifest) -> list[str]:
     """How the file that is there differs from the one that is asked for, in words."""
+    if not said.settings:  # see `adopt`
+        return ["another program wrote it"]
     found = [
         f"it was written with {as_option(name, there)}, and this command has {as_option(name, here)}"
         for name in {**job.recorded, **said.settings}

@@ -154,6 +154,11 @@ def edit(path: Path, where: int, data: bytes) -> None:
         file.write(data)
 
 
+def edit_alone(path: Path, where: int, data: bytes) -> None:
+    beton.manifest_path(path).unlink()
+    edit(path, where, data)
+
+
 def flip(path: Path, where: int) -> None:
     edit(path, where, bytes([path.read_bytes()[where] ^ 1]))
 
@@ -173,11 +178,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "empty": (lambda path: os.truncate(path, 0), RunError, "not a .beton, it has only 0 bytes"),
     "something else": (
-        lambda path: edit(path, 0, b"\x89PNG"),
+        lambda path: edit_alone(path, 0, b"\x89PNG"),
         UsageError,
         "not a .beton of version",
     ),
-    "half-written": (lambda path: edit(path, 16, bytes(8)), RunError, "half-written"),
+    "half-written": (
+        lambda path: edit_alone(path, 16, bytes(8)),
+        RunError,
+        "half-written",
+    ),
     "truncated": (
         lambda path: os.truncate(path, path.stat().st_size - 24),
         RunError,
@@ -188,11 +197,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         RunError,
         "truncated",
     ),
-    "other header": (
-        lambda path: flip(path, 20),
-        RunError,
-        "the header of .* is damaged, the file has",
-    ),
+    "version": (lambda path: flip(path, 0), RunError, "the header of .* is damaged, the file has"),
+    "page size": (lambda path: flip(path, 4), RunError, "the header of .* is damaged"),
+    "count": (lambda path: flip(path, 8), RunError, "the header of .* is damaged"),
+    "pointer": (lambda path: flip(path, 20), RunError, "the header of .* is damaged"),
     "longer": (lambda path: edit(path, path.stat().st_size, b"x"), RunError, "too long"),
     "other label": (lambda path: flip(path, 24 + 2 * 1041 + 16), RunError, "tables .* are not"),
     "other pointer": (

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import spawn
 from pathlib import Path
 
@@ -222,6 +223,12 @@ def test_up_to_date_is_left_and_else_refused(
     os.truncate(out / "train.beton", 1000)
     with pytest.raises(UsageError, match=r"truncated.*--force"):
         write_ffcv.main(arguments(tree, out, "--jpeg_quality", "80"))
+
+
+def test_a_file_of_another_program_is_said_to_be_one(tree: Path, tmp_path: Path) -> None:
+    replace(write(tree, tmp_path), settings={}).save(tmp_path / "train.json")  # as `adopt` does
+    with pytest.raises(UsageError, match=r"differs: another program wrote it; --force"):
+        write_ffcv.main(arguments(tree, tmp_path))
 
 
 def test_stop_between_the_renames_is_repaired(

@@ -229,7 +229,14 @@ def read_tables(path: Path) -> Tables:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     with file:
         size = os.fstat(file.fileno()).st_size
-        header = _read_header(path, file, size)
+        try:
+            header = _read_header(path, file, size)
+        except (RunError, UsageError):  # said of it is what it would mean in a sound file
+            if _said_bytes(path) != size:
+                raise
+            raise RunError(
+                f"the header of {path} is damaged, the file has the size that its manifest says: {again(path)}"
+            ) from None
         pointer, samples = int(header["alloc_table_ptr"]), int(header["num_samples"])
         fields = _read_fields(path, file, int(header["num_fields"]))
         metadata = np.frombuffer(file.read(samples * fields.row.itemsize), fields.row)
@@ -316,10 +323,6 @@ def _read_header(path: Path, file: IO[bytes], size: int) -> NDArray[Any]:
         raise RunError(f"{path} is half-written, its writer did not finish: {again(path)}")
     samples = int(header["num_samples"])
     if (expected := pointer + samples * ALLOCATION.itemsize) != size:
-        if _said_bytes(path) == size:
-            raise RunError(
-                f"the header of {path} is damaged, the file has the size that its manifest says: {again(path)}"
-            )
         raise RunError(
             f"{path} is {'truncated' if size < expected else 'too long'}: it has {size:,} bytes and"
             f" its header says {expected:,}: {again(path)}"
