@@ -239,6 +239,10 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], object]] = {
     "has no settings in its run": lambda state: state["run"].pop("settings"),
     "as its settings in its run": lambda state: state["run"].update(settings={"lr": 1}),
     "as its data in its run": lambda state: state["run"].update(data=["train"]),
+    "in its settings|as its settings": lambda state: state["run"]["settings"]["lr"].update(
+        lr=[[["of lists of lists"]]]
+    ),
+    "has the unknown field None": lambda state: state["run"]["records"][0].update({None: 1}),
     "in its classes": lambda state: state["run"].update(classes=["a", "a"]),
     "has a record 1 that is none": lambda state: state["run"]["records"].__setitem__(1, "epoch"),
     "as its records in its run": lambda state: state["run"].update(records={"epoch": 1}),

@@ -30,8 +30,8 @@ def fault_of_fields(kind: type, values: Mapping[str, Any]) -> str | None:
         if item.name.endswith(("top_1", "top_5")) and value is not None and not 0 <= value <= 1:
             return f"has {quoted(value)} as its {item.name}, which is a fraction of one"
     known = {item.name for item in fields(kind)}
-    unknown = next((name for name in values if name not in known), None)
-    return None if unknown is None else f"has the unknown field {quoted(unknown)}"
+    unknown = [name for name in values if name not in known]
+    return f"has the unknown field {quoted(unknown[0])}" if unknown else None
 
 
 def is_value(value: object, hint: Any) -> bool:

@@ -73,6 +73,7 @@ class Trained:
 
 
 _PLAIN = bool | int | float | str | None
+_SETTING = _PLAIN | list[_PLAIN] | list[list[_PLAIN]] | list[dict[str, _PLAIN]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class _State:
 class _Run:
     """What `run_dir` keeps in it; older checkpoints lack the last two."""
 
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, dict[str, _SETTING]]
     data: dict[str, str]
     classes: list[str]
     records: list[Any]
