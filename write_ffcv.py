@@ -31,13 +31,14 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.core.atomic import partial_path
 from ffcv_imnet.core.errors import Parser, RunError, UsageError, in_range, nearest, run_main
-from ffcv_imnet.core.names import shown
+from ffcv_imnet.core.names import number_of, shown
 from ffcv_imnet.core.paths import path_of, path_or_address, refuse_inside
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton, remote
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
+from ffcv_imnet.images.folder import FOLDERS
 from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
 from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.parallel import one_thread
@@ -50,7 +51,6 @@ from ffcv_imnet.images.remarks import (
     oddities,
 )
 from ffcv_imnet.images.sources import (
-    FOLDERS,
     even_subset,
     open_source,
     open_undivided,
@@ -328,7 +328,7 @@ def announce(job: Job) -> None:
     ignored = job.origin["ignored_files"]
     print(
         f"{source.where}: {len(source):,} images of {len(source.classes):,} classes"
-        + (f" ({ignored:,} files are no images and are ignored)" if ignored else "")
+        + (f" ({number_of(ignored, 'file')} ignored: no image)" if ignored else "")
     )
     for remark in job.remarks:
         print(f"note: {remark}")

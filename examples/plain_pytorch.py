@@ -4,12 +4,14 @@ python examples/plain_pytorch.py data/beton/train.beton data/beton/val.beton
 """
 
 import argparse
+import sys
 
 import torch
 import torch.nn.functional as F
 from torchvision.models import resnet18
 
 from ffcv_imnet import ImageLoader
+from ffcv_imnet.core.errors import RunError, UsageError
 
 MEAN, STD = torch.tensor([123.7, 116.3, 103.5]), torch.tensor([58.4, 57.1, 57.4])  # ImageNet's
 
@@ -53,4 +55,7 @@ def main(argv: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UsageError, RunError) as error:  # a file or an option is wrong: one sentence
+        sys.exit(f"error: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ffcv_imnet.bench import cost
-from ffcv_imnet.bench.dry_run import dry_run
+from ffcv_imnet.bench.dry_run import counted, dry_run
 from ffcv_imnet.config.parsing import load, parse
 from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
 from ffcv_imnet.config.schema import Settings
@@ -128,12 +128,12 @@ def test_a_stage_goes_at_the_slower_of_gpu_and_loader() -> None:
     plain = cost.StageSpeed(resolution=128, images=6000, gpu=100.0, loader=300.0)
     bound = cost.StageSpeed(resolution=160, images=6000, gpu=100.0, loader=50.0)
     assert (plain.seconds, plain.limit) == (60, "GPU")
-    assert (bound.seconds, bound.limit) == (120, "loader")
+    assert (bound.seconds, bound.limit) == (120, "decoding")
     machine = cost.Machine("box", "X", 1, 2, 1, 1, 10.0)
     known = cost.Throughput(1.0, "estimate", "here")
     both = cost.Line(machine, known, (plain, bound), validation=180.0)
-    assert both.hours == 0.1 and both.cost == 1.0 and both.limit == "loader at 160 px"
-    assert cost.Line(machine, known, (bound,), 0.0).limit == "loader"
+    assert both.hours == 0.1 and both.cost == 1.0 and both.limit == "decoding at 160 px"
+    assert cost.Line(machine, known, (bound,), 0.0).limit == "decoding"
 
 
 def test_decoding_takes_the_row_that_is_not_easier(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_an_h100_with_16_vcpus_waits_for_400_px_and_not_for_256(recipe: str) -> 
         found = cost.estimate(settings, plans, stored=stored)
         (line,) = (line for line in found if line.machine.name == "p5.4xlarge")
         minutes[stored] = 60 * line.hours
-        assert line.limit.startswith("loader" if stored == 400 else "GPU"), line
+        assert line.limit.startswith("decoding" if stored == 400 else "GPU"), line
     assert minutes[256] < 0.9 * minutes[400]
 
 
@@ -203,6 +203,34 @@ def test_dry_run_prints_the_estimate(capsys: pytest.CaptureFixture[str]) -> None
     assert "p4d.24xlarge" in said and "published [" in said and "ffcv-imagenet" in said
     assert "on demand" in said and "not verified" in said
     assert "min at 400 px" in said and "min at 256 px" in said and "stored at 400 px" in said
+
+
+@pytest.mark.parametrize("recipe", sorted(Path("rn_configs").glob("rn*.yaml")), ids=str)
+def test_the_estimate_fits_100_columns(recipe: Path) -> None:
+    settings = load(recipe)
+    said = cost.describe(settings, plan_run(settings, IMAGENET_TRAIN_IMAGES))
+    assert not [line for line in said.splitlines() if len(line) > 100 and "yaml" not in line]
+    assert "img/s [" in said and "decoding" in said
+
+
+def test_the_dry_run_of_imagenet_where_small_files_lie(
+    small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too small a file is a warning; one file alone does not mix with ImageNet's numbers."""
+    wide = small.settings(tmp_path, training__batch_size=1024)
+    assert dry_run(wide, False, 0.0) == 0
+    said, warned = capsys.readouterr()
+    assert "training would refuse" in warned and "larger than the 100 training images" in warned
+    assert "1,281,167 training images (ImageNet's number, as " in said and "is too small" in said
+    assert "50,000 validation images" in said and "cost estimate" in said
+    assert (
+        dry_run(replace(wide, data=replace(wide.data, train_dataset="no.beton")), False, 0.0) == 0
+    )
+    said, warned = capsys.readouterr()
+    assert "1,281,167 training" in said and "50,000 validation" in said and not warned
+    alone = small.settings(tmp_path, data__val_dataset="no.beton")
+    (train,) = counted(alone, ["train"])  # as tune asks
+    assert train.images == 100
 
 
 # ---- prices and limits --------------------------------------------------------------------------

@@ -276,7 +276,9 @@ def test_it_reproduces_training(
 
 
 def test_a_folder_at_several_resolutions(
-    run: tuple[Path, Settings, tuple[str, ...]], small: SmallData
+    run: tuple[Path, Settings, tuple[str, ...]],
+    small: SmallData,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, _, classes = run
     folder = small.val.parent / "images" / "val"
@@ -285,6 +287,7 @@ def test_a_folder_at_several_resolutions(
                           "--crop_ratio", "1", "--batch_size", "7", "--out", str(out)]) == 0  # fmt: skip
     views = read(out)["views"]
     assert [view["resolution"] for view in views] == [24, 32]
+    assert capsys.readouterr().out.count("at 24 px, view single:\n") == 2
     model, right = load_network(path).model, 0
     photographs = sorted(folder.glob("*/*"))
     for image in photographs:
@@ -306,6 +309,9 @@ def test_mistakes_are_one_line(
         Image.fromarray(picture(1)).save(tree / name / "0.jpg")
     cases = {
         "'whale' is not among them": [*weights, "--data", str(tree)],
+        r"'train' is not among them.*; name .*/images/val$": [
+            *(*weights, "--data", str(small.val.parent / "images")),
+        ],
         "'7' is not a number from 0.01 to 1": [*weights, "--data", val, "--crop_ratio", "7"],
         "'3' is not a whole number from 8 to 4096": [*weights, "--data", val, "--resolution", "3"],
         "without --crop_ratio": [*weights, "--data", val, "--resize", "40", "--crop_ratio", "0.5"],

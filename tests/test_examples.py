@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def run(name: str, *options: str) -> float:
 def test_plain_pytorch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 <= run("plain_pytorch.py") <= 1
     assert "epoch 0: loss " in capsys.readouterr().out
+
+
+def test_a_mistake_in_plain_pytorch_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ["data/beton/train.beton", "data/beton/val.beton"]
+    monkeypatch.setattr(sys, "argv", ["plain_pytorch.py", *files, "--resolution", "32"])
+    with pytest.raises(SystemExit, match="error: batch_size 256 is more than the 100 images"):
+        runpy.run_path(str(EXAMPLES / "plain_pytorch.py"), run_name="__main__")
 
 
 def test_stock_ffcv(folder: Path) -> None:

@@ -339,8 +339,13 @@ def test_a_file_of_terabytes_is_not_read(tmp_path: Path) -> None:
 
 def test_wrong_folders_are_explained(tmp_path: Path) -> None:
     make_tree(tmp_path, split="Train")
-    with pytest.raises(UsageError, match=r"no folder 'train'.*holds Train \(did you mean Train"):
+    with pytest.raises(
+        UsageError, match=r"no folder 'train'.*holds Train \(rename Train to train\)"
+    ):
         ImageFolderTree(tmp_path / "train")
+    (tmp_path / "Validation").mkdir()
+    with pytest.raises(UsageError, match=r"\(rename Validation to val\)"):
+        ImageFolderTree(tmp_path / "val")
     with pytest.raises(UsageError, match=r"nowhere does not exist: expected"):
         ImageFolderTree(tmp_path / "nowhere" / "train")
     (tmp_path / "Train" / "empty").mkdir()

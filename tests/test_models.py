@@ -12,6 +12,7 @@ from ffcv_imnet import models
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.models import blurpool, registry
+from ffcv_imnet.tools.models import RECORDS, recorded
 
 
 def test_blurpool_by_hand() -> None:
@@ -104,3 +105,17 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UsageError, match="pip install timm"):
         registry.check_arch("timm:resnet14t")
+
+
+def test_the_table_tells_experiments_apart() -> None:
+    """records/2026-11-25_finetune: seeds of one recipe from one file, and nothing tried on the way."""
+    scores = recorded(RECORDS)
+    record = "2026-11-25_finetune"
+    rows = [row[3:] for row in scores["slim13"] if row[0] == record and row[1] == "9,469"]
+    assert sorted(rows) == [
+        ["10", "random weights", "85.7%", "3"],
+        ["3", "tiny100/last.pt", "84.6%", "3"],
+        ["3", "tiny100_full/last.pt", "86.6%", "3"],
+    ]
+    lite0 = [row[4:] for row in scores["efficientnet_lite0"]]
+    assert sorted(row[1] for row in lite0) == ["84.2%", "9.9%"]

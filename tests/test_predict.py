@@ -77,12 +77,15 @@ def test_a_bad_photograph_does_not_stop_the_others(
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no")
     Image.fromarray(picture(1)).save(tmp_path / "good.jpg")
-    photos = [str(tmp_path / name) for name in ("bad.jpg", "none.jpg", "", "good.jpg")]
+    photos = [
+        str(tmp_path / name) for name in ("bad.jpg", "none.jpg", "", "good.jpg")
+    ]  # "": a folder
     assert predict.main([*photos, "--weights", str(weights), "--arch", "squeezenet1_1"]) == 1
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert len(lines) == 3 and all("the image cannot be read" in line for line in lines)
     assert "bad.jpg" in lines[0] and "none.jpg" in lines[1]
+    assert lines[2].endswith(f": name {tmp_path}/*")
     assert photos[3] in said.out and photos[0] not in said.out
 
 

@@ -1,6 +1,7 @@
 """The JSON epoch log: written, read, truncated, damaged."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,15 @@ def test_damaged_line_is_named(line: str, tmp_path: Path) -> None:
 def test_missing_log(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         records.read_log(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"no such file or folder; a run's folder holds log\.jsonl"
+    ):
+        records.read_log(tmp_path / "no")
+
+
+def test_one_is_not_many() -> None:
+    said = records.describe_summary(replace(SUMMARY, epochs=1, reached=None), Path("l"), 0.0)
+    assert "; 1 epoch in " in said
 
 
 def test_rewrite_replaces_the_log(tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ def test_later_wins(tmp_path: Path) -> None:
     assert load(first, second, lr__lr=3).lr.lr == 3.0
 
 
+@pytest.mark.parametrize("path", ["runs/rn18_16ep/config.yaml", "rn_configs/nope.yaml"])
+def test_no_file_of_another_folder_or_name_is_suggested(path: str) -> None:
+    with pytest.raises(UsageError, match=r"no such file$"):
+        parse([f"--config={path}"])
+
+
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
@@ -85,6 +91,11 @@ def test_later_wins(tmp_path: Path) -> None:
         ("--lr.lr", "expected one argument"),
         ("stray", "unexpected word 'stray'"),
         ("--config=rn_configs/rn18_16epp.yaml", "(did you mean rn18_16ep.yaml?)"),
+        (
+            "--config=rn18",
+            "(did you mean rn_configs/rn18_10ep.yaml or rn_configs/rn18_16ep.yaml or",
+        ),
+        ("--lr=3", "unknown option --lr (did you mean lr.lr?)"),
         ("--device=tpu", "command line: device must be one of auto, cuda, cpu"),
         ("--training.device=tpu", "command line: training.device must be one of"),
     ],

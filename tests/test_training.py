@@ -566,6 +566,8 @@ def test_dry_run_takes_the_number_from_a_manifest(
         (["--data.num_workers=4096"], 2, "4096 is more than"),
         (["--model.arch=resnet19"], 2, "did you mean resnet18?"),
         (["--logging.folder={file}"], 2, "is a file"),
+        (["--logging.folder=."], 2, "is the current folder or holds .beton files"),
+        (["--logging.folder={data}"], 2, "is the current folder or holds .beton files"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -574,7 +576,12 @@ def test_mistakes_are_one_line(
 ) -> None:  # fmt: skip
     config = tmp_path / "c.yaml"
     config.write_text(to_yaml(small.settings(tmp_path / "run")))
-    done = inside(capsys, "--config", config, *(word.format(file=config) for word in arguments))
+    done = inside(
+        capsys,
+        "--config",
+        config,
+        *(word.format(file=config, data=small.train.parent) for word in arguments),
+    )
     assert done.returncode == status
     assert done.stderr.startswith("error: ") and says in done.stderr
     assert len(done.stderr.splitlines()) == 1

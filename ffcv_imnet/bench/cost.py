@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import torch
@@ -272,8 +273,8 @@ class StageSpeed:
 
     @property
     def limit(self) -> str:
-        """What holds it up: loader or GPU."""
-        return "loader" if self.loader < self.gpu else "GPU"
+        """What holds it up: decoding or GPU."""
+        return "decoding" if self.loader < self.gpu else "GPU"
 
 
 @dataclass(frozen=True)
@@ -292,11 +293,11 @@ class Line:
 
     @property
     def limit(self) -> str:
-        """GPU, loader, or the resolutions at which it is the loader."""
-        slow = [stage.resolution for stage in self.stages if stage.limit == "loader"]
+        """GPU, decoding, or the resolutions at which it is decoding."""
+        slow = [stage.resolution for stage in self.stages if stage.limit == "decoding"]
         if not slow or len(slow) == len(self.stages):
-            return "loader" if slow else "GPU"
-        return f"loader at {', '.join(map(str, slow))} px"
+            return "decoding" if slow else "GPU"
+        return f"decoding at {', '.join(map(str, slow))} px"
 
     @property
     def cost(self) -> float:
@@ -346,16 +347,14 @@ def describe(
     )
     parts = [f"{training:,.2f} PFLOP of training"]
     if optimizer:
-        parts.append(f"{optimizer:,.2f} of Muon ({optimizer / training:.1%} of it)")
+        parts.append(f"{optimizer:,.2f} of Muon")
     parts.append(f"{validation:,.2f} of validation")
-    sides = [str(side) for side, _ in groupby(plan.resolution for plan in plans)]
     return (
         f"cost estimate: {' + '.join(parts)} ({val_images:,} images)\n\n"
         f"{_describe_lines(settings, plans, val_images, classes, stored)}"
-        f"  img/s, at {'/'.join(sides)} px: what the GPUs can train on, and what the cores decode of images "
-        f"stored at {stored} px\n"
-        f"  min: the slower of the two at every resolution, and the validation; limit: which one that is\n"
-        f"  loader: images stored smaller (write_ffcv.py --max_resolution {SMALLER}) or more cores\n"
+        f"  img/s, thousands: what the GPUs can train on / what the cores decode of images stored at {stored} px;\n"
+        f"  limit: the slower of the two; decoding: store smaller (write_ffcv.py --max_resolution {SMALLER})\n"
+        f"  or take more cores; min: the slower at every resolution, and the validation\n"
         f"  not in it: booting, copying the data, compilation, disks. On the machine itself add --measure"
     )
 
@@ -378,36 +377,44 @@ def _describe_lines(
     decoding = f"decoding: {_table(THROUGHPUTS, 'decoding')['source']}"
     sources = [*dict.fromkeys(line.throughput.source for line in lines), decoding]
 
-    def speeds(line: Line, what: str) -> str:
-        return "/".join(f"{getattr(stage, what) / 1000:.1f}" for stage in line.stages) + " k"
+    def speed(stage: StageSpeed) -> str:
+        return f"{stage.gpu / 1000:.1f} / {stage.loader / 1000:.1f}"
 
-    rows = []
+    rows, speeds = [], []
     for line, other in zip(lines, others, strict=True):
         kind = f"{line.throughput.kind} [{sources.index(line.throughput.source) + 1}]"
         row = [
             line.machine.name,
             f"{line.machine.gpus} x {line.machine.gpu}",
             f"{line.throughput.tflops:.1f} {kind}",
-            speeds(line, "gpu"),
-            line.machine.vcpus,
-            f"{speeds(line, 'loader')} [{len(sources)}]",
-            line.limit,
             _minutes(line),
             f"${line.cost:,.2f}",
         ]
         rows.append(row + ([_minutes(other)] if stored != SMALLER else []))
+        speeds.append([line.machine.name, line.machine.vcpus, *map(speed, line.stages), line.limit])
     rows.append([*NO_GPU])
     columns = [
-        *("machine", "GPUs", "TFLOP/s a GPU", "GPU img/s", "vCPUs", "decoded img/s", "limit"),
+        *("machine", "GPUs", "TFLOP/s a GPU"),
         *(f"min at {stored} px", "on demand", f"min at {SMALLER} px"),
     ]
+    sides = [f"{stage.resolution} px" for stage in lines[0].stages]
+    compared = tabulate(
+        speeds,
+        [f"img/s [{len(sources)}]", "vCPUs", *sides, "limit"],
+        disable_numparse=True,
+        stralign="right",
+    )
     table = tabulate(rows, columns[: len(rows[0])], disable_numparse=True, stralign="right")
     dated = yaml.safe_load(MACHINES.read_text(encoding="utf-8"))
     seen = "verified" if dated.get("verified") else "not verified at the seller"
-    notes = "".join(f"  [{number}] {source}\n" for number, source in enumerate(sources, 1))
+    notes = [f"  [{number}] {source}" for number, source in enumerate(sources, 1)]
+    notes.append(f"  prices of {dated.get('date')}, {seen}: {MACHINES}; throughputs: {THROUGHPUTS}")
     return (
-        f"{table}\n\n{notes}"
-        f"  prices of {dated.get('date')}, {seen}: {MACHINES}; throughputs: {THROUGHPUTS}\n"
+        f"{table}\n\n{compared}\n\n"
+        + "\n".join(
+            fill(note, 100, subsequent_indent="      ", break_long_words=False) for note in notes
+        )
+        + "\n"
     )
 
 

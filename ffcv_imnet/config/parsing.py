@@ -5,6 +5,7 @@ fastargs reads both; what it would let pass (unknown keys, abbreviations, the en
 """
 
 import argparse
+import difflib
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,8 @@ def _suggest(key: str) -> str:
     """The nearest setting, looking first for the same last name in another section."""
     names = list(declared())
     same = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    if not same and key in sections():  # --lr for --lr.lr
+        same = [name for name in names if name.startswith(f"{key}.")]
     return f" (did you mean {same[0]}?)" if same else nearest(key, names)
 
 
@@ -170,10 +173,7 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
         recipes = ", ".join(sorted(p.name for p in file.glob("*.yaml"))) or "no .yaml file"
         raise UsageError(f"{option}{path}: a folder; name one file (it holds {recipes})")
     if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else Path()
-        others = [p.name for p in folder.glob("*.yaml") if p.name != file.name]
-        near = nearest(file.name, others)
-        raise UsageError(f"{option}{path}: {what_is(file)}{near}")
+        raise UsageError(f"{option}{path}: {what_is(file)}{_other_file(file)}")
     try:
         with file.open("rb") as opened:
             data = opened.read(4 * LARGEST + 1)  # a character has four bytes at most
@@ -191,6 +191,16 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
             f"{option}{path}: holds no settings; expected lines such as 'lr: {{lr: 0.5}}'"
         )
     return values
+
+
+def _other_file(file: Path) -> str:
+    """Of a file that is not there: .yaml files of a like name in its folder, else recipes."""
+    for folder, name in ((file.parent, ""), (RECIPES, "rn_configs/")):
+        stems = [p.stem for p in sorted(folder.glob("[!.]*.yaml")) if p != file]
+        begun = [stem for stem in stems if stem.startswith(f"{file.stem}_")]
+        if close := begun or difflib.get_close_matches(file.stem, stems, n=1):
+            return f" (did you mean {' or '.join(f'{name}{stem}.yaml' for stem in close)}?)"
+    return ""
 
 
 def help_text() -> str:
@@ -262,7 +272,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
                 f"unexpected word {word!r}; settings are given as --section.name=value"
             )
         known = [*declared(), "device", "config", "resume", "dry_run", "measure", "help"]
-        hint = _suggest(option) if "." in option else nearest(option, known)
+        hint = _suggest(option) if "." in option or option in sections() else nearest(option, known)
         raise UsageError(f"unknown option --{option}{hint}")
     if arguments.resume == "":
         raise UsageError(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from ffcv_imnet.core.atomic import atomic_write, force, open_named
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
+from ffcv_imnet.core.names import number_of
 from ffcv_imnet.core.paths import open_regular, what_is
 from ffcv_imnet.core.typed import fault_of_fields
 
@@ -219,7 +220,8 @@ def read_log(path: Path) -> Log:
     if path.is_dir():
         path = path / LOG
     if not path.is_file():
-        raise UsageError(f"{path}: {what_is(path)}; a run's folder holds {LOG}")
+        gone = what_is(path).replace("no such file", "no such file or folder")
+        raise UsageError(f"{path}: {gone}; a run's folder holds {LOG}")
     found: dict[type[Record], list[Any]] = {kind: [] for kind in _TYPES.values()}
     with open_regular(path) as file:
         data = file.read(LARGEST + 1)
@@ -281,13 +283,13 @@ def describe_summary(summary: Summary, path: Path, target: float) -> str:
     """The result in a line or two. `path` is the log's; `target` a fraction of one, 0 for none."""
     text = (
         f"best top-1 {summary.best_top_1:.4f} after epoch {summary.best_epoch}; "
-        f"{summary.epochs} epochs in {summary.elapsed_seconds:,.0f} s; log: {path}"
+        f"{number_of(summary.epochs, 'epoch')} in {summary.elapsed_seconds:,.0f} s; log: {path}"
     )
     if summary.reached is not None:
         hit = summary.reached
         text += (
             f"\ntarget {target:g} reached: {hit.by} {hit.top_1:.4f} after "
-            f"{hit.epoch + 1} epochs and {hit.elapsed_seconds:,.0f} s"
+            f"{number_of(hit.epoch + 1, 'epoch')} and {hit.elapsed_seconds:,.0f} s"
         )
     elif target:
         text += f"\ntarget {target:g} was not reached"

@@ -43,6 +43,11 @@ def fault_of_all(names: object) -> str | None:
     return None
 
 
+def number_of(count: int, noun: str) -> str:
+    """`1 epoch`, `2,000 epochs`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def shown(name: str) -> str:
     """`name` on one line of a terminal: what cannot be shown there as its bytes or code, escaped."""
     return "".join(c if _showable(c) else _escaped(c) for c in name)

@@ -18,6 +18,7 @@ from torch import nn
 from ffcv_imnet.config.parsing import from_dict
 from ffcv_imnet.config.schema import MEAN, STD, Settings
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, nearest, reason_of
+from ffcv_imnet.core.names import number_of
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.evaluate.onnx_network import OnnxNetwork
 from ffcv_imnet.images.imagenet import CLASSES, imagenet_names
@@ -118,7 +119,7 @@ def _from_checkpoint(path: Path, state: dict[str, Any], plain: bool) -> Network:
         ) from error
     kind = "averaged weights" if use_average else "weights"
     how = Preprocess(settings.validation.resolution, settings.validation.crop_ratio)
-    origin = f"{kind} of {settings.model.arch} after {epochs} epochs, {len(classes)} classes"
+    origin = f"{kind} of {settings.model.arch} after {number_of(epochs, 'epoch')}, {len(classes)} classes"
     return Network(model, len(classes), classes, how, origin, settings, settings.model.arch)
 
 

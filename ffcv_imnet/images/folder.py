@@ -19,6 +19,8 @@ from ffcv_imnet.images import LARGEST_FILE, InArrays, leftovers
 from ffcv_imnet.images.leftovers import Left
 
 HEIC = (b".heic", b".heif", b".hif")
+# What people call the two folders; the first that is there is taken.
+FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev", "test")}
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 # torchvision.datasets.folder.IMG_EXTENSIONS, two more of JPEG, and what Pillow and its plug-in read;
 # compared in lower case.
@@ -121,9 +123,13 @@ def _check_root(root: Path) -> None:
         raise UsageError(f"{root} is no folder, or a link to nothing: {layout}")
     names = sorted(entry.name for entry in os.scandir(root.parent))
     holds = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-    # Lower case first: "Train" for "train" is the commonest slip.
-    close = [name for name in names if name.lower() == root.name.lower()]
-    hint = f" (did you mean {close[0]}?)" if close else nearest(root.name, names)
+    # "Train" for "train" is the commonest slip, "Validation" for "val" another.
+    called = FOLDERS.get(root.name, (root.name.lower(),))
+    close = [name for name in names if name.lower() in called]
+    hint = nearest(root.name, names)
+    if close:
+        renamed = f" (rename {close[0]} to {root.name})"
+        hint = renamed if root.name in FOLDERS else f" (did you mean {close[0]}?)"
     if root.parent.absolute().name == root.name:
         hint = f" (did you mean {root.parent.absolute().parent}?)"
     elif any(name.endswith(".tar") for name in names):

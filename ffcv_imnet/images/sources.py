@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.flat import FlatFolder
-from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.folder import FOLDERS, ImageFolderTree
 from ffcv_imnet.images.kaggle import SOLUTION, images_of, solution_of
 from ffcv_imnet.images.labels import read_labels
 from ffcv_imnet.images.merged import Merged
@@ -18,10 +18,6 @@ from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.tar import TarArchive
 
 OFFICIAL = "ILSVRC2012_img_{}.tar"
-
-
-# What people call the two folders; the first that is there is taken.
-FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev", "test")}
 
 
 def open_source(

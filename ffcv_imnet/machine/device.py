@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.names import number_of
 from ffcv_imnet.core.provenance import cpu_name
 from ffcv_imnet.machine.host import find_nvidia, why_unusable
 
@@ -137,7 +138,7 @@ def name(device: torch.device) -> str:
     """The accelerator's or the processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {number_of(torch.get_num_threads(), 'thread')}"
 
 
 def make_current(device: torch.device) -> None:

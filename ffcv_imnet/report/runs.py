@@ -142,9 +142,15 @@ def _recipe(run: Run) -> str:
         k: v for k, v in flatten(header.settings).items() if k not in (*NOT_OF_THE_RESULT, SEED)
     }
     data = {name: m.get("content_checksum") for name, m in header.manifests.items()}
+    # The weights that the run started from, whatever their file is called.
+    weights = (run.log.headers[0].weights or {}).get("sha256")
     # Two logs of one seed are the same run twice over, or a run on other hardware: not a spread.
-    machine = [header.device, header.precision, header.world_size]
-    return json.dumps([settings, data, machine], sort_keys=True)
+    machine = [
+        header.device.replace(", 1 threads", ", 1 thread"),
+        header.precision,
+        header.world_size,
+    ]
+    return json.dumps([settings, data, machine, weights], sort_keys=True)
 
 
 def _common_name(runs: Sequence[Run]) -> str:

@@ -37,7 +37,7 @@ from ffcv_imnet.evaluate.weights import (
     match_classes,
     parse_preprocess,
 )
-from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.folder import FOLDERS, SPLITS, ImageFolderTree
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.preprocess import Preprocess
 from ffcv_imnet.machine.device import DTYPES, choose_precision
@@ -91,7 +91,14 @@ def main(argv: list[str]) -> int:
     hows = preprocessings(network, options)
     manifest = None if options.data.is_dir() else check_beton(options.data)
     classes = (manifest or ImageFolderTree(options.data, may_be_empty=True)).classes
-    outputs = match_classes(network, classes, str(options.data))
+    try:
+        outputs = match_classes(network, classes, str(options.data))
+    except UsageError as error:
+        parts = [name for name in classes if name.casefold() in SPLITS]
+        if manifest is not None or len(parts) < len(classes):
+            raise
+        part = next((name for name in parts if name in FOLDERS["val"]), parts[0])
+        raise UsageError(f"{error}; name {options.data / part}") from None
     connect(world)
     precision = choose_arithmetic(network, options.precision, world)
     model = network.model.to(world.device)
@@ -205,6 +212,7 @@ def describe(report: dict[str, Any]) -> str:
         for row in first["confused"][:SHOWN]
     ]
     few = len(first["per_class"]) <= SHOWN
+    of = f"at {first['resolution']} px, view {first['view']}:\n" if len(views) > 1 else ""
     return "\n".join(
         [
             f"{report['weights']}: {report['network']}",
@@ -213,11 +221,15 @@ def describe(report: dict[str, Any]) -> str:
             "",
             tabulate(rows, columns, disable_numparse=True, stralign="right"),
             "",
-            tabulate(classes, ("top-1", "images", "class" if few else f"{SHOWN} worst classes")),
+            of
+            + tabulate(classes, ("top-1", "images", "class" if few else f"{SHOWN} worst classes")),
             "",
-            tabulate(pairs, ("images", "most confused: label", "taken for"))
-            if pairs
-            else "no errors",
+            of
+            + (
+                tabulate(pairs, ("images", "most confused: label", "taken for"))
+                if pairs
+                else "no errors"
+            ),
         ]
     )
 

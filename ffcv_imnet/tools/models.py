@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         [name, *row] for name, network in networks.items() for row in scores.get(network, [])
     ]
     if best_of:
-        columns = ["network", "record", "images", "classes", "epochs", "top-1", "seeds"]
+        columns = ["network", "record", "images", "classes", "epochs", "from", "top-1", "seeds"]
         print("\n" + tabulate(best_of, columns, disable_numparse=True, stralign="right",
                               colalign=("left", "left")))  # fmt: skip
     return 0
@@ -143,11 +143,15 @@ def step_seconds(model: nn.Module, count: int, side: int, dtype: torch.dtype) ->
 def network_of(settings: dict[str, dict[str, object]]) -> str:
     """Its name and options, as text: what a record and a row of the table have in common."""
     default = RETIRED | flatten(to_dict(load()))
-    of_start = "model.arch", "model.zero_gamma"  # named apart; of the first step only
+    # Named apart, of the first step, of the pixels or of what is trained: the network is the same.
+    others = {
+        f"model.{key}"
+        for key in ("arch", "zero_gamma", "weights", "mean", "std", "freeze", "freeze_epochs")
+    }
     options = [
         f"{key}={value}"
         for key, value in sorted(flatten(settings).items())
-        if key.startswith("model.") and key not in of_start and value != default.get(key, value)
+        if key.startswith("model.") and key not in others and value != default.get(key, value)
     ]
     return " ".join([str(settings.get("model", {}).get("arch", "?")), *options])
 
@@ -169,12 +173,15 @@ def recorded(records: Path) -> dict[str, list[list[str]]]:
             header = group.runs[0].log.headers[-1]
             trained_on = header.manifests.get("train", {})
             score = statistics.mean(best(run.log)[0] for run in group.runs)
+            weights = group.runs[0].log.headers[0].weights
+            seeds = {run.log.headers[-1].settings["training"]["seed"] for run in group.runs}
             row = [
                 record.name,
                 *(f"{trained_on.get(what) or 0:,}" for what in ("samples", "classes")),
                 f"{len(group.runs[0].log.epochs)}",
+                "/".join(Path(str(weights["file"])).parts[-2:]) if weights else "random weights",
                 f"{score:.1%}",
-                f"{len(group.runs)}",
+                f"{len(seeds)}",
             ]
             found.setdefault(network_of(header.settings), []).append(row)
     return found

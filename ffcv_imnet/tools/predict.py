@@ -85,7 +85,10 @@ def read(path: Path) -> Pixels:
     try:
         return decode_rgb(read_at_most(path, LARGEST_FILE))
     except OSError as error:
-        raise RunError(f"{path}: the image cannot be read ({error.strerror or error})") from error
+        hint = f": name {path}/*" if path.is_dir() else ""
+        raise RunError(
+            f"{path}: the image cannot be read ({error.strerror or error}){hint}"
+        ) from error
     except BadImage as error:
         raise RunError(f"{path}: the image cannot be read ({error})") from error
 

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log
-from ffcv_imnet.core.names import shown_lines
+from ffcv_imnet.core.names import number_of, shown_lines
 from ffcv_imnet.core.paths import check_output, path_of
 from ffcv_imnet.report import charts
 from ffcv_imnet.report.runs import Group, best, group_runs, origin, reached, read_run, target
@@ -55,7 +55,7 @@ def verdict(log: Log) -> str:
     """What came of the run, in a sentence or two."""
     top_1, epoch = best(log)
     state = "finished" if log.summary and not log.summary.stopped else "not finished"
-    text = f"best top-1 {top_1:.4f} after epoch {epoch}; {len(log.epochs)} epochs, {state}."
+    text = f"best top-1 {top_1:.4f} after epoch {epoch}; {number_of(len(log.epochs), 'epoch')}, {state}."
     if hit := reached(log):
         return (
             f"{text} Target {target(log):g} reached: {hit.by} {hit.top_1:.4f} after epoch {hit.epoch},"

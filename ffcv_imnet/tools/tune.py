@@ -55,7 +55,7 @@ from ffcv_imnet.bench.short_runs import (
     short,
 )
 from ffcv_imnet.config.parsing import parse
-from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, plan_run
+from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.config.schema import Settings, differences
 from ffcv_imnet.core.atomic import atomic_write, locked, make_folder
 from ffcv_imnet.core.bounded import read_json
@@ -405,7 +405,7 @@ def main(argv: list[str]) -> int:
     check_arch(settings.model.arch)
     if command.dry_run:
         settings = replace(settings, data=local_copies(settings.data, manifests_only=True))
-        train = counted(settings.data.train_dataset, IMAGENET_TRAIN_IMAGES)
+        (train,) = counted(settings, ["train"])
         start_from(settings, train.names)
         print(describe(plan(settings, options, train.images, train.names)))
         return 0

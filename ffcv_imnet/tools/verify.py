@@ -37,6 +37,7 @@ from ffcv_imnet.data import beton
 from ffcv_imnet.data.remote import local_path
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_image
+from ffcv_imnet.images.folder import FOLDERS
 from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.kaggle import images_of
 from ffcv_imnet.images.parallel import CHUNK, in_order
@@ -44,7 +45,6 @@ from ffcv_imnet.images.parquet import ParquetShards, shards_of
 from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
 from ffcv_imnet.images.remarks import check_classes, notes, oddities
 from ffcv_imnet.images.sources import (
-    FOLDERS,
     even_subset,
     is_flat,
     open_source,

@@ -434,6 +434,10 @@ def open_run(
         run.heart = Heartbeat(folder / HEARTBEAT)
     source = _checkpoint_to_resume(folder, resume)
     if source is None:
+        if folder.resolve() == Path.cwd() or any(folder.glob("*.beton")):
+            raise UsageError(
+                f"logging.folder {folder} is the current folder or holds .beton files: name a folder of the run's own"
+            )
         return run
 
     run.state, run.damaged = _load(source)
