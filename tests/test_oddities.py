@@ -1,6 +1,7 @@
 """Nothing odd in a folder of images goes unseen: passed over and counted, named, or refused."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,12 @@ def test_names_that_can() -> None:
     )
     assert shown("caf\udce9\n\u202e") == r"caf\xe9\n\u202e"
     assert quoted("x" * 500) == "'" + "x" * 76 + "..." and quoted("\ud800") == "b'?'"
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_much_of_anything_is_quoted_by_its_beginning(kind: type) -> None:
+    started = time.process_time()
+    assert quoted([kind(10**8)]).endswith("...") and time.process_time() - started < 0.2
 
 
 def test_writing_stops_at_an_oddity_unless_it_is_allowed(root: Path, tmp_path: Path) -> None:

@@ -73,6 +73,11 @@ class _Said(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if abs(x) < 1 << 256 else "a number of more than 70 digits"
 
+    def repr_bytes(self, x: bytes | bytearray, level: int) -> str:
+        return repr(x[: self.maxother])
+
+    repr_bytearray = repr_bytes
+
     def repr_instance(self, x: Any, level: int) -> str:
         try:
             return repr(x)
