@@ -406,11 +406,14 @@ def rivals(cells: dict[Run, Marks], rows: dict[Run, Any]) -> str:
 
 def networks(cells: dict[Run, Marks], noise: float) -> str:
     """The bottleneck network against ResNet-18."""
-    wanted = [replace(cell.run, lr=0.0) for cell in plan.networks()]
+    all_of_them = (*plan.networks_first(), *plan.networks())
+    wanted = [replace(cell.run, lr=0.0) for cell in all_of_them]
     found = [(run, optimum(cells[run], noise)) for run in wanted if run in cells]
-    table = [[run.net, run.epochs, span(one), f"{one.value:.1%}"] for run, one in found]
+    table = [
+        [title(run), len(cells[run][one.best]), span(one), f"{one.value:.1%}"] for run, one in found
+    ]
     return (
-        tabulate(table, ["network", "epochs", "best muon.lr (90 %)", "top-1"], tablefmt="pipe")
+        tabulate(table, ["cell", "seeds", "best muon.lr (90 %)", "top-1"], tablefmt="pipe")
         if table
         else "Not begun."
     )

@@ -6,6 +6,7 @@ The next runs of a cell follow from the log alone, so the study goes on from any
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from experiment import Run
 
@@ -22,7 +23,7 @@ class Cell:
         4.0  # from one learning rate to the next: with less, Muon's differ by less than seeds do
     )
     margin: float = 0.0  # both ends must be so much below the best in top-1
-    points: int = 3  # at least so many learning rates
+    points: int = 3  # at least so many learning rates; 1: `run.lr` alone, a neighbouring cell's bracket serves
     most: int = 8  # and at most so many
     seeds: int = 1
     again: int = 1  # how many of the learning rates, nearest the best, get the other seeds
@@ -61,14 +62,15 @@ def lacking(points: Mapping[float, float], margin: float) -> str:
 
 def next_runs(cell: Cell, top_1: Mapping[Run, float]) -> list[Run]:
     """What the cell wants now; empty once it is done."""
-    start = [key(cell.run.lr * share) for share in (1, cell.factor, 1 / cell.factor)]
+    shares = (1, cell.factor, 1 / cell.factor) if cell.points > 1 else (1,)
+    start = [key(cell.run.lr * share) for share in shares]
     points = scored(cell, top_1)
     if missing := [lr for lr in start if lr not in points]:
         return [replace(cell.run, lr=lr) for lr in missing]
     lrs = sorted(points)
     best = max(lrs, key=lambda lr: points[lr])
     place = lrs.index(best)
-    side = lacking(points, cell.margin)
+    side = lacking(points, cell.margin) if cell.points > 1 else ""
     if side and len(lrs) < cell.most:
         far = lrs[-1] * cell.factor if side == "right" else lrs[0] / cell.factor
         return [replace(cell.run, lr=key(far))]
@@ -111,6 +113,7 @@ def transfer_core() -> Iterator[Cell]:
     yield bracket("A hold", held())
     yield bracket("A decay", ruled("none", decay=1.0))
     yield from data_corner(0.25, (6_250,), (3, 16), seeds=1)
+    yield from lead()
     yield bracket("A hold", held(epochs=16))
     yield bracket("A base", ruled("none"))
     yield bracket("A rule", ruled("rms", epochs=1))
@@ -136,6 +139,34 @@ def data_corner(
             same = replace(BASE, images=images, epochs=epochs, batch=64, width=width)
             yield Cell("B data", replace(same, lr=0.04), seeds=seeds)
             yield Cell("B data", replace(same, optimizer="sgd", lr=1.0), 2.0, seeds=seeds)
+
+
+def lead() -> Iterator[Cell]:
+    """B at a quarter of the width, first pass: SGD's rate bracketed at 3 and 16 epochs, Muon's at 3, one rate
+    between; what the crossing with SGD's 16 epochs does not need comes last."""
+
+    def cell(images: int, epochs: int, optimizer: str, points: int = 3, seeds: int = 1) -> Cell:
+        lr, factor = (1.0, 2.0) if optimizer == "sgd" else (0.04, 4.0)
+        run = replace(BASE, images=images, epochs=epochs, batch=64, optimizer=optimizer, lr=lr)
+        return Cell("B data", run, factor, points=points, seeds=seeds)
+
+    sizes = (6_250, 12_500, 25_000, 50_000)
+    for images in sizes:
+        yield cell(images, 16, "sgd")
+        yield cell(images, 8, "muon", points=1)
+        yield cell(images, 5, "muon", points=1)
+        yield cell(images, 3, "muon")
+    for images in (6_250, 50_000):
+        yield cell(images, 16, "sgd", seeds=2)
+        yield cell(images, 8, "muon", points=1, seeds=2)
+        yield cell(images, 5, "muon", points=1, seeds=2)
+    for images in (25_000, 12_500, 50_000):
+        yield cell(images, 16, "muon", points=1)
+    for images in sizes:
+        yield cell(images, 3, "sgd")
+        yield cell(images, 5, "sgd", points=1)
+        yield cell(images, 8, "sgd", points=1)
+    yield cell(50_000, 16, "muon")  # 12,500 steps, more than the ImageNet recipes make: bracketed
 
 
 def data(width: float) -> Iterator[Cell]:
@@ -198,15 +229,28 @@ def rivals() -> Iterator[Cell]:
 
 def networks() -> Iterator[Cell]:
     """D: a bottleneck network against ResNet-18 at equal epochs, under the same optimizer."""
+    for net in ("rn18", "rn50"):
+        run = replace(BASE, images=25_000, net=net, epochs=16, batch=128, lr=0.04)
+        yield Cell("D networks", run, points=1)
     for epochs in (5, 16):
         for net in ("rn18", "rn50"):
             run = replace(BASE, net=net, width=0.5, epochs=epochs, batch=64, lr=0.04)
             yield Cell("D networks", run, most=5)
 
 
+def networks_first() -> Iterator[Cell]:
+    """D, first pass: a quarter of the width, one learning rate, two seeds, both data sets."""
+    for data, images, px in (("tiny100", 25_000, 40), ("imagenette", 9_469, 64)):
+        for net in ("rn18", "rn50"):
+            run = replace(BASE, data=data, images=images, px=px, net=net, epochs=5)
+            yield Cell("D networks", replace(run, batch=128, lr=0.04), points=1, seeds=2)
+
+
 def cells() -> list[Cell]:
     """All, most information per hour first."""
     return [
+        *networks_first(),
+        *islice(rivals(), 16),  # three epochs of tiny100
         *transfer_core(),
         *data(0.25),
         *transfer_rest(),

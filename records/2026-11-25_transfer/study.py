@@ -175,7 +175,7 @@ def status(log: Path) -> None:
     for cell in plan.cells():
         points, wants = plan.scored(cell, marks), plan.next_runs(cell, marks)
         state = "done" if not wants else "open" if points else "not begun"
-        if not wants and plan.lacking(points, cell.margin):
+        if not wants and cell.points > 1 and plan.lacking(points, cell.margin):
             state = "done, not bracketed"
         shown = " ".join(f"{lr:g}:{value:.1%}" for lr, value in points.items())
         print(f"{state:9} {cell.part:12} {cell.name:60} {shown}")
