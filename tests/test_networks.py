@@ -67,7 +67,7 @@ def test_the_table_of_networks(
     assert models.main(["resnet18", "slim13", "--training.use_blurpool=false"]) == 0
     table, records = capsys.readouterr().out.split("\n\n")
     rows = {line.split()[0]: line.split() for line in table.splitlines()[:-1]}
-    assert "epochs    top-1    seeds" in records
+    assert records.splitlines()[0].split()[-4:] == ["epochs", "from", "top-1", "seeds"]
     # 1.814 billion multiply-adds at 224 px, as torchvision states for ResNet-18, are twice as many operations.
     assert rows["resnet18"][1:3] == ["11.7", "M"] and rows["resnet18"][6] == "3.63"
     for ours, theirs in zip(rows["slim13"][3:7], rows["resnet18"][3:7], strict=True):
@@ -101,10 +101,10 @@ def test_recorded_top_1_is_the_mean_over_seeds_of_one_recipe(tmp_path: Path) -> 
     write_run(tmp_path / "three", header(), epoch(0, 0.5))  # not finished
     assert models.recorded(tmp_path) == {
         "slim13": [
-            ["one", "1,234", "10", "1", "85.0%", "2"],
-            ["one", "1,234", "10", "1", "70.0%", "1"],
+            ["one", "1,234", "10", "1", "random weights", "85.0%", "2"],
+            ["one", "1,234", "10", "1", "random weights", "70.0%", "1"],
         ],
-        "slim13 model.stem=deep": [["two", "1,234", "10", "1", "60.0%", "1"]],
+        "slim13 model.stem=deep": [["two", "1,234", "10", "1", "random weights", "60.0%", "1"]],
     }
     assert models.network_of(to_dict(load(model__arch="slim13"))) == "slim13"
 
