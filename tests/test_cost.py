@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ffcv_imnet.bench import cost
 from ffcv_imnet.bench.dry_run import counted, dry_run
@@ -15,6 +17,7 @@ from ffcv_imnet.core import log as records
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.machine.distributed import StopSignal
 from ffcv_imnet.models import build_model
+from ffcv_imnet.train.optim import build_optimizer
 from ffcv_imnet.train.run_dir import cost_of
 from tests.conftest import SmallData
 from tests.test_records import EPOCH
@@ -63,6 +66,20 @@ def test_flops_of_muon_by_hand() -> None:
         expected += 4 * wide + (5 + 6 + 3) * square
     assert cost.step_flops(settings, 10) == expected
     assert cost.step_flops(load(model__arch="resnet18"), 10) == 0
+
+
+def test_flops_of_soap_are_torchs_count_of_a_step() -> None:
+    settings = load(model__arch="resnet18", training__optimizer="soap")
+    with torch.device("meta"):
+        model = build_model(settings, 10)
+    rule = build_optimizer(model, settings)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(2):  # after these the bases turn, which is not counted
+        rule.step()
+    with FlopCounterMode(display=False) as counter:
+        rule.step()
+    assert cost.step_flops(settings, 10) == counter.get_total_flops()
 
 
 def test_flops_of_resnet18_as_published() -> None:

@@ -129,7 +129,7 @@ def gradients_by_hand(model: nn.Module) -> Any:
     return mock.patch.object(Tensor, "backward", backward)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "soap"])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "slim13"])
 @pytest.mark.parametrize("card", CARDS)
 def test_a_step_and_an_evaluation(card: str, arch: str, optimizer: str) -> None:

@@ -86,7 +86,7 @@ def test_batches_are_those_of_a_cpu_from_pinned_memory(
     assert len(pinned) == 12 and all(pinned)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "soap"])
 def test_a_run_in_fp16(optimizer: str, small: SmallData, tmp_path: Path) -> None:
     """Its losses are finite, its peak of memory is in the log, the scale came down to what fits."""
     settings = small.settings(
@@ -147,7 +147,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return {name: value for name, value in model.items() if value.is_floating_point()}
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "soap"])
 def test_resumed_equals_never_stopped(
     optimizer: str, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +173,7 @@ def test_resumed_equals_never_stopped(
         torch.testing.assert_close(value, wanted[name], rtol=0.02, atol=0.005, msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "soap"])
 def test_compiled_equals_eager(optimizer: str, small: SmallData, tmp_path: Path) -> None:
     """By Inductor and Triton, as in the ImageNet recipes."""
     logs = {}

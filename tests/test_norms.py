@@ -37,7 +37,7 @@ def steps(learner: Learner, count: int, norms: Norms | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "soap"])
 def test_norms_are_right_and_change_nothing(optimizer: str, precision: str) -> None:
     kind = {"training__optimizer": optimizer, "training__precision": precision}
     looked, blind = learner_of(**kind), learner_of(**kind)

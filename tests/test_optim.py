@@ -18,6 +18,7 @@ from ffcv_imnet.models import build_model
 from ffcv_imnet.train.checkpoint import _optimizer_state
 from ffcv_imnet.train.muon import POLYNOMIALS, is_kernel, newton_schulz
 from ffcv_imnet.train.optim import build_average, build_optimizer, parameter_groups
+from ffcv_imnet.train.soap import SOAP
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +209,48 @@ def fp16_steps(
     return scaler
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_overflow_moves_nothing_of_soap() -> None:
+    """Nor an average; but SOAP's bases turn by the number of all steps, as only the device knows which counted."""
+    settings = load(training__optimizer="soap", soap__weight_decay=1.0, soap__every=1000)
+    model = network()
+    assert fp16_steps(model, settings, {0, 3, 4, 13}, skipping=False).get_scale() == 64
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    optimizer = build_optimizer(model, settings)
+    take_steps(model, optimizer, range(9))  # the next turn of the bases is after the sixteenth
+    before = copy.deepcopy([*model.parameters(), *optimizer.state_dict()["state"].values()])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    scaler.scale(torch.ones(()))
+    backward(model, 9, math.inf)
+    scaler.step(optimizer)
+    after = [*model.parameters(), *optimizer.state_dict()["state"].values()]
+    for old, new in zip(before, after, strict=True):
+        if isinstance(old, Tensor):
+            assert torch.equal(old, new)
+        else:
+            assert old.pop("calls") + 1 == new.pop("calls") == 10
+            assert all(torch.equal(value, new[name]) for name, value in old.items())
+
+
+def test_a_loaded_state_of_soap_fits() -> None:
+    settings = load(training__optimizer="soap")
+    model = network()
+    rule = build_optimizer(model, settings)
+    take_steps(model, rule, range(1))
+    for name, odd in (
+        ("average", torch.zeros(2)),
+        ("inputs_basis", torch.zeros(1)),
+        ("steps", torch.zeros(3)),
+        ("calls", -1),
+        ("calls", 0.5),
+    ):
+        state = copy.deepcopy(rule.state_dict())
+        for kept in state["state"].values():
+            kept[name] = odd
+        with pytest.raises(ValueError, match=r"a momentum of|a count of its steps"):
+            build_optimizer(network(), settings).load_state_dict(state)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "soap"])
 def test_loss_scale_changes_nothing(optimizer: str) -> None:
     results = []
     for scaled in (False, True):
@@ -243,7 +285,7 @@ def test_momenta_start_at_zero_after_a_state_without_them() -> None:
 FREE = {
     "view", "_unsafe_view", "transpose", "t", "diagonal", "unsqueeze", "detach", "select", "slice", "permute",
     "as_strided", "empty", "empty_like", "new_empty", "alias", "split", "split_with_sizes", "expand",
-    "promote_types",
+    "promote_types", "unbind",
 }  # fmt: skip
 
 
@@ -275,22 +317,28 @@ class Launches(TorchDispatchMode):
         return max(math.ceil(len(lists[0]) / tensors), math.ceil(blocks / 320))
 
 
-@pytest.mark.parametrize(("arch", "most"), [("resnet18", 120), ("resnet50", 200)])
-def test_launches_of_muon_and_of_the_average(arch: str, most: int) -> None:
-    """With five iterations, in fp16, under a scale. 412 and 796 when each kernel and each shape had its own."""
-    settings = muon(model__arch=arch)
+@pytest.mark.parametrize(
+    ("optimizer", "arch", "most"),
+    [("muon", "resnet18", 120), ("muon", "resnet50", 200), ("soap", "resnet18", 170), ("soap", "resnet50", 240)],
+)  # fmt: skip
+def test_launches_of_an_update_and_of_the_average(optimizer: str, arch: str, most: int) -> None:
+    """In fp16, under a scale, Muon with five iterations: 412 and 796 when each kernel and each shape had its own.
+    SOAP in a step that turns no basis."""
+    settings = load(training__optimizer=optimizer, model__arch=arch)
     with torch.device("meta"):  # no time for random weights
         model = build_model(settings, 1000).to(memory_format=torch.channels_last)
     model.to_empty(device="cpu")
-    optimizer = build_optimizer(model, settings, "fp16")
+    rule = build_optimizer(model, settings, "fp16")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    if isinstance(rule, SOAP):
+        rule.calls = 2
     step = Launches()
-    optimizer.register_step_pre_hook(lambda *_: step.__enter__() and None)
-    optimizer.register_step_post_hook(lambda *_: step.__exit__(None, None, None))
+    rule.register_step_pre_hook(lambda *_: step.__enter__() and None)
+    rule.register_step_post_hook(lambda *_: step.__exit__(None, None, None))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
-    scaler.step(optimizer)
+    scaler.step(rule)
     assert most / 2 < step.total() <= most, step.kinds
     average = build_average(model, 0.9)
     assert average is not None
@@ -302,15 +350,19 @@ def test_launches_of_muon_and_of_the_average(arch: str, most: int) -> None:
     assert moved.kinds.total() <= 8
 
 
-def test_muon_resumes() -> None:
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
+def test_optimizers_resume(optimizer: str) -> None:
+    settings = load(training__optimizer=optimizer, soap__every=4)
     model = network()
-    optimizer = build_optimizer(model, muon())
-    take_steps(model, optimizer, range(2))
+    rule = build_optimizer(model, settings)
+    take_steps(model, rule, range(3))
     twin = copy.deepcopy(model)
-    resumed = build_optimizer(twin, muon())
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    take_steps(model, optimizer, range(2, 4))
-    take_steps(twin, resumed, range(2, 4))
+    resumed = build_optimizer(twin, settings)
+    resumed.load_state_dict(copy.deepcopy(rule.state_dict()))
+    take_steps(
+        model, rule, range(3, 6)
+    )  # SOAP's bases turn in the first of them, not in the others
+    take_steps(twin, resumed, range(3, 6))
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
     )
@@ -350,6 +402,86 @@ def test_of_a_loaded_optimizer_only_momenta_are_believed() -> None:
             assert value.stride() == parameter.stride() and (value == 2).all()
     with pytest.raises(ValueError):
         _optimizer_state(resumed, held | {"param_groups": held["param_groups"][1:]})
+
+
+class PlainSoap:
+    """SOAP (arXiv:2409.11321) of one parameter in float64, by the letter: Adam's averages kept where its bases are."""
+
+    def __init__(self, parameter: Tensor, every: int) -> None:
+        self.every, self.steps = every, 0
+        self.weights = parameter.detach().double().clone()
+        x = self.seen(self.weights)
+        self.average, self.square = torch.zeros_like(x), torch.zeros_like(x)
+        dims = [dim for dim in range(x.ndim) if x.ndim > 1 and x.shape[dim] > 1]
+        self.bases = {dim: torch.eye(x.shape[dim], dtype=x.dtype) for dim in dims}
+        self.grams = {dim: torch.zeros_like(basis) for dim, basis in self.bases.items()}
+
+    @staticmethod
+    def seen(x: Tensor) -> Tensor:
+        return x.flatten(2) if x.ndim == 4 else x
+
+    def rotated(self, x: Tensor, bases: dict[int, Tensor]) -> Tensor:
+        for dim, basis in bases.items():
+            x = torch.tensordot(x, basis, dims=([dim], [0])).movedim(-1, dim)
+        return x
+
+    def step(self, gradient: Tensor, lr: float, decay: float) -> None:
+        self.steps += 1
+        x = self.seen(gradient.double())
+        self.average = 0.95 * self.average + 0.05 * x
+        self.square = 0.95 * self.square + 0.05 * self.rotated(x, self.bases) ** 2
+        correction = 1 - 0.95**self.steps
+        step = self.rotated(self.average, self.bases) / (self.square.sqrt() + 1e-8)
+        step *= math.sqrt(correction) / correction
+        step = self.rotated(step, {dim: basis.T for dim, basis in self.bases.items()})
+        decay = decay if gradient.ndim > 1 else 0.0
+        self.weights -= lr * (decay * self.weights + step.view_as(self.weights))
+        for dim, gram in self.grams.items():
+            others = [other for other in range(x.ndim) if other != dim]
+            self.grams[dim] = 0.95 * gram + 0.05 * torch.tensordot(x, x, dims=(others, others))
+        if self.steps % self.every == 0 or (self.steps < self.every and self.steps in (1, 2, 4, 8)):
+            self.turn()
+
+    def turn(self) -> None:
+        for dim, basis in self.bases.items():
+            image = self.grams[dim] @ basis
+            order = (basis * image).sum(0).argsort(descending=True)
+            self.square = self.square.index_select(dim, order)
+            self.bases[dim] = torch.linalg.qr(image[:, order]).Q
+
+
+def test_soap_by_the_letter() -> None:
+    """Two kernels of one shape, one of 1x1, a head, shifts; sides of one width in different layers."""
+    settings = load(
+        training__optimizer="soap", soap__weight_decay=0.1, soap__lr=0.01, soap__every=10
+    )
+    torch.manual_seed(0)
+    shapes = (8, 3, 3, 3), (8, 3, 3, 3), (8, 8, 1, 1), (8, 8), (8,), (10,)
+    model = nn.ParameterList([torch.randn(shape, dtype=torch.float64) for shape in shapes])
+    kernels_last = [p.contiguous(memory_format=torch.channels_last) for p in list(model)[:2]]
+    model[0].data, model[1].data = (kernel.detach() for kernel in kernels_last)
+    optimizer = build_optimizer(model, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    plain = [PlainSoap(p, every=10) for p in model]
+    for step in range(23):
+        for parameter, twin in zip(model, plain, strict=True):
+            growing = torch.arange(1.0, 1.0 + len(parameter)).view(-1, *[1] * (parameter.ndim - 1))
+            parameter.grad = torch.randn_like(parameter) * growing  # full rank, a basis to be found
+            twin.step(parameter.grad, lr=0.01, decay=0.1)
+        optimizer.step()
+        for parameter, twin in zip(model, plain, strict=True):
+            assert torch.allclose(parameter, twin.weights, rtol=0, atol=1e-9), (
+                step,
+                parameter.shape,
+            )
+    state = optimizer.state[model[0]]
+    assert set(state) == {
+        "average", "square", "steps", "outputs_gram", "outputs_basis", "places_gram", "places_basis",
+        "inputs_gram", "inputs_basis",
+    }  # fmt: skip
+    gram = state["outputs_basis"].mT @ state["outputs_gram"] @ state["outputs_basis"]
+    assert float(gram.diagonal().square().sum() / gram.square().sum()) > 0.9
 
 
 def test_parameter_groups_partition_the_network() -> None:

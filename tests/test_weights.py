@@ -374,7 +374,7 @@ def step_of(settings: Settings, file: Path, alone: bool) -> tuple[nn.Module, nn.
     return before, unwrapped(learner.model)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "soap"])
 def test_what_a_step_moves(optimizer: str, tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "w.pth")
     common = {"training__optimizer": optimizer, "training__weight_decay": 0.0}

@@ -27,6 +27,7 @@ from ffcv_imnet.core.names import quoted
 from ffcv_imnet.data.beton import Manifest, manifest_path
 from ffcv_imnet.models import build_model
 from ffcv_imnet.train.muon import is_kernel, newton_schulz
+from ffcv_imnet.train.soap import stacks_of
 
 MACHINES = Path(__file__).with_name("machines.yaml")
 THROUGHPUTS = Path(__file__).with_name("throughputs.yaml")
@@ -126,18 +127,24 @@ def _count(settings: Settings, classes: int, side: int, training: bool) -> float
 
 
 def step_flops(settings: Settings, classes: int) -> float:
-    """FLOPs of Muon's Newton-Schulz iterations in one step; 0 for SGD, whose are too few to count."""
-    if settings.training.optimizer != "muon":
+    """FLOPs of Muon's Newton-Schulz iterations or of SOAP's products and rotations in one step; 0 for SGD, whose are
+    too few to count. SOAP's turns of its bases, once in soap.every steps, are not counted."""
+    if settings.training.optimizer == "sgd":
         return 0.0
-    return _count_step(Settings(model=settings.model, muon=settings.muon), classes)
+    training = replace(Settings().training, optimizer=settings.training.optimizer)
+    relevant = Settings(model=settings.model, muon=settings.muon, training=training)
+    return _count_step(relevant, classes)
 
 
 @cache
 def _count_step(settings: Settings, classes: int) -> float:
     with torch.device("meta"):
-        kernels = [p for p in build_model(settings, classes).parameters() if is_kernel(p)]
+        parameters = list(build_model(settings, classes).parameters())
+    if settings.training.optimizer == "soap":  # on each side: the product, into the basis, and back
+        stacks, _ = stacks_of(parameters)
+        return float(sum(6 * side.width * stack.size for stack in stacks for side in stack.sides))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for kernel in kernels:
+        for kernel in filter(is_kernel, parameters):
             newton_schulz([kernel.flatten(1)[None]], settings.muon.ns_steps)
     return float(counter.get_total_flops())
 
@@ -347,7 +354,8 @@ def describe(
     )
     parts = [f"{training:,.2f} PFLOP of training"]
     if optimizer:
-        parts.append(f"{optimizer:,.2f} of Muon")
+        name = {"muon": "Muon", "soap": "SOAP"}[settings.training.optimizer]
+        parts.append(f"{optimizer:,.2f} of {name}")
     parts.append(f"{validation:,.2f} of validation")
     return (
         f"cost estimate: {' + '.join(parts)} ({val_images:,} images)\n\n"

@@ -28,17 +28,22 @@ class Range:
 def ranges(settings: Settings) -> dict[str, Range]:
     """By setting. Learning rates around the recipe's; momentum as 1 - momentum; weight decay as what it does over
     a whole run, decay x the sum of the learning rates, so that runs of any length can share it."""
-    muon, lr = settings.muon, settings.lr.lr
+    muon, soap, lr = settings.muon, settings.soap, settings.lr.lr
     own = {"momentum": Range(0.02, 0.5), "weight_decay": Range(0.003, 3.0)}
     if settings.training.optimizer == "sgd":
         return {"lr.lr": Range(lr / 8, lr * 8)} | {f"training.{k}": v for k, v in own.items()}
+    if settings.training.optimizer == "soap":
+        return {
+            "soap.lr": Range(soap.lr / 8, soap.lr * 8),
+            "soap.weight_decay": own["weight_decay"],
+        }
     both = {"muon.lr": Range(muon.lr / 8, muon.lr * 8), "lr.lr": Range(lr / 4, lr * 4)}
     return both | {f"muon.{name}": span for name, span in own.items()}
 
 
 def _decayed(settings: Settings, key: str, steps: int) -> float:
     """The sum of the learning rates of the parameters that the decay `key` is for, over a run of `steps`."""
-    peak = settings.muon.lr
+    peak = settings.soap.lr if key.startswith("soap.") else settings.muon.lr
     if key.startswith("training."):
         t = settings.training
         peak = learning_rate(settings.lr, t.epochs, settings.lr.lr_peak_epoch, t.batch_size)

@@ -33,6 +33,7 @@ STEPS: dict[str, dict[str, Any]] = {  # ours: the settings that make it
     "sgd": {},
     "sgd compiled": {"training__compile": True},
     "muon": {"training__optimizer": "muon", "muon__ns_steps": 3},
+    "soap": {"training__optimizer": "soap"},
     "muon compiled": {
         "training__optimizer": "muon",
         "muon__ns_steps": 3,

@@ -334,7 +334,7 @@ def check(settings: Settings) -> None:
 
 
 def _clashes(s: Settings) -> Iterator[str]:
-    resolution, training, muon = s.resolution, s.training, s.muon
+    resolution, training = s.resolution, s.training
     if resolution.start_ramp > resolution.end_ramp:
         yield (
             f"resolution.start_ramp {resolution.start_ramp} lies after "
@@ -359,11 +359,12 @@ def _clashes(s: Settings) -> Iterator[str]:
             f"lr.lr_peak_epoch {s.lr.lr_peak_epoch:g} lies after the last of "
             f"training.epochs {training.epochs}"
         )
-    if muon.lr * muon.weight_decay >= 1:
-        yield (
-            f"muon.weight_decay {muon.weight_decay:g} times muon.lr {muon.lr:g} is one or more: "
-            "a step would set the kernels to zero; lower one"
-        )
+    for name, rule in (("muon", s.muon), ("soap", s.soap)):
+        if rule.lr * rule.weight_decay >= 1:
+            yield (
+                f"{name}.weight_decay {rule.weight_decay:g} times {name}.lr {rule.lr:g} is one or more: "
+                "a step would set the weights to zero; lower one"
+            )
     if training.nesterov and training.momentum == 0:
         yield "training.nesterov needs training.momentum above 0"
     if training.stop_when_reached and training.stop_at == 0:

@@ -193,7 +193,9 @@ class Training:
     epochs: int = _int(16, "passes over the training set", 1, MOST_EPOCHS)
     batch_size: int = _int(1024, "global: over all processes", 1)
     optimizer: str = _setting(
-        "sgd", Choice(["sgd", "muon"]), "muon: for the convolutions, SGD for everything else"
+        "sgd",
+        Choice(["sgd", "muon", "soap"]),
+        "muon: for the convolutions, SGD for everything else; soap: for all parameters",
     )
     momentum: float = _float(0.9, "of SGD", 0.0, 0.9999)
     nesterov: bool = _switch(False, "Nesterov's momentum")
@@ -262,6 +264,19 @@ class Muon:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Soap:
+    """Adam in the eigenvectors of each layer's gradients (arXiv:2409.11321)"""
+
+    lr: float = _float(
+        0.012, "at the peak, whatever the batch; it follows the schedule of lr.lr", 1e-12, 10.0
+    )
+    every: int = _int(50, "steps from one turn of the bases to the next", 1)
+    weight_decay: float = _float(
+        0.0, "of all but one-dimensional parameters, times the learning rate (arXiv:1711.05101)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Validation:
     """One exact pass over the validation set after each epoch"""
 
@@ -314,6 +329,7 @@ class Settings:
     lr: Lr = Lr()
     training: Training = Training()
     muon: Muon = Muon()
+    soap: Soap = Soap()
     validation: Validation = Validation()
     distributed: Distributed = Distributed()
     logging: Logging = Logging()

@@ -219,7 +219,7 @@ def _norms(groups: Sequence[Group]) -> str:
     seed = "Of each recipe the first seed. " if several else ""
     note = (
         f"{_legend(groups)}{seed}muon: the kernels that Muon moves; sgd: other parameters of two and more "
-        "dimensions; sgd_1d: those of BatchNorm and biases."
+        "dimensions; sgd_1d: those of BatchNorm and biases; soap, soap_1d: the same two where SOAP moves all."
     )
     return _section("Gradients and updates", note, _two(drawn))
 

@@ -20,12 +20,13 @@ QUANTITIES = "gradient", "weights", "update"
 
 def group_name(group: dict[str, Any]) -> str:
     """muon: kernels that Muon moves; sgd: other parameters of two and more dimensions; sgd_1d: BatchNorm's and
-    biases. Told from what is in the group: checkpoints keep groups, and older ones have no names. Of a body with a
+    biases; soap and soap_1d: the same two of SOAP. Told from what is in the group: checkpoints keep groups, and older ones have no names. Of a body with a
     factor of its own (lr.body_lr_mult) and of its head: muon_body, sgd_head and so on."""
     part = f"_{group['part']}" if "part" in group else ""
     if "ns_steps" in group:
         return "muon" + part
-    return ("sgd" if group["params"][0].ndim > 1 else "sgd_1d") + part
+    rule = "sgd" if "momentum" in group else "soap"
+    return (rule if group["params"][0].ndim > 1 else f"{rule}_1d") + part
 
 
 def norm(tensors: list[Tensor]) -> Tensor:

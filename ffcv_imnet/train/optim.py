@@ -11,6 +11,7 @@ from ffcv_imnet.config.schedules import learning_rate
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.train.muon import MuonSGD, is_kernel
 from ffcv_imnet.train.sgd import FusedSGD
+from ffcv_imnet.train.soap import SOAP
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -32,21 +33,26 @@ def build_optimizer(
     precision: str = "fp32",
     head: Sequence[nn.Module] | None = None,
 ) -> torch.optim.Optimizer:
-    """SGD over `parameter_groups`, or `MuonSGD`.
+    """SGD over `parameter_groups`, `MuonSGD`, or `SOAP`.
 
     `precision` is the run's; Newton-Schulz follows it from fp32 to bf16, but fp16's range is too
     narrow for it. The loop sets a group's rate at every step: the schedule's times the group's "lr_factor".
     `head`: its modules, which lr.body_lr_mult is not for.
     """
-    training, muon = settings.training, settings.muon
+    training, muon, soap = settings.training, settings.muon, settings.soap
+    peak = learning_rate(
+        settings.lr, training.epochs, settings.lr.lr_peak_epoch, training.batch_size
+    )
+    if training.optimizer == "soap":
+        groups = parameter_groups(model, soap.weight_decay)
+        for group in groups:
+            group["lr_factor"] = soap.lr / peak
+        return SOAP(_by_part(groups, head, settings.lr.body_lr_mult), soap.every)
     groups = parameter_groups(model, training.weight_decay)
     for group in groups:
         group |= {"momentum": training.momentum, "lr_factor": 1.0}
     if training.optimizer == "sgd":
         return FusedSGD(_by_part(groups, head, settings.lr.body_lr_mult), training.nesterov)
-    peak = learning_rate(
-        settings.lr, training.epochs, settings.lr.lr_peak_epoch, training.batch_size
-    )
     kernels = {
         "params": [p for p in groups[0]["params"] if is_kernel(p)],
         "weight_decay": muon.weight_decay,

@@ -46,6 +46,14 @@ class Run:
     hold: bool = False  # muon's kernels are kept at one norm
     ns_steps: int = 5
     seed: int = 0
+    rest: str = "sgd"  # who takes what Muon does not: "sgd" at sgd_lr, "adamw" or "soap"
+    rest_lr: float = 0.0  # adamw's or soap's
+    rest_decay: float = 0.0  # adamw's or soap's, of the head
+    second: float = 0.0  # muon: each output's second moment, averaged at this rate, divides its direction; 0: none
+    taps: bool = False  # muon: a kernel is a matrix (outputs, inputs) a position, not one (outputs, inputs x 9)
+    every: int = 10  # soap: steps from one turn of its bases to the next
+    places: bool = True  # package's soap: a basis for the positions in a kernel too
+    bias_mult: float = 1.0  # the learning rate of BatchNorm's shifts, in those of the rest
 
     @property
     def steps(self) -> int:

@@ -69,8 +69,11 @@ class Kernels(torch.optim.Optimizer):
         scale: str,
         hold: bool,
         ns_steps: int,
+        second: float = 0.0,
+        taps: bool = False,
     ) -> None:
         super().__init__(list(kernels), {"lr": lr})
+        self.second, self.taps, self.steps = second, taps, 0
         self.momentum, self.decay, self.scale = momentum, decay, scale
         self.hold, self.ns_steps = hold, ns_steps
         self.shapes: dict[torch.Size, list[nn.Parameter]] = {}
@@ -79,17 +82,40 @@ class Kernels(torch.optim.Optimizer):
         self.averages = {
             shape: torch.zeros(len(kernels), *shape) for shape, kernels in self.shapes.items()
         }
+        self.squares = {
+            shape: torch.zeros(len(kernels), shape[0], 1) for shape, kernels in self.shapes.items()
+        }
+
+    def direction(self, grads: Tensor) -> Tensor:
+        """(n, outputs, inputs, height, width) -> the same, orthogonal as a whole or at each position."""
+        if not self.taps:
+            return orthogonal(grads.flatten(2), self.ns_steps).view_as(grads)
+        places = grads.permute(0, 3, 4, 1, 2)
+        straight = orthogonal(places.flatten(0, 2), self.ns_steps).view(places.shape)
+        # as long as the whole kernel's: sqrt(outputs), if that is the shorter side
+        return straight.permute(0, 3, 4, 1, 2) / math.sqrt(grads.shape[3] * grads.shape[4])
+
+    def even(self, straight: Tensor, shape: torch.Size) -> Tensor:
+        """Divided by each output's root mean square over time, and as long as before (NorMuon,
+        arXiv:2510.05491)."""
+        flat = straight.flatten(2)
+        squares = self.squares[shape].lerp_(flat.square().mean(2, keepdim=True), 1 - self.second)
+        evened = flat / (squares / (1 - self.second**self.steps)).sqrt().clamp(min=1e-8)
+        lengths = [x.norm(dim=(1, 2), keepdim=True) for x in (flat, evened)]
+        return (evened * (lengths[0] / lengths[1].clamp(min=1e-8))).view_as(straight)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of all kernels."""
         lr = self.param_groups[0]["lr"]
+        self.steps += 1
         for shape, kernels in self.shapes.items():
             grads = torch.stack([kernel.grad for kernel in kernels if kernel.grad is not None])
             average = self.averages[shape].lerp_(grads, 1 - self.momentum)
-            matrices = grads.lerp_(average, self.momentum).flatten(2)
-            straight = orthogonal(matrices, self.ns_steps).view(-1, *shape)
-            rows, columns = matrices.shape[1:]
+            straight = self.direction(grads.lerp_(average, self.momentum))
+            if self.second:
+                straight = self.even(straight, shape)
+            rows, columns = shape[0], shape.numel() // shape[0]
             factor = shape_factor(self.scale, rows, columns)
             for kernel, direction in zip(kernels, straight, strict=True):
                 if self.hold:
@@ -154,7 +180,7 @@ class Stepper:
 def build(run: Any, model: nn.Module) -> Stepper:
     """What `run.optimizer` names; see `experiment.Run` for the settings."""
     parameters = list(model.parameters())
-    plain = run.optimizer in ("muon", "torch_muon")
+    plain = run.optimizer in ("muon", "torch_muon", "soap_kernels")
     kernels = [p for p in parameters if is_kernel(p)] if plain else []
     if run.stem == "sgd":
         kernels = kernels[1:]
@@ -164,14 +190,41 @@ def build(run: Any, model: nn.Module) -> Stepper:
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": run.sgd_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if run.optimizer in ("sgd", "muon", "torch_muon"):
+    if run.bias_mult != 1:
+        shifts = [m.bias for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        taken = set(map(id, shifts))
+        groups[1]["params"] = [p for p in groups[1]["params"] if id(p) not in taken]
+        groups.append({"params": shifts, "weight_decay": 0.0})
+    if run.optimizer in ("sgd", "muon", "torch_muon", "soap_kernels"):
         lr = (run.lr if run.optimizer == "sgd" else run.sgd_lr) * run.batch / 256
-        sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, foreach=True)
+        if run.rest != "sgd":
+            lr, groups[0]["weight_decay"] = run.rest_lr, run.rest_decay
+        if run.bias_mult != 1:
+            groups[2]["lr"] = lr * run.bias_mult
+        sgd: Any
+        if run.rest == "adamw":
+            sgd = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), foreach=True)
+        elif run.rest == "soap":
+            sgd = importlib.import_module("pytorch_optimizer").SOAP(groups, lr=lr)
+        else:
+            sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, foreach=True)
         if run.optimizer == "sgd":
             return Stepper([sgd])
+        if run.optimizer == "soap_kernels":
+            package = importlib.import_module("pytorch_optimizer")
+            return Stepper(
+                [
+                    package.SOAP(
+                        kernels, lr=run.lr, weight_decay=run.decay, precondition_frequency=run.every
+                    ),
+                    sgd,
+                ]
+            )
         if run.optimizer == "torch_muon":
             return Stepper([Flattened(kernels, run.lr, run.decay, run.momentum), sgd])
-        muon = Kernels(kernels, run.lr, run.momentum, run.decay, run.scale, run.hold, run.ns_steps)
+        muon = Kernels(
+            kernels, run.lr, run.momentum, run.decay, run.scale, run.hold, run.ns_steps, run.second, run.taps
+        )  # fmt: skip
         return Stepper([muon, sgd])
     groups[0]["weight_decay"] = run.decay
     if run.optimizer == "adamw":
@@ -179,9 +232,19 @@ def build(run: Any, model: nn.Module) -> Stepper:
     if run.optimizer == "schedulefree":
         package = importlib.import_module("schedulefree")
         return Stepper([package.AdamWScheduleFree(groups, lr=run.lr, betas=(0.95, 0.98))], True)
+    if run.optimizer == "our_soap":
+        from ffcv_imnet.train.soap import SOAP
+
+        for group in groups:
+            group["lr"] = run.lr
+        ours = SOAP(groups, run.every)
+        if not run.places:
+            for stack in ours.stacks:
+                stack.sides[:] = [side for side in stack.sides if side.dim != 2]
+        return Stepper([ours])
     package = importlib.import_module("pytorch_optimizer")
     if run.optimizer == "soap":
-        return Stepper([package.SOAP(groups, lr=run.lr)])
+        return Stepper([package.SOAP(groups, lr=run.lr, precondition_frequency=run.every)])
     if run.optimizer == "shampoo":
         shampoo = package.ScalableShampoo(
             groups,
