@@ -270,7 +270,7 @@ class Soap:
     lr: float = _float(
         0.012, "at the peak, whatever the batch; it follows the schedule of lr.lr", 1e-12, 10.0
     )
-    every: int = _int(50, "steps from one turn of the bases to the next", 1)
+    every: int = _int(10, "steps from one turn of the bases to the next", 1)
     weight_decay: float = _float(
         0.0, "of all but one-dimensional parameters, times the learning rate (arXiv:1711.05101)"
     )

@@ -102,8 +102,7 @@ class SOAP(torch.optim.Optimizer):
 
     A kernel has three sides: outputs, positions in the kernel, inputs; a linear layer has two. BatchNorm's scales and
     shifts and biases are Adam's unrotated. The bases start as the unit ones and follow by a step of orthogonal iteration every
-    `every` steps, and after steps 1, 2, 4, 8, ... before the first of these, so that no step waits for an
-    eigendecomposition. Adam's averages live in the bases and turn with them. Weight decay is decoupled
+    `every` steps, and after each of the first `every`, so that no step waits for an eigendecomposition. Adam's averages live in the bases and turn with them. Weight decay is decoupled
     (arXiv:1711.05101).
 
     A step is few launches: weights of one shape are rotated together, and what is done to each number
@@ -197,9 +196,7 @@ class SOAP(torch.optim.Optimizer):
         for width, gram in self.grams.items():
             gram.lerp_(products[width], weight)
         self.calls += 1
-        if self.calls % self.every == 0 or (
-            self.calls < self.every and self.calls.bit_count() == 1
-        ):
+        if self.calls < self.every or self.calls % self.every == 0:
             self._turn()
 
     def _move(self, update: Tensor, good: Tensor | None) -> None:
