@@ -15,6 +15,8 @@ RECIPE, BEST = "the recipe as it is", "the best trial"
 DIVERGED = 1e6  # stands for an infinite loss
 # A schedule's mean over its peak: it rises and falls linearly, or falls as a cosine does.
 MEAN_LR = 0.5
+# SOAP's best learning rate falls as the run's steps to this power (records/2026-11-25_transfer).
+SOAP_POWER = -0.25
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,14 @@ class Range:
 
 def ranges(settings: Settings) -> dict[str, Range]:
     """By setting. Learning rates around the recipe's; momentum as 1 - momentum; weight decay as what it does over
-    a whole run, decay x the sum of the learning rates, so that runs of any length can share it."""
-    muon, soap, lr = settings.muon, settings.soap, settings.lr.lr
+    a whole run, decay x the sum of the learning rates, so that runs of any length can share it; SOAP's learning
+    rate as that of a run of 1,000 steps, for the same reason."""
+    muon, lr = settings.muon, settings.lr.lr
     own = {"momentum": Range(0.02, 0.5), "weight_decay": Range(0.003, 3.0)}
     if settings.training.optimizer == "sgd":
         return {"lr.lr": Range(lr / 8, lr * 8)} | {f"training.{k}": v for k, v in own.items()}
     if settings.training.optimizer == "soap":
-        return {
-            "soap.lr": Range(soap.lr / 8, soap.lr * 8),
-            "soap.weight_decay": own["weight_decay"],
-        }
+        return {"soap.lr": Range(0.0015, 0.1), "soap.weight_decay": own["weight_decay"]}
     both = {"muon.lr": Range(muon.lr / 8, muon.lr * 8), "lr.lr": Range(lr / 4, lr * 4)}
     return both | {f"muon.{name}": span for name, span in own.items()}
 
@@ -55,7 +55,9 @@ def with_values(settings: Settings, values: Mapping[str, float], steps: int) -> 
     for key, x in sorted(values.items(), key=lambda item: item[0].endswith("weight_decay")):
         section, name = key.split(".")
         value = x
-        if name == "momentum":
+        if key == "soap.lr":
+            value = x * (steps / 1000) ** SOAP_POWER
+        elif name == "momentum":
             value = 1 - x
         elif name == "weight_decay":
             value = x / _decayed(settings, key, steps)
@@ -70,7 +72,9 @@ def values_of(settings: Settings, keys: Sequence[str], steps: int) -> dict[str, 
     for key in keys:
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)
-        if name == "momentum":
+        if key == "soap.lr":
+            value /= (steps / 1000) ** SOAP_POWER
+        elif name == "momentum":
             value = 1 - value
         elif name == "weight_decay":
             value *= _decayed(settings, key, steps)

@@ -199,7 +199,7 @@ class Training:
     )
     momentum: float = _float(0.9, "of SGD", 0.0, 0.9999)
     nesterov: bool = _switch(False, "Nesterov's momentum")
-    weight_decay: float = _float(5e-5, "L2 factor; not on one-dimensional parameters")
+    weight_decay: float = _float(5e-5, "SGD's L2 factor; not on one-dimensional parameters")
     loss: str = _setting(
         "ce",
         Choice(["ce", "bce"]),

@@ -146,8 +146,13 @@ def draw(search: Search, trials: Sequence[Any], best: Any, path: Path) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel({"momentum": f"1 - {key}", "weight_decay": f"{key} x sum of learning rates"}.get(
-            key.split(".")[1], key))  # fmt: skip
+        labels = {
+            "soap.lr": "soap.lr of a run of 1,000 steps",
+            "muon.momentum": "1 - muon.momentum",
+            "training.momentum": "1 - training.momentum",
+        }
+        decay = f"{key} x sum of learning rates"
+        axes.set_xlabel(decay if key.endswith("weight_decay") else labels.get(key, key))
         axes.grid(True, color="#e6e6e6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     low, high = min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))]

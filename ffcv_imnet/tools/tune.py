@@ -1,7 +1,7 @@
 """Search learning rates, momentum and weight decay of a recipe on your own images, and write the recipe.
 
-python -m ffcv_imnet tune --config rn_configs/rn18_8ep.yaml --dry_run
-python -m ffcv_imnet tune --config rn_configs/rn18_8ep.yaml --out runs/rn18_8ep_tune
+python -m ffcv_imnet tune --config rn_configs/rn18_10ep.yaml --dry_run
+python -m ffcv_imnet tune --config rn_configs/rn18_10ep.yaml --out runs/rn18_10ep_tune
 
 Successive halving (arXiv:1810.05934) over short runs at the recipe's lowest resolution. Each trial draws
 settings, trains on a part of the training images and is scored by its loss on images held out of the

@@ -101,12 +101,14 @@ class SOAP(torch.optim.Optimizer):
     """Adam with each layer's gradient rotated, side by side, into the eigenvectors of its average product with itself.
 
     A kernel has three sides: outputs, positions in the kernel, inputs; a linear layer has two. BatchNorm's scales and
-    shifts and biases are Adam's unrotated. The bases start as the unit ones and follow by a step of orthogonal iteration every
-    `every` steps, and after each of the first `every`, so that no step waits for an eigendecomposition. Adam's averages live in the bases and turn with them. Weight decay is decoupled
+    shifts and biases are Adam's unrotated. The bases start as the unit ones and follow by a step of orthogonal
+    iteration after each of the first `every` steps and every `every` steps then, so that no step waits for an
+    eigendecomposition. Adam's averages live in the bases and turn with them. Weight decay is decoupled
     (arXiv:1711.05101).
 
     A step is few launches: weights of one shape are rotated together, and what is done to each number
-    is done to all weights at once. fp16's scale and overflow flag are read on the device.
+    is done to all weights at once. fp16's scale and overflow flag are read on the device. Products and rotations may be
+    TF32's: rounded to its ten bits they trained as well (records/2026-11-25_transfer).
 
     Args:
         groups: parameters with "weight_decay"; the learning rate is set at every step.

@@ -120,10 +120,12 @@ def title(run: Run) -> str:
 
 
 def transfer(cells: dict[Run, Marks], rows: dict[Run, Any], noise: float) -> str:
-    """One row a cell of Muon on the 50,000."""
+    """One row a cell of Muon on the 50,000, and of what is asked about SOAP."""
     table = []
+    short = {replace(c.run, lr=0.0) for c in (*plan.transfer_short(), *plan.soap_transfer())}
     for run, marks in cells.items():
-        if run.optimizer != "muon" or run.images != plan.BASE.images:
+        muon = run.optimizer == "muon" and run.images == plan.BASE.images
+        if not muon and run not in short:
             continue
         found = optimum(marks, noise, MARGIN)
         at_best = [
@@ -147,7 +149,7 @@ def transfer(cells: dict[Run, Marks], rows: dict[Run, Any], noise: float) -> str
     headers = [
         "cell",
         "steps",
-        "best muon.lr (90 %)",
+        "best learning rate (90 %)",
         "tried, within half a point",
         "top-1",
         "norm grew to",
@@ -211,6 +213,39 @@ def slopes(cells: dict[Run, Marks], noise: float) -> str:
     return tabulate(table, headers, tablefmt="pipe", disable_numparse=True)
 
 
+def asked_panels(
+    cells: dict[Run, Marks], base: Run
+) -> tuple[dict[str, list[Run]], dict[tuple[str, Run], str]]:
+    """Of `plan.transfer_short` and of SOAP: cells by panel, and what a panel calls each."""
+    short = replace(base, epochs=1, batch=64)
+    few = replace(short, images=12_500)
+    asked = {
+        "momentum, 781 steps of 64": (short, "momentum"),
+        "rule for shape, 781 steps of 64": (short, "scale"),
+        "rule for shape, bottleneck": (replace(short, net="rn50"), "scale"),
+        "decay, 781 steps of 64": (short, "decay"),
+        "SGD's part, 781 steps of 64": (short, "sgd_lr"),
+        "first convolution, 781 steps of 64": (short, "stem"),
+        "momentum, kernels at a fixed norm": (replace(short, hold=True), "momentum"),
+        "width, 195 steps of 64": (few, "width"),
+        "SOAP, width, 195 steps of 64": (replace(few, optimizer="our_soap"), "width"),
+    }
+    panels: dict[str, list[Run]] = {}
+    labels: dict[tuple[str, Run], str] = {}
+    for name, (cell, field) in asked.items():
+        panels[name] = [
+            run for run in cells if replace(run, **{field: getattr(cell, field)}) == cell
+        ]
+        labels |= {(name, run): f"{getattr(run, field)}" for run in panels[name]}
+    name = "SOAP, by steps"
+    panels[name] = [
+        run for run in cells
+        if run.optimizer in ("soap", "our_soap") and (run.data, run.width, run.net) == ("tiny100", 0.25, "rn18")
+    ]  # fmt: skip
+    labels |= {(name, run): f"{run.steps:,} steps of {run.batch}" for run in panels[name]}
+    return panels, labels
+
+
 def draw_curves(cells: dict[Run, Marks], out: Path) -> None:
     """Top-1 against learning rate, a panel an axis."""
     base = replace(plan.BASE, lr=0.0)
@@ -226,7 +261,10 @@ def draw_curves(cells: dict[Run, Marks], out: Path) -> None:
             for run in cells
             if run == free or (run.hold and replace(run, hold=False, momentum=0.95) == free)
         ]
-    panels = {name: runs for name, runs in panels.items() if len(runs) > 1}
+    short, labels = asked_panels(cells, base)
+    panels |= short
+    drawn = {name: [run for run in runs if len(cells[run]) > 1] for name, runs in panels.items()}
+    panels = {name: runs for name, runs in drawn.items() if len(runs) > 1}
     if not panels:
         return
     columns = min(3, len(panels))
@@ -236,12 +274,12 @@ def draw_curves(cells: dict[Run, Marks], out: Path) -> None:
         for run in runs:
             lrs = sorted(cells[run])
             means = [100 * np.mean(cells[run][lr]) for lr in lrs]
-            ax.plot(lrs, means, "o-", markersize=4, label=title(run))
+            ax.plot(lrs, means, "o-", markersize=4, label=labels.get((name, run), title(run)))
         ax.set_xscale("log", base=2)
         ticks = sorted({lr for run in runs for lr in cells[run]})
         ax.set_xticks(ticks, [f"{lr:g}" for lr in ticks], fontsize=7, rotation=60)
         ax.set_xticks([], minor=True)
-        ax.set(title=name, xlabel="muon.lr", ylabel="top-1, %")
+        ax.set(title=name, xlabel="learning rate", ylabel="top-1, %")
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     for ax in list(axes.flat)[len(panels) :]:
@@ -404,6 +442,46 @@ def rivals(cells: dict[Run, Marks], rows: dict[Run, Any]) -> str:
     )
 
 
+RECIPES = {"rn50_5ep": 6_255, "rn18_8ep": 10_008}  # steps
+
+
+def soap(cells: dict[Run, Marks]) -> str:
+    """SOAP's learning rate: the parabola's peak where it is bracketed, and a power of the steps through them."""
+    table, places = [], []
+    for run, marks in cells.items():
+        if run.optimizer not in ("soap", "our_soap"):
+            continue
+        lrs = np.array(sorted(marks))
+        values = np.array([np.mean(marks[lr]) for lr in lrs])
+        found = ""
+        if 0 < int(values.argmax()) < len(lrs) - 1:
+            top = 2.0 ** peak(lrs, values)
+            found = f"{top:.4f}"
+            places.append((math.log(run.steps), math.log(top)))
+        points = " ".join(f"{lr:g}: {value:.1%}" for lr, value in zip(lrs, values, strict=True))
+        table.append([title(run), run.steps, found, points])
+    text = tabulate(table, ["cell", "steps", "best soap.lr", "top-1 by learning rate"], "pipe", disable_numparse=True)  # fmt: skip
+    if len(places) < 4:
+        return text
+    steps, tops = np.array(places).T
+    power, cov = np.polyfit(steps, tops, 1, cov="unscaled")
+    scatter = float(np.std(tops - np.polyval(power, steps), ddof=2))
+    lines = [
+        f"It falls as steps to the power {power[0]:.2f} (standard error {scatter * math.sqrt(cov[0, 0]):.2f})."
+    ]
+    for name, count in RECIPES.items():
+        x = np.array([math.log(count), 1.0])
+        error = (
+            1.9 * scatter * math.sqrt(1 + x @ cov @ x)
+        )  # Student's 95 %, one side, of a new cell
+        middle = float(x @ power)
+        low, high = math.exp(middle - error), math.exp(middle + error)
+        lines.append(
+            f"{name}, {count:,} steps: {math.exp(middle):.4f} (90 %: {low:.4f} to {high:.4f})."
+        )
+    return text + "\n\n" + "\n".join(lines)
+
+
 def networks(cells: dict[Run, Marks], noise: float) -> str:
     """The bottleneck network against ResNet-18."""
     all_of_them = (*plan.networks_first(), *plan.networks())
@@ -454,6 +532,7 @@ def main() -> None:
         "B: the lead against the number of images": lead(cells, noise, options.out)
         + "\n\n(* the bracket is not closed)",
         "C: rivals": rivals(cells, rows),
+        "C: SOAP's learning rate": soap(cells),
         "D: networks": networks(cells, noise),
     }
     text = "\n\n".join(f"## {name}\n\n{body}" for name, body in sections.items())

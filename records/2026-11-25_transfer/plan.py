@@ -130,6 +130,53 @@ def transfer_core() -> Iterator[Cell]:
     yield bracket("A hold", held(momentum=0.6))
 
 
+def three(run: Run) -> Cell:
+    """Three learning rates, factors of four apart: of part A where a bracket has no place for more."""
+    return Cell("A short", run, most=3)
+
+
+def transfer_short() -> Iterator[Cell]:
+    """A once around, 781 steps of batch 64 unless said: what of all that was asked moves the optimum at all."""
+    base = {"batch": 64, "epochs": 1}
+    for momentum in (0.95, 0.85, 0.6):
+        yield three(ruled("none", momentum=momentum, **base))
+    for rule in ("keller", "spectral", "rms"):
+        yield three(ruled(rule, **base))
+    for net in ("rn50",):
+        for rule in ("none", "keller", "spectral", "rms"):
+            yield three(ruled(rule, net=net, **base))
+    yield three(ruled("none", width=0.5, **base))
+    for width in (0.25, 0.5, 1.0):
+        yield three(ruled("none", width=width, batch=64, epochs=1, images=12_500))
+    for decay in (0.01, 0.1, 1.0):
+        yield three(ruled("none", decay=decay, **base))
+    for momentum in (0.95, 0.85, 0.6):
+        yield three(held(0.03, momentum=momentum, **base))
+    yield three(ruled("none", stem="sgd", **base))
+    for sgd_lr in (0.25, 4.0):
+        yield three(ruled("none", sgd_lr=sgd_lr, **base))
+    yield three(ruled("none", batch=256, epochs=4))
+    yield three(ruled("none", batch=1024, epochs=4))
+    yield three(ruled("none", batch=1024, epochs=16))
+
+
+def soap_transfer() -> Iterator[Cell]:
+    """The package's SOAP: its learning rate over steps, batch, width and network, 781 steps of batch 64 unless said."""
+    same = replace(BASE, optimizer="our_soap", lr=0.012, batch=64, epochs=1)
+    for run in (
+        same,
+        replace(same, images=12_500),
+        replace(same, images=12_500, width=0.5),
+        replace(same, images=12_500, width=1.0),
+        replace(same, net="rn50"),
+        replace(same, width=0.5),
+        replace(same, batch=256, epochs=4),
+        replace(same, batch=1024, epochs=4),
+        replace(same, epochs=4),
+    ):
+        yield Cell("A soap", run)
+
+
 def data_corner(
     width: float, sizes: tuple[int, ...], lengths: tuple[int, ...], seeds: int
 ) -> Iterator[Cell]:
@@ -252,6 +299,8 @@ def cells() -> list[Cell]:
         *networks_first(),
         *islice(rivals(), 16),  # three epochs of tiny100
         *transfer_core(),
+        *transfer_short(),
+        *soap_transfer(),
         *data(0.25),
         *transfer_rest(),
         *rivals(),
