@@ -216,9 +216,8 @@ def test_overflow_moves_nothing_of_soap() -> None:
     assert fp16_steps(model, settings, {0, 3, 4, 13}, skipping=False).get_scale() == 64
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     optimizer = build_optimizer(model, settings)
-    take_steps(
-        model, optimizer, range(9)
-    )  # a turn of the bases comes after the sixth and the twelfth
+    # A turn of the bases comes after the sixth step and after the twelfth.
+    take_steps(model, optimizer, range(9))
     before = copy.deepcopy([*model.parameters(), *optimizer.state_dict()["state"].values()])
     scaler = torch.amp.GradScaler("cpu", init_scale=1024)
     scaler.scale(torch.ones(()))
@@ -361,9 +360,8 @@ def test_optimizers_resume(optimizer: str) -> None:
     twin = copy.deepcopy(model)
     resumed = build_optimizer(twin, settings)
     resumed.load_state_dict(copy.deepcopy(rule.state_dict()))
-    take_steps(
-        model, rule, range(3, 6)
-    )  # SOAP's bases turn in the first of them, not in the others
+    # SOAP's bases turn in the first of these, not in the others.
+    take_steps(model, rule, range(3, 6))
     take_steps(twin, resumed, range(3, 6))
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)

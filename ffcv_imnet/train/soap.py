@@ -1,5 +1,6 @@
 """SOAP: Adam in the bases in which a layer's gradients are uncorrelated (arXiv:2409.11321)."""
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, cast
@@ -12,11 +13,7 @@ from ffcv_imnet.train.sgd import like
 BETA = 0.95  # of the averages of gradients, of their squares and of their products, as published
 EPSILON = 1e-8
 WIDEST = 4096  # a longer side keeps its own coordinates
-SIDES = {
-    1: "outputs",
-    2: "places",
-    3: "inputs",
-}  # dimensions of a stack (n, outputs, places, inputs)
+SIDES = {1: "outputs", 2: "places", 3: "inputs"}  # by dimension of a stack
 Memory = dict[int, Tensor]  # by width w: (n, w, w), of all sides that long
 
 
@@ -43,7 +40,7 @@ class Stack(NamedTuple):
     @property
     def size(self) -> int:
         """How many weights."""
-        return sum(parameter.numel() for parameter in self.parameters)
+        return math.prod(self.shape)
 
     def of(self, numbers: Tensor) -> Tensor:
         """(layers, outputs, places, inputs), a view."""
@@ -74,7 +71,7 @@ def stacks_of(parameters: Sequence[nn.Parameter]) -> tuple[list[Stack], dict[int
                 counts[width] = first + len(layers)
                 sides.append(Side(dim, width, slice(first, counts[width])))
         stacks.append(Stack(layers, begin, shape, sides))
-        begin += len(layers) * size.numel()
+        begin += stacks[-1].size
     return stacks, counts
 
 
@@ -164,13 +161,13 @@ class SOAP(torch.optim.Optimizer):
         # GradScaler sets both for the time of a step.
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         gradient = torch.zeros_like(self.average)
-        pairs = [
-            (p.grad, part)
+        parts = {
+            p: part
             for stack in self.stacks
             for p, part in zip(stack.parameters, stack.each(gradient), strict=True)
             if p.grad is not None
-        ]
-        torch._foreach_copy_([part for _, part in pairs], [grad for grad, _ in pairs])
+        }
+        torch._foreach_copy_(list(parts.values()), [cast(Tensor, p.grad) for p in parts])
         if scale is not None:
             gradient.div_(scale)
         weight: Any = 1 - BETA
@@ -178,7 +175,7 @@ class SOAP(torch.optim.Optimizer):
             self.steps.add_(1)
         else:
             good = 1 - overflow.view(())
-            gradient = torch.where(overflow > 0, 0.0, gradient)
+            gradient.masked_fill_(overflow > 0, 0.0)
             weight = good * weight
             self.steps.add_(good)
         products = {width: torch.empty_like(gram) for width, gram in self.grams.items()}
@@ -188,34 +185,30 @@ class SOAP(torch.optim.Optimizer):
         self._rotate(gradient, self.bases)
         self.average.lerp_(gradient, weight)
         self.square.lerp_(gradient.square_(), weight)
-        update = self.square.sqrt().add_(EPSILON).reciprocal_().mul_(self.average)
+        update = torch.sqrt(self.square, out=gradient)  # in whose memory `parts` are
+        update.add_(EPSILON).reciprocal_().mul_(self.average)
         # Adam's corrections of both averages, which have one BETA: sqrt(c) / c
         update.mul_((1 - BETA ** self.steps.clamp(min=1)).rsqrt())
         self._rotate(update, self.bases, back=True)
         if overflow is not None:
             update.mul_(good)
-        self._move(update, None if overflow is None else good)
+        self._move(parts, None if overflow is None else good)
         for width, gram in self.grams.items():
             gram.lerp_(products[width], weight)
         self.calls += 1
         if self.calls < self.every or self.calls % self.every == 0:
             self._turn()
 
-    def _move(self, update: Tensor, good: Tensor | None) -> None:
-        """The weights, by `update` in their own coordinates, and decay, which `good` of 0 leaves out."""
-        own = {
-            parameter: part
-            for stack in self.stacks
-            for parameter, part in zip(stack.parameters, stack.each(update), strict=True)
-        }
+    def _move(self, updates: dict[nn.Parameter, Tensor], good: Tensor | None) -> None:
+        """The weights, by their updates, and decay, which `good` of 0 leaves out."""
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
+            moved = [p for p in group["params"] if p in updates]
             if not moved:
                 continue
             if group["weight_decay"]:
                 left: Any = 1 - group["lr"] * group["weight_decay"]
                 torch._foreach_mul_(moved, left if good is None else 1 + (left - 1) * good)
-            torch._foreach_add_(moved, [own[p] for p in moved], alpha=-group["lr"])
+            torch._foreach_add_(moved, [updates[p] for p in moved], alpha=-group["lr"])
 
     def _turn(self) -> None:
         """One step of orthogonal iteration of all bases, by falling eigenvalue; Adam's averages follow."""

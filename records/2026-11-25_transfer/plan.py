@@ -142,9 +142,8 @@ def transfer_short() -> Iterator[Cell]:
         yield three(ruled("none", momentum=momentum, **base))
     for rule in ("keller", "spectral", "rms"):
         yield three(ruled(rule, **base))
-    for net in ("rn50",):
-        for rule in ("none", "keller", "spectral", "rms"):
-            yield three(ruled(rule, net=net, **base))
+    for rule in ("none", "keller", "spectral", "rms"):
+        yield three(ruled(rule, net="rn50", **base))
     yield three(ruled("none", width=0.5, **base))
     for width in (0.25, 0.5, 1.0):
         yield three(ruled("none", width=width, batch=64, epochs=1, images=12_500))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ffcv_imnet.train.muon import POLYNOMIALS
+from ffcv_imnet.train.soap import SOAP
 
 
 def is_kernel(parameter: Tensor) -> bool:
@@ -212,14 +213,8 @@ def build(run: Any, model: nn.Module) -> Stepper:
             return Stepper([sgd])
         if run.optimizer == "soap_kernels":
             package = importlib.import_module("pytorch_optimizer")
-            return Stepper(
-                [
-                    package.SOAP(
-                        kernels, lr=run.lr, weight_decay=run.decay, precondition_frequency=run.every
-                    ),
-                    sgd,
-                ]
-            )
+            options = {"weight_decay": run.decay, "precondition_frequency": run.every}
+            return Stepper([package.SOAP(kernels, lr=run.lr, **options), sgd])
         if run.optimizer == "torch_muon":
             return Stepper([Flattened(kernels, run.lr, run.decay, run.momentum), sgd])
         muon = Kernels(
@@ -233,8 +228,6 @@ def build(run: Any, model: nn.Module) -> Stepper:
         package = importlib.import_module("schedulefree")
         return Stepper([package.AdamWScheduleFree(groups, lr=run.lr, betas=(0.95, 0.98))], True)
     if run.optimizer == "our_soap":
-        from ffcv_imnet.train.soap import SOAP
-
         for group in groups:
             group["lr"] = run.lr
         ours = SOAP(groups, run.every)
