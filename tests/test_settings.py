@@ -307,3 +307,12 @@ def test_a_missing_data_set_is_said_before_torch_is_loaded(tmp_path: Path) -> No
     )
     assert done.stderr.startswith("error: nowhere.beton does not exist: write it with")
     assert done.returncode == 2
+
+
+def test_a_setting_without_effect_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    parse(["--training.optimizer=soap", "--muon.lr=0.1", "--training.weight_decay=0.1"])
+    said = capsys.readouterr().err
+    assert "without effect" in said and "soap: training.weight_decay, muon.lr" in said
+    parse(["--training.optimizer=soap", "--soap.lr=0.1", "--lr.lr_peak_epoch=1"])
+    parse(["--training.optimizer=muon", "--muon.lr=0.1", "--lr.lr=1"])
+    assert capsys.readouterr().err == ""

@@ -33,6 +33,19 @@ from ffcv_imnet.core.errors import Parser, UsageError, nearest
 from ffcv_imnet.core.names import quoted
 from ffcv_imnet.core.paths import local, what_is
 
+# Sections and settings that an optimizer does not read.
+UNREAD = {
+    "sgd": ("muon", "soap"),
+    "muon": ("soap",),
+    "soap": (
+        "muon",
+        "lr.lr",
+        "lr.base_batch_size",
+        "training.momentum",
+        "training.nesterov",
+        "training.weight_decay",
+    ),
+}
 RECIPES = Path(__file__).parents[1] / "rn_configs"  # a link in a checkout, a copy where installed
 
 
@@ -259,10 +272,25 @@ def _parser() -> Parser:
 def parse(argv: Sequence[str] | None = None) -> Command:
     """The command line as resolved settings: defaults, then each --config, then --section.name.
 
+    A setting on the command line that the optimizer does not read is named on stderr.
+
     Raises:
         UsageError: see `StrictConfig.collect_from`, `read_config` and `check`; nothing has been
             allocated by then.
     """
+    command, typed = _parse(argv)
+    optimizer = command.settings.training.optimizer
+    unread = [k for k in typed if {k, k.split(".")[0]} & set(UNREAD[optimizer])]
+    if unread:
+        print(
+            f"command line: without effect, as training.optimizer is {optimizer}: {', '.join(unread)}",
+            file=sys.stderr,
+        )
+    return command
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Command, list[str]]:
+    """See `parse`; and the settings on the command line, by their present names."""
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -288,12 +316,13 @@ def parse(argv: Sequence[str] | None = None) -> Command:
     check(settings)
     if arguments.measure and not arguments.dry_run:
         raise UsageError("--measure goes with --dry_run: it measures instead of training")
-    return Command(
+    command = Command(
         settings=settings,
         dry_run=arguments.dry_run,
         measure=arguments.measure,
         resume=local(arguments.resume, "--resume ") if arguments.resume else None,
     )
+    return command, [RENAMED.get(key, key) for key in given]
 
 
 def _build(config: StrictConfig) -> Settings:
@@ -324,7 +353,7 @@ def load(*paths: str | Path, **overrides: Any) -> Settings:
     options = [f"--config={path}" for path in paths]
     for key, value in overrides.items():
         options.append(f"--{key.replace('__', '.')}={as_word(value)}")
-    return parse(options).settings
+    return _parse(options)[0].settings
 
 
 def check(settings: Settings) -> None:
