@@ -142,6 +142,15 @@ def step(goal: float | None) -> Callable[[Outcome], list[Check]]:
     return check
 
 
+def turns(outcome: Outcome) -> list[Check]:
+    """What a turn of SOAP's bases takes, by QR as it is made and by Cholesky's decomposition."""
+    found = [ended(outcome)]
+    for way, said in outcome.data.items() if outcome.data else ():
+        took = f"{1e3 * said['seconds']:.1f} ms for {said['matrices']} bases, orthonormal to {said['skewness']:.0e}"
+        found.append(Check(f"a turn of SOAP's bases, every ten steps, by {way}", took))
+    return found
+
+
 def loader(workers: int, on_gpu: bool) -> Callable[[Outcome], list[Check]]:
     """Rows of `benchmark loader` with so many threads; the cores of a rehearsal have other work."""
 

@@ -261,6 +261,9 @@ def step(place: Place) -> list[Part]:
             first = (arch, side) == ("resnet18", min(size.resolutions))
             goal = checks.STEP_GOAL if first and place.on_gpu else None
             found.append(Part("step", key, tuple(words), 500, checks.step(goal)))
+        words = ["-m", "acceptance.turns", "--arch", arch, "--device", size.device]
+        words += ["--rounds", str(size.rounds), "--json", str(place.json(f"step.{arch}_turns"))]
+        found.append(Part("step", f"{arch}_turns", tuple(words), 120, checks.turns))
     return found
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import acceptance.__main__ as driver
-from acceptance import bundle, checks, data, packages, plan, profile, smoke
+from acceptance import bundle, checks, data, packages, plan, profile, smoke, turns
 from acceptance.plan import FULL, REHEARSAL, SMALLEST, Part, Place, Size
 from acceptance.record import Check, Outcome, Result, verdict
 from ffcv_imnet.config.parsing import load, parse
@@ -351,3 +351,16 @@ def test_the_bundle_is_weighed(
     with pytest.raises(UsageError, match="holds neither train/ nor"):
         bundle.betons(tmp_path / "bundle", tmp_path / "other.tar.gz", 144, 75)
     assert bundle.pin("ffcv").startswith("ffcv==") and bundle.pin("no-such") == "no-such"
+
+
+def test_both_ways_to_turn_bases_find_the_same() -> None:
+    torch.manual_seed(0)
+    noise = torch.randn(3, 20, 40) * torch.logspace(0, -2, 20)[:, None]
+    image = noise @ noise.mT
+    by_qr, by_cholesky = turns.by_qr(image), turns.by_cholesky(image)
+    torch.testing.assert_close((by_qr * by_cholesky).sum(1).abs(), torch.ones(3, 20))
+    numbers = {"qr": {"seconds": 0.02, "matrices": 59, "skewness": 1e-6}}
+    assert (
+        checks.turns(Outcome(0, 1.0, numbers))[1].measured
+        == "20.0 ms for 59 bases, orthonormal to 1e-06"
+    )
