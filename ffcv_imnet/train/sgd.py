@@ -38,14 +38,16 @@ class FusedSGD(torch.optim.SGD):
 
 
 def like(parameter: torch.Tensor, loaded: Any) -> torch.Tensor:
-    """A loaded momentum in memory of its own, as `parameter` is; zeros for None. Raises ValueError."""
-    momentum = torch.zeros_like(parameter)
+    """A loaded average in memory of its own, as `parameter` is; zeros for None. Raises ValueError."""
+    average = torch.zeros_like(parameter)
     if loaded is None:
-        return momentum
+        return average
     if not isinstance(loaded, torch.Tensor) or loaded.shape != parameter.shape:
         found = list(loaded.shape) if isinstance(loaded, torch.Tensor) else loaded
-        raise ValueError(f"a momentum of {found} for weights of {list(parameter.shape)}")
-    return momentum.copy_(loaded)
+        raise ValueError(
+            f"{found} among the optimizer's averages, where {list(parameter.shape)} is needed"
+        )
+    return average.copy_(loaded)
 
 
 def _start(optimizer: torch.optim.Optimizer) -> None:

@@ -26,6 +26,7 @@ DRAWS = 2_000  # of the noise, for the intervals, which are 90 %
 MARGIN = 0.01  # of top-1: so far the ends of part A's brackets fall, as in plan.bracket
 LEVEL = 0.005  # of top-1: no difference that a recipe would notice
 ASSUMED_NOISE = 0.006  # of top-1 from seed to seed, until at least three runs have been repeated
+LEADS = {"sgd": "SGD", "muon": "Muon", "our_soap": "SOAP"}
 Marks = dict[float, list[list[float]]]  # learning rate -> each seed's last top-1 on both halves
 
 
@@ -122,7 +123,8 @@ def title(run: Run) -> str:
 def transfer(cells: dict[Run, Marks], rows: dict[Run, Any], noise: float) -> str:
     """One row a cell of Muon on the 50,000, and of what is asked about SOAP."""
     table = []
-    short = {replace(c.run, lr=0.0) for c in (*plan.transfer_short(), *plan.soap_transfer())}
+    asked = (*plan.transfer_short(), *plan.soap_transfer(), *plan.long_runs())
+    short = {replace(c.run, lr=0.0) for c in asked}
     for run, marks in cells.items():
         muon = run.optimizer == "muon" and run.images == plan.BASE.images
         if not muon and run not in short:
@@ -295,7 +297,7 @@ def draw_curves(cells: dict[Run, Marks], out: Path) -> None:
 def lead_cells(cells: dict[Run, Marks], width: float) -> dict[tuple[str, int, int], Marks]:
     """(optimizer, images, epochs) -> points, of part B."""
     out = {}
-    for name in ("sgd", "muon"):
+    for name in LEADS:
         base = replace(plan.BASE, optimizer=name, batch=64, width=width, lr=0.0)
         for run, marks in cells.items():
             if (
@@ -325,19 +327,23 @@ def lead(cells: dict[Run, Marks], noise: float, out: Path) -> str:
         table = []
         for images in sorted({key[1] for key in found}):
             row: list[Any] = [f"{images:,}"]
-            for name in ("sgd", "muon"):
+            for name in LEADS:
                 for epochs in sorted(plan.LENGTHS):
                     one = found.get((name, images, epochs))
                     row.append(f"{one.value:.1%}{'*' if one.lr is None else ''}" if one else "")
-            values = epochs_needed(found, images, noise)
-            if values is not None:
-                needs[width, images] = values
+            for name in ("muon", "our_soap"):
+                values = epochs_needed(found, name, images, noise)
+                if values is None:
+                    row.append("")
+                    continue
+                if name == "muon":
+                    needs[width, images] = values
                 low, middle, high = np.percentile(values, (5, 50, 95))
                 row.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
             table.append(row)
         if table:
-            headers = ["images", *(f"{n} {e}" for n in ("SGD", "Muon") for e in sorted(plan.LENGTHS)),
-                       "epochs for SGD's 16 (90 %)"]  # fmt: skip
+            headers = ["images", *(f"{n} {e}" for n in LEADS.values() for e in sorted(plan.LENGTHS)),
+                       "Muon's epochs for SGD's 16 (90 %)", "SOAP's"]  # fmt: skip
             text.append(
                 f"Width {width:g}:\n\n"
                 + tabulate(table, headers, tablefmt="pipe", disable_numparse=True)
@@ -347,11 +353,11 @@ def lead(cells: dict[Run, Marks], noise: float, out: Path) -> str:
 
 
 def epochs_needed(
-    found: dict[tuple[str, int, int], Optimum], images: int, noise: float
+    found: dict[tuple[str, int, int], Optimum], optimizer: str, images: int, noise: float
 ) -> np.ndarray | None:
-    """Draws of the epochs Muon needs for SGD's 16-epoch top-1; None until both are bracketed."""
+    """Draws of the epochs an optimizer needs for SGD's 16-epoch top-1; None until it gets there."""
     target = found.get(("sgd", images, 16))
-    curve = [(e, o.value) for (name, n, e), o in found.items() if (name, n) == ("muon", images)]
+    curve = [(e, o.value) for (name, n, e), o in found.items() if (name, n) == (optimizer, images)]
     if target is None or len(curve) < 2 or max(v for _, v in curve) < target.value:
         return None
     rng = np.random.default_rng(0)

@@ -176,6 +176,20 @@ def soap_transfer() -> Iterator[Cell]:
         yield Cell("A soap", run)
 
 
+def long_runs() -> Iterator[Cell]:
+    """As many steps as the ImageNet recipes make, and on the way there: SOAP's learning rate, Muon's and its momentum."""
+    same = replace(BASE, batch=64)
+    soap = replace(same, optimizer="our_soap", lr=0.012)
+    yield Cell("A long", replace(soap, epochs=16), 2.0)
+    for epochs, lr in ((8, 0.0075), (8, 0.015), (5, 0.009), (3, 0.012)):
+        yield Cell("A long", replace(soap, epochs=epochs, lr=lr), points=1)
+    yield Cell("A long", replace(same, epochs=16, lr=0.04))
+    yield Cell("A long", replace(same, epochs=16, lr=0.04, momentum=0.85), points=1)
+    for epochs in (3, 5, 8):
+        run = replace(same, images=25_000, epochs=epochs, lr=0.04, momentum=0.85)
+        yield Cell("A long", run, points=1)
+
+
 def data_corner(
     width: float, sizes: tuple[int, ...], lengths: tuple[int, ...], seeds: int
 ) -> Iterator[Cell]:
@@ -300,6 +314,7 @@ def cells() -> list[Cell]:
         *transfer_core(),
         *transfer_short(),
         *soap_transfer(),
+        *long_runs(),
         *data(0.25),
         *transfer_rest(),
         *rivals(),
