@@ -120,7 +120,9 @@ def steps(
 ) -> Trained:
     """Some steps of an epoch, as training makes them; its seconds include the device's work."""
     started = time.perf_counter()
-    trained = train_epoch(learner, loader, plan, settings.lr, Trained(), Watch(world, listen=False))
+    trained = train_epoch(
+        learner, loader, plan, settings.schedule, Trained(), Watch(world, listen=False)
+    )
     return replace(trained, seconds=time.perf_counter() - started)
 
 

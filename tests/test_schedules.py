@@ -160,3 +160,10 @@ def test_a_stage_has_its_own_batch_crops_and_smoothing() -> None:
     assert third == replace(second, epoch=2, lr_start=third.lr_start, lr_end=third.lr_end)
     assert (first.lr_start, second.lr_start) == pytest.approx((0.5 * 23 / 24, 7 / 12))
     assert schedules.batch_sizes(settings) == (25, 50)
+
+
+def test_soap_has_a_peak_of_its_own() -> None:
+    soap = load(training__optimizer="soap", soap__lr=0.01, lr__lr=3.0, lr__base_batch_size=64)
+    assert schedules.learning_rate(soap.schedule, 16, soap.lr.lr_peak_epoch, 1024) == 0.01
+    muon = load(training__optimizer="muon", soap__lr=0.01, lr__lr=3.0)
+    assert muon.schedule == muon.lr

@@ -197,7 +197,9 @@ class ShortRuns:
         watch = Watch(self.world, listen=False)  # Ctrl-C ends a search as it ends any command
         try:
             for plan in plan_run(settings, rung.subset):
-                train_epoch(learner, cast(TrainLoader, part), plan, settings.lr, Trained(), watch)
+                train_epoch(
+                    learner, cast(TrainLoader, part), plan, settings.schedule, Trained(), watch
+                )
             scored = ValLoader(path, self.held, settings, self.world)
             found = evaluate(learner.eval_forward, scored, self.world, learner.dtype)
         except (NonFiniteLoss, NonFiniteValidation):

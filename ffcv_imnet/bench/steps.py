@@ -108,7 +108,9 @@ def ours(arch: str, step: str, precision: str, batch_size: int, world: World) ->
             lr_end=LR,
             epochs=MOST_EPOCHS,  # of which one is made: a constant learning rate
         )
-        train_epoch(learner, loader, plan, settings.lr, Trained(), Watch(silent, listen=False))
+        train_epoch(
+            learner, loader, plan, settings.schedule, Trained(), Watch(silent, listen=False)
+        )
 
     return Stepper(learner.model, learner.optimizer, run)
 

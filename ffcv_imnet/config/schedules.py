@@ -108,10 +108,14 @@ def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
                 steps=steps,
                 crop_scale=settings.augmentation.crop_scale if scale is None else scale,
                 label_smoothing=training.label_smoothing if smoothing is None else smoothing,
-                lr_start=learning_rate(settings.lr, training.epochs, epoch + 0.5 / steps, batch),
+                lr_start=learning_rate(
+                    settings.schedule, training.epochs, epoch + 0.5 / steps, batch
+                ),
                 epochs=training.epochs,
                 head_alone=epoch < settings.model.freeze_epochs,
-                lr_end=learning_rate(settings.lr, training.epochs, epoch + 1 - 0.5 / steps, batch),
+                lr_end=learning_rate(
+                    settings.schedule, training.epochs, epoch + 1 - 0.5 / steps, batch
+                ),
             )
         )
     return tuple(plans)

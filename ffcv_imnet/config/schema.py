@@ -5,7 +5,7 @@ those of ffcv-imagenet where it has them.
 """
 
 import math
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from fastargs.validation import Checker
@@ -334,6 +334,13 @@ class Settings:
     distributed: Distributed = Distributed()
     logging: Logging = Logging()
     cost: Cost = Cost()
+
+    @property
+    def schedule(self) -> Lr:
+        """What the learning rate follows: `lr`, in which SOAP has a peak of its own, whatever the batch."""
+        if self.training.optimizer == "soap":
+            return replace(self.lr, lr=self.soap.lr, base_batch_size=0)
+        return self.lr
 
 
 # Settings that may differ between a run and its resumption: they leave the numbers as they are.

@@ -222,7 +222,7 @@ def first_steps(folder: Path, started: float, device: str) -> int:
     first = time.time() - started
     batches.close()
     plan = dataclasses.replace(plan, steps=4)
-    trained = train_epoch(learner, loader, plan, settings.lr, Trained(), Watch(world))
+    trained = train_epoch(learner, loader, plan, settings.schedule, Trained(), Watch(world))
     disconnect(world)
     said = {
         "imports s": imported,

@@ -40,19 +40,19 @@ def build_optimizer(
     `head`: its modules, which lr.body_lr_mult is not for.
     """
     training, muon, soap = settings.training, settings.muon, settings.soap
-    peak = learning_rate(
-        settings.lr, training.epochs, settings.lr.lr_peak_epoch, training.batch_size
-    )
     if training.optimizer == "soap":
         groups = parameter_groups(model, soap.weight_decay)
         for group in groups:
-            group["lr_factor"] = soap.lr / peak
+            group["lr_factor"] = 1.0
         return SOAP(_by_part(groups, head, settings.lr.body_lr_mult), soap.every)
     groups = parameter_groups(model, training.weight_decay)
     for group in groups:
         group |= {"momentum": training.momentum, "lr_factor": 1.0}
     if training.optimizer == "sgd":
         return FusedSGD(_by_part(groups, head, settings.lr.body_lr_mult), training.nesterov)
+    peak = learning_rate(
+        settings.lr, training.epochs, settings.lr.lr_peak_epoch, training.batch_size
+    )
     kernels = {
         "params": [p for p in groups[0]["params"] if is_kernel(p)],
         "weight_decay": muon.weight_decay,

@@ -95,7 +95,7 @@ class RunFolder:
     @property
     def lr(self) -> Lr:
         """The recipe's learning rate at `lr_scale`."""
-        lr = self.settings.lr
+        lr = self.settings.schedule
         return replace(lr, lr=lr.lr * self.lr_scale)
 
     def check_agreement(self) -> None:

@@ -448,6 +448,7 @@ def rivals(cells: dict[Run, Marks], rows: dict[Run, Any]) -> str:
     )
 
 
+STUDENT = {5: 2.35, 6: 2.13, 7: 2.02, 8: 1.94, 9: 1.89}  # 95 %, one side, of a line through so many
 RECIPES = {"rn50_5ep": 6_255, "rn18_8ep": 10_008}  # steps
 
 
@@ -463,7 +464,8 @@ def soap(cells: dict[Run, Marks]) -> str:
         if 0 < int(values.argmax()) < len(lrs) - 1:
             top = 2.0 ** peak(lrs, values)
             found = f"{top:.4f}"
-            places.append((math.log(run.steps), math.log(top)))
+            if (run.net, run.width) == ("rn18", plan.BASE.width):
+                places.append((math.log(run.steps), math.log(top)))
         points = " ".join(f"{lr:g}: {value:.1%}" for lr, value in zip(lrs, values, strict=True))
         table.append([title(run), run.steps, found, points])
     text = tabulate(table, ["cell", "steps", "best soap.lr", "top-1 by learning rate"], "pipe", disable_numparse=True)  # fmt: skip
@@ -477,9 +479,7 @@ def soap(cells: dict[Run, Marks]) -> str:
     ]
     for name, count in RECIPES.items():
         x = np.array([math.log(count), 1.0])
-        error = (
-            1.9 * scatter * math.sqrt(1 + x @ cov @ x)
-        )  # Student's 95 %, one side, of a new cell
+        error = STUDENT[len(places)] * scatter * math.sqrt(1 + x @ cov @ x)  # of a new cell
         middle = float(x @ power)
         low, high = math.exp(middle - error), math.exp(middle + error)
         lines.append(
