@@ -182,7 +182,10 @@ class Lr:
         0, "lr is scaled by batch_size over this (arXiv:1706.02677, 2.1); 0: taken as it is"
     )
     body_lr_mult: float = _float(
-        1.0, "learning rate of all but the head, over the head's; of Muon too", 1e-6, 100.0
+        1.0,
+        "learning rate of all but the head, over the head's; under Muon and SOAP too",
+        1e-6,
+        100.0,
     )
 
 

@@ -2,7 +2,7 @@
 
 What it does differently from ResNet-18, and why. The stem is two 3x3 convolutions instead of one of
 7x7 (after arXiv:1812.01187, 4.2); the max-pooling after them stays: a network of the same cost with a
-second strided convolution in its place ended 1.7 points lower after two epochs of Imagenette
+second strided convolution in its place ended 1.8 points lower after two epochs of Imagenette
 (records/2026-11-23_slim13). Blocks that halve the image average it first, for both branches: nothing is
 aliased, and no blur on four times the pixels is needed (arXiv:1904.11486). There are five blocks where
 ResNet-18 has eight, and wide ones: the last features are 8 x 8 for an image of 128 px where its are 4 x 4.

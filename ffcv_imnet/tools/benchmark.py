@@ -9,7 +9,7 @@ take part where they are installed; libjpeg-turbo, decoding the same crops and n
 limit. `--cores 1 2` pins the processes to that many cores, in alternation too; `--min_crop 0.08 0.5` takes
 crops of those areas and more. What is done stands in the JSON file after every resolution and crop, and
 `--resume` goes on behind it. `step`: forward, backward and update on a batch that stays on the device, in alternation: this
-project's with SGD and with Muon, compiled and not, in each 16-bit type the device computes, beside
+project's with SGD and Muon, compiled and not, and with SOAP, in each 16-bit type the device computes, beside
 ffcv-imagenet's (autocast, GradScaler, not compiled); what compiling took and what share of the
 step the optimizer is. `train`: images/s of the loader alone, of the model alone on a batch that stays on the device,
 and of both, at every resolution of the plan.
