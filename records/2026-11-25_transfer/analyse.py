@@ -240,10 +240,12 @@ def asked_panels(
         ]
         labels |= {(name, run): f"{getattr(run, field)}" for run in panels[name]}
     name = "SOAP, by steps"
-    panels[name] = [
+    of_soap = [
         run for run in cells
         if run.optimizer in ("soap", "our_soap") and (run.data, run.width, run.net) == ("tiny100", 0.25, "rn18")
+        and len(cells[run]) > 2
     ]  # fmt: skip
+    panels[name] = sorted(of_soap, key=lambda run: run.steps)
     labels |= {(name, run): f"{run.steps:,} steps of {run.batch}" for run in panels[name]}
     return panels, labels
 
@@ -282,7 +284,8 @@ def draw_curves(cells: dict[Run, Marks], out: Path) -> None:
         ax.set_xticks(ticks, [f"{lr:g}" for lr in ticks], fontsize=7, rotation=60)
         ax.set_xticks([], minor=True)
         ax.set(title=name, xlabel="learning rate", ylabel="top-1, %")
-        ax.legend(fontsize=7)
+        many = len(runs) > 5
+        ax.legend(fontsize=6 if many else 7, ncols=2 if many else 1)
         ax.grid(alpha=0.3)
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)

@@ -177,17 +177,23 @@ def soap_transfer() -> Iterator[Cell]:
 
 
 def long_runs() -> Iterator[Cell]:
-    """As many steps as the ImageNet recipes make, and on the way there: SOAP's learning rate, Muon's and its momentum."""
-    same = replace(BASE, batch=64)
+    """As many steps as the ImageNet recipes make, and on the way there: SOAP's learning rate, and decay under both."""
+    same = replace(BASE, batch=64, lr=0.04)
     soap = replace(same, optimizer="our_soap", lr=0.012)
     yield Cell("A long", replace(soap, epochs=16), 2.0)
     for epochs, lr in ((8, 0.0075), (8, 0.015), (5, 0.009), (3, 0.012)):
         yield Cell("A long", replace(soap, epochs=epochs, lr=lr), points=1)
-    yield Cell("A long", replace(same, epochs=16, lr=0.04))
-    yield Cell("A long", replace(same, epochs=16, lr=0.04, momentum=0.85), points=1)
-    for epochs in (3, 5, 8):
-        run = replace(same, images=25_000, epochs=epochs, lr=0.04, momentum=0.85)
-        yield Cell("A long", run, points=1)
+    yield Cell("A long", replace(same, epochs=16))
+    yield Cell("A long", replace(same, epochs=16, momentum=0.85), points=1)
+    yield Cell("A long", replace(same, images=25_000, epochs=8, momentum=0.85), points=1)
+    for decay in (0.05, 0.15, 0.5):
+        yield Cell("A long", replace(soap, epochs=8, lr=0.0075, decay=decay), points=1)
+    for decay in (0.02, 0.08):
+        yield Cell("A long", replace(same, epochs=8, decay=decay), points=1)
+    yield Cell("A long", replace(soap, epochs=8, lr=0.0075, decay=0.05, every=50), points=1)
+    for epochs, lr in ((5, 0.009), (3, 0.012)):
+        yield Cell("A long", replace(soap, epochs=epochs, lr=lr, decay=0.15), points=1)
+    yield Cell("A long", replace(same, epochs=5, decay=0.04), points=1)
 
 
 def data_corner(
