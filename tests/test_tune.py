@@ -87,12 +87,12 @@ def test_drawn_values_become_settings_and_come_back(options: dict[str, str]) -> 
         assert values_of(there, keys, steps) == pytest.approx(middle, rel=0.02)
     if "soap.lr" in keys:
         rates = [with_values(recipe, {"soap.lr": 0.01}, n).soap.lr for n in (1000, 16_000)]
-        assert rates == [0.01, 0.00678]
+        assert rates == [0.01, 0.00642]
     # The same decay over a whole run, whatever its length; SOAP's learning rate falls as it becomes longer.
     decays = [key for key in keys if key.endswith("weight_decay")]
     section, name = decays[0].split(".")
     of = [getattr(getattr(with_values(recipe, middle, n), section), name) for n in (100, 1000)]
-    shrink = 10 ** (0.86 if "soap.lr" in keys else 1)
+    shrink = 10 ** (0.84 if "soap.lr" in keys else 1)
     assert of[0] == pytest.approx(shrink * of[1], rel=0.01)
 
 

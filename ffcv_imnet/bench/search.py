@@ -16,7 +16,7 @@ DIVERGED = 1e6  # stands for an infinite loss
 # A schedule's mean over its peak: it rises and falls linearly, or falls as a cosine does.
 MEAN_LR = 0.5
 # SOAP's best learning rate falls as the run's steps to this power (records/2026-11-25_transfer).
-SOAP_POWER = -0.14
+SOAP_POWER = -0.16
 
 
 @dataclass(frozen=True)
