@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from acceptance.data import repeated
+from ffcv_imnet.bench.steps import CLASSES
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import EpochPlan, plan_run
 from ffcv_imnet.config.schema import Settings
@@ -28,7 +29,6 @@ from ffcv_imnet.train.checkpoint import Learner, Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
 from ffcv_imnet.train.watch import Watch
 
-CLASSES = 1000
 PROFILED = 6  # steps under the profiler, whose trace grows by megabytes a step
 Event = dict[str, Any]
 

@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ffcv_imnet.bench.steps import CLASSES
 from ffcv_imnet.core.errors import Parser, run_main
 from ffcv_imnet.machine.device import synchronise
 from ffcv_imnet.models.registry import build
-from ffcv_imnet.train.optim import parameter_groups
-from ffcv_imnet.train.soap import SOAP
+from ffcv_imnet.train.soap import stacks_of
 
-CLASSES = 1000
 # Added to a Gram matrix, times its largest eigenvalue: bounds the condition, which Cholesky squares.
 SHIFT = 1e-6
 
@@ -47,10 +46,10 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {"qr": by_qr, "cholesky": by_chole
 
 def sides(arch: str, device: torch.device) -> dict[int, Tensor]:
     """By width w, Gram matrices (n, w, w) of normal random gradients: as many as the network has sides."""
-    soap = SOAP(parameter_groups(build(arch, CLASSES, zero_gamma=False), 0.0), every=10)
+    _, counts = stacks_of(list(build(arch, CLASSES, zero_gamma=False).parameters()))
     found = {}
-    for width, grams in soap.grams.items():
-        noise = torch.randn(len(grams), width, 2 * width, device=device)
+    for width, count in counts.items():
+        noise = torch.randn(count, width, 2 * width, device=device)
         # eigenvalues over six decades, as a layer's gradients have them
         noise *= torch.logspace(0, -3, width, device=device)[:, None]
         gram = noise @ noise.mT

@@ -104,7 +104,7 @@ def measure(
     Raises:
         RunError: the loader failed.
     """
-    still = replace(settings.lr, lr=1e-12)
+    still = replace(settings.schedule, lr=1e-12)
 
     def steps(source: Callable[[], Batches], count: int) -> _Timed:
         timed = _Timed(source)

@@ -160,7 +160,7 @@ def transfer_short() -> Iterator[Cell]:
 
 
 def soap_transfer() -> Iterator[Cell]:
-    """The package's SOAP: its learning rate over steps, batch, width and network, 781 steps of batch 64 unless said."""
+    """This project's SOAP: its learning rate over steps, batch, width and network, 781 steps of batch 64 unless said."""
     same = replace(BASE, optimizer="our_soap", lr=0.012, batch=64, epochs=1)
     for run in (
         same,
@@ -185,12 +185,17 @@ def long_runs() -> Iterator[Cell]:
         yield Cell("A long", replace(soap, epochs=epochs, lr=lr), points=1)
     yield Cell("A long", replace(same, epochs=16))
     yield Cell("A long", replace(same, epochs=16, momentum=0.85), points=1)
+    sgd = replace(same, optimizer="sgd", epochs=16, lr=1.0, sgd_decay=2e-4)
+    yield Cell("A long", sgd, points=1)
     yield Cell("A long", replace(same, images=25_000, epochs=8, momentum=0.85), points=1)
     for decay in (0.05, 0.15, 0.5):
         yield Cell("A long", replace(soap, epochs=8, lr=0.0075, decay=decay), points=1)
     for decay in (0.02, 0.08):
         yield Cell("A long", replace(same, epochs=8, decay=decay), points=1)
-    yield Cell("A long", replace(soap, epochs=8, lr=0.0075, decay=0.05, every=50), points=1)
+    yield Cell("A long", replace(soap, epochs=8, lr=0.015, decay=0.075), points=1)
+    for decay in (0.05, 0.15):
+        run = replace(soap, epochs=8, lr=0.0075, decay=decay, every=50)
+        yield Cell("A long", run, points=1)
     for epochs, lr in ((5, 0.009), (3, 0.012)):
         yield Cell("A long", replace(soap, epochs=epochs, lr=lr, decay=0.15), points=1)
     yield Cell("A long", replace(same, epochs=5, decay=0.04), points=1)
