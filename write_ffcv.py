@@ -485,8 +485,8 @@ def copies(source: ImageSource, contents: NDArray[np.uint64], kept: NDArray[np.i
 
 
 def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
-    """Name some unreadable images on stderr; all of them stand in the manifest, or where there will be
-    none in SPLIT.unreadable.txt.
+    """Name some unreadable images on stderr; all of them stand in the manifest, or where nothing is written
+    in SPLIT.unreadable.txt.
 
     Raises:
         RunError: there are some and they may not be skipped, or a class has no others.
@@ -496,13 +496,10 @@ def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
     for line in lines[:EXAMPLES]:
         print(f"unreadable: {line}", file=sys.stderr)
     if bad and not job.skip_bad:
-        where = "listed above"
-        if len(bad) > EXAMPLES:
-            listing = unreadable_list(job)
-            listing.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
-            where = f"{EXAMPLES} of them above, all in {listing}"
+        listing = unreadable_list(job)
+        listing.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
         raise RunError(
-            f"{len(bad):,} of {len(source):,} images are unreadable ({where}) and nothing was"
+            f"{len(bad):,} of {len(source):,} images are unreadable (listed in {listing}) and no .beton was"
             " written: mend or remove them, or go on without them by --skip_bad"
         )
     if len(bad) > EXAMPLES:

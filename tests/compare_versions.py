@@ -83,7 +83,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
                 collect(f"{name}.{key}", item)
 
     state = checkpoint.load(folder / "last.pt")
-    for part in ("model", "optimizer", "ema", "torch_rng"):
+    for part in ("model", "optimizer", "ema"):
         collect(part, state[part])
     return found
 

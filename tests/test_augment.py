@@ -49,6 +49,19 @@ def test_without_them_there_is_nothing() -> None:
     assert nothing[0] is batch[0] and nothing[1] is batch[1]
 
 
+def test_the_networks_own_draws_differ_by_process_and_step() -> None:
+    """Eight processes must not leave out the same branches; a resumed run must."""
+
+    def drawn(rank: int, epoch: int, step: int, seed: int = 0) -> tuple[float, ...]:
+        augment = augment_of(rank, 8, training__batch_size=64, training__seed=seed)
+        augment.seed_network(epoch, step)
+        return tuple(torch.rand(4).tolist())
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1)]
+    assert len({drawn(*place) for place in places}) == len(places)
+    assert drawn(3, 2, 1) == drawn(3, 2, 1)
+
+
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_an_images_label_is_what_it_consists_of(kind: str) -> None:
     """Each pixel of a flat image tells its class; the parts of the label are those of the mean pixel."""

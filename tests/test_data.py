@@ -369,11 +369,62 @@ def test_copies_on_a_stream_of_their_own(
         # The place is free when the step before the last is done; FFCV's memory when it is copied.
         expected += [f"used {before} on compute", f"side waits for used {last}", *other]
         expected += ["step", "host waits for copied"]
+    expected.append("host waits for copied")  # before its memory is freed: a copy may be under way
     assert diary == expected
     assert places == places[:2] * 3 and places[0] != places[1]
     ((thread, device),) = threads
     assert isinstance(thread, data._Epoch) and device == meta.device
     assert capsys.readouterr().err.count("not page-locked") == 1
+
+
+def test_leaving_a_pass_waits_for_the_copy_under_way(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's memory is freed behind it, and the next pass would write there."""
+    diary: list[str] = []
+    follow_streams(diary, monkeypatch)
+    monkeypatch.setattr(data, "copies_to", Copies)
+    stop = data._Epoch.stop
+
+    def noted(epoch: data._Epoch) -> None:
+        diary.append("stop")
+        stop(epoch)
+
+    monkeypatch.setattr(data._Epoch, "stop", noted)
+    meta = dataclasses.replace(ALONE, device=torch.device("meta"))
+    settings = small.settings(tmp_path)
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, meta)
+    batches = loader.epoch(plan_run(settings, small.train_samples)[0])
+    next(batches)
+    batches.close()
+    assert diary[-2:] == ["host waits for copied", "stop"]
+
+
+def test_waiting_for_the_device_is_not_waiting_for_the_loader(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy waits for the step before the last: a busy GPU must not look like a slow decoder."""
+    pause = 0.1
+
+    class Busy:
+        def start(self, *batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return batch
+
+        def wait(self) -> None:
+            time.sleep(pause)
+
+    monkeypatch.setattr(data, "copies_to", lambda device: Busy())
+    monkeypatch.setattr(data._OrderedLoader, "_check_pinned", lambda *_: None)
+    settings = small.settings(tmp_path)
+    plan = plan_run(settings, small.train_samples)[0]
+    loader = data.TrainLoader(str(small.train), small.train_samples, settings, ALONE)
+    next(batches := loader.epoch(plan))  # compiles
+    batches.close()
+    before, started = loader.waited, time.perf_counter()
+    assert len(list(loader.epoch(plan))) == plan.steps
+    taken, waited = time.perf_counter() - started, loader.waited - before
+    assert plan.steps * pause < taken
+    assert 0 < waited < taken - plan.steps * pause
 
 
 def follow_streams(diary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

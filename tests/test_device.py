@@ -151,6 +151,24 @@ def test_a_card_without_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         devices.choose("auto", local_rank=1, local_size=2)
 
 
+@pytest.mark.parametrize(
+    ("current", "rank", "named", "wanted"),
+    [
+        (0, 0, "cuda", "cuda:0"),
+        (0, 3, "cuda", "cuda:3"),  # under torchrun, nobody having chosen
+        (2, 0, "cuda", "cuda:2"),  # torch.cuda.set_device(2)
+        (2, 3, "cuda:1", "cuda:1"),
+        (2, 3, "cpu", "cpu"),
+    ],
+)
+def test_a_device_without_a_number(
+    current: int, rank: int, named: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda.set_device, which the loader's thread calls, takes none."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    assert devices.numbered(torch.device(named), rank) == torch.device(wanted)
+
+
 def test_the_device_is_a_setting_with_a_short_name(tmp_path: Path) -> None:
     assert parse([]).settings.training.device == "auto"
     assert parse(["--device=cpu"]).settings.training.device == "cpu"

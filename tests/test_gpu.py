@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ffcv_imnet.config.parsing import load, to_yaml
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.log import read_log
+from ffcv_imnet.data.image_loader import ImageLoader
 from ffcv_imnet.data.loader import TrainLoader
 from ffcv_imnet.machine import device
 from ffcv_imnet.machine.device import Copies
@@ -84,6 +86,27 @@ def test_batches_are_those_of_a_cpu_from_pinned_memory(
         for values, reference in zip(ours, wanted, strict=True):
             assert torch.equal(values.cpu(), reference)
     assert len(pinned) == 12 and all(pinned)
+
+
+def test_a_busy_device_is_no_slow_loader(small: SmallData, tmp_path: Path) -> None:
+    """`waited` is the decoder's, not what a copy waits for the step before the last."""
+    settings = small.settings(tmp_path)
+    plan = plan_run(settings, small.train_samples)[0]
+    loader = TrainLoader(str(small.train), small.train_samples, settings, ON_GPU)
+    next(batches := loader.epoch(plan))  # compiles
+    batches.close()
+    before, started = loader.waited, time.perf_counter()
+    for _ in loader.epoch(plan):
+        torch.cuda._sleep(LONG // 5)
+    device.synchronise(GPU)
+    assert loader.waited - before < (time.perf_counter() - started) / 2
+
+
+def test_a_device_without_a_number(small: SmallData) -> None:
+    """As torch.device("cuda" if torch.cuda.is_available() else "cpu") is."""
+    with ImageLoader(small.train, 16, 32, device=torch.device("cuda")) as loader:
+        images, labels = next(iter(loader))
+        assert images.device == labels.device == torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon", "soap"])

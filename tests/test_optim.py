@@ -418,7 +418,7 @@ class PlainSoap:
 
     @staticmethod
     def seen(x: Tensor) -> Tensor:
-        return x.flatten(2) if x.ndim == 4 else x
+        return x.flatten(2) if x.ndim > 2 else x
 
     def rotated(self, x: Tensor, bases: dict[int, Tensor]) -> Tensor:
         for dim, basis in bases.items():
@@ -451,12 +451,14 @@ class PlainSoap:
 
 
 def test_soap_by_the_letter() -> None:
-    """Two kernels of one shape, one of 1x1, a head, shifts; sides of one width in different layers."""
+    """Two kernels of one shape, one of 1x1, a head, shifts, of one and three dimensions, a transformer's places;
+    sides of one width in different layers."""
     settings = load(
         training__optimizer="soap", soap__weight_decay=0.1, soap__lr=0.01, soap__every=5
     )
     torch.manual_seed(0)
-    shapes = (8, 3, 3, 3), (8, 3, 3, 3), (8, 8, 1, 1), (8, 8), (8,), (10,)
+    shapes: list[tuple[int, ...]] = [(8, 3, 3, 3), (8, 3, 3, 3), (8, 8, 1, 1), (8, 8), (8,), (10,)]
+    shapes += [(4, 3, 5), (3, 4, 2, 2, 2), (1, 4, 4)]
     model = nn.ParameterList([torch.randn(shape, dtype=torch.float64) for shape in shapes])
     kernels_last = [p.contiguous(memory_format=torch.channels_last) for p in list(model)[:2]]
     model[0].data, model[1].data = (kernel.detach() for kernel in kernels_last)

@@ -80,6 +80,22 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(swept: Path) -> None:
         sweep.main([str(swept / "changed.yaml"), "--out", str(swept / "out"), "--table"])
 
 
+def test_a_target_for_other_images_stops_no_second_start(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training drops such a target, before it writes its settings into the log."""
+    settings = small.settings(
+        tmp_path / "unused", training__epochs=1, training__stop_at=0.9,
+        training__stop_at_on="imagenet", training__stop_when_reached=True,
+    )  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(to_yaml(settings))
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"config: {tmp_path / 'recipe.yaml'}\nvariants: {{a: {{}}}}\n")
+    monkeypatch.setattr(sweep, "train", train_here)
+    for _ in range(2):
+        assert sweep.main([str(path), "--out", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -49,6 +49,19 @@ def test_whole_tree(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not list(data.rglob("*.verify.json"))
 
 
+@pytest.mark.parametrize(("inside", "path"), [("train", "."), ("train/n00000001", "..")])
+def test_the_current_folder(
+    inside: str, path: str, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """It, and not the folder around it, whose classes its name would be."""
+    monkeypatch.chdir(data / "tree" / inside)
+    cut = data / "tree/train/n00000001/n00000001_0006.JPEG"
+    os.truncate(cut, 500)
+    status, said = run(capsys, path)
+    assert status == 1 and "n00000001_0006" in said
+    assert "of 3 classes" in said
+
+
 def test_what_is_wrong_with_a_tree(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, val = data / "tree/train", data / "tree/val"
     cut = train / "n00000001/n00000001_0006.JPEG"

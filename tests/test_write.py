@@ -151,8 +151,10 @@ def test_all_unreadable_images_are_listed(
     with pytest.raises(RunError, match="3 of 16 images are unreadable") as caught:
         write_ffcv.main(arguments(damaged, tmp_path / "out"))
     assert caught.value.status == 1
-    assert contents(tmp_path / "out") == []
+    assert contents(tmp_path / "out") == ["train.unreadable.txt"]
     listed = [line for line in capsys.readouterr().err.splitlines() if "unreadable:" in line]
+    kept = (tmp_path / "out" / "train.unreadable.txt").read_text().splitlines()
+    assert [f"unreadable: {line}" for line in kept] == listed
     names = ["n00000000/n00000000_0001.JPEG", "n00000002/n00000002_0009.JPEG", "n00000002/zz.jpg"]
     reasons = ["empty", "truncated", "not an image"]
     for line, name, reason in zip(listed, names, reasons, strict=True):
@@ -165,7 +167,7 @@ def test_of_many_unreadable_images_three_are_named_and_all_listed(
     more = [damaged / "train" / "n00000001" / f"z{n}.jpg" for n in range(4)]
     for path in more:
         path.touch()
-    with pytest.raises(RunError, match=r"7 of 20 .*\(3 of them above, all in .*unreadable\.txt\)"):
+    with pytest.raises(RunError, match=r"7 of 20 .*\(listed in .*unreadable\.txt\)"):
         write_ffcv.main(arguments(damaged, tmp_path / "out"))
     assert capsys.readouterr().err.count("unreadable: ") == 3
     assert contents(tmp_path / "out") == ["train.unreadable.txt"]

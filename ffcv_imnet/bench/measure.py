@@ -44,6 +44,8 @@ class Rates:
 class _Timed:
     """A loader that notes when it was asked for each batch, and may end early."""
 
+    waited = 0.0  # of no use here
+
     def __init__(self, source: Callable[[], Batches], samples: int = 0) -> None:
         self.source, self.samples = source, samples
         self.asked: list[float] = []

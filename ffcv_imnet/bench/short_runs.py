@@ -159,6 +159,10 @@ class _Part:
     def __init__(self, loader: TrainLoader, samples: Indices) -> None:
         self.loader, self.samples = loader, samples
 
+    @property
+    def waited(self) -> float:
+        return self.loader.waited
+
     def epoch(self, plan: EpochPlan, first_step: int = 0) -> Batches:
         order = epoch_order(len(self.samples), self.loader.seed, plan.epoch)
         begin, end = first_step * plan.batch_size, plan.steps * plan.batch_size

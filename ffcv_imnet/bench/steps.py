@@ -150,6 +150,8 @@ def public(arch: str, precision: str, device: torch.device) -> Stepper:
 class _Still:
     """A loader whose every batch is the same."""
 
+    waited = 0.0
+
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.batch = images, labels
 

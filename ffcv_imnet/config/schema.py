@@ -364,6 +364,7 @@ NOT_OF_THE_RESULT = (
     "training.stop_at_on",
     "training.checkpoint_minutes",
     "training.on_nonfinite_loss",
+    "validation.batch_size",  # each image counts once
     "distributed.timeout_seconds",
     "training.max_hours",
     "training.max_cost",

@@ -40,7 +40,7 @@ from ffcv_imnet.data.decoders import DAMAGES, CropDecoder
 from ffcv_imnet.data.read_ahead import ReadAhead
 from ffcv_imnet.images import synthetic
 from ffcv_imnet.images.imagenet import IMAGENETTE, imagenet_names
-from ffcv_imnet.machine.device import copies_to, make_current
+from ffcv_imnet.machine.device import copies_to, current, make_current
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.machine.host import affinity_cores, usable_cores
 
@@ -191,7 +191,8 @@ class _Epoch(EpochIterator):
         self.device = device
         self.error: BaseException | None = None
         self.read_ahead: ReadAhead | None = None
-        super().__init__(loader, order)
+        with current(device):  # of which FFCV makes its streams
+            super().__init__(loader, order)
 
     def run(self) -> None:
         try:
@@ -220,6 +221,7 @@ class _Epoch(EpochIterator):
         return super().run_pipeline(*arguments)
 
     def __next__(self) -> Any:
+        asked = time.perf_counter()
         try:
             return super().__next__()
         except StopIteration:
@@ -228,6 +230,8 @@ class _Epoch(EpochIterator):
                     f"{self.loader.fname}: the loader failed: {self.error!r}"
                 ) from self.error
             raise
+        finally:
+            self.loader.waited += time.perf_counter() - asked
 
     def stop(self) -> None:
         """End the thread and free its buffers, wherever it is."""
@@ -303,6 +307,9 @@ class _OrderedLoader:
         self.skip_damaged = data.on_damaged == "skip"
         self.skipped: set[int] = set()
         self.said_unpinned = False
+        self.waited = (
+            0.0  # seconds without a batch; what a copy to the device takes is not among them
+        )
         self.construction_seconds = time.perf_counter() - started
         self.start_seconds: float | None = None  # construction and wait for the first batch of all
 
@@ -331,6 +338,7 @@ class _OrderedLoader:
         asked = time.perf_counter()
         self._check_unchanged()
         epoch = _Epoch(self, order, device)
+        self.waited += time.perf_counter() - asked
         try:
             for number, (images, labels) in enumerate(epoch):
                 if self.start_seconds is None:
@@ -351,8 +359,12 @@ class _OrderedLoader:
                 copies.wait()
             self._check_unchanged()
         finally:
-            epoch.stop()
-            torch.set_num_threads(threads)
+            try:
+                if copies is not None:  # of a pass that is left early one may be under way
+                    copies.wait()
+            finally:
+                epoch.stop()
+                torch.set_num_threads(threads)
 
     def _check_pinned(self, images: Tensor) -> None:
         """Say once if FFCV could not lock its memory, which it keeps to itself."""
@@ -452,6 +464,11 @@ class TrainLoader:
         order = share_of_order(order, self.loader.batch_size, self.world.rank, self.world.size)
         order = order[first_step * self.loader.batch_size :] if only is None else only
         return self.loader.batches(order, self.world.device)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this process has been without a batch, over all epochs."""
+        return self.loader.waited
 
     def first_batch_seconds(self) -> float | None:
         """From the construction to the first batch of all; None if that was told before."""

@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -147,6 +148,18 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """`make_current`, for a while."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def numbered(device: torch.device, local_rank: int = 0) -> torch.device:
+    """The card that "cuda" without a number means: the one this thread made current, else `local_rank`'s."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device() or local_rank)
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done all that it was given."""
     if device.type == "cuda":
@@ -162,17 +175,6 @@ def reset_peak_memory(device: torch.device) -> None:
     """Count the peak from here on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def random_state(device: torch.device) -> torch.Tensor | None:
-    """Of the accelerator's own generator, for a checkpoint; None on a CPU, whose generator is torch's."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def set_random_state(device: torch.device, state: torch.Tensor | None) -> None:
-    """The inverse. A state of another kind of device, or none, changes nothing."""
-    if device.type == "cuda" and state is not None:
-        torch.cuda.set_rng_state(state, device)
 
 
 def room(device: torch.device) -> int:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -100,7 +101,8 @@ def read_sweep(path: Path, out: Path) -> list[Run]:
             run = Run(str(name), seed, folder, tuple(options))
             log = run.log()
             if log and log.headers:
-                differ = differences(to_dict(wanted), log.headers[0].settings)
+                there = log.headers[0].settings
+                differ = differences(_aimed(to_dict(wanted), there), there)
                 if differ:
                     raise UsageError(
                         f"{where}{folder} holds a run of other settings ({'; '.join(differ)}): take "
@@ -108,6 +110,13 @@ def read_sweep(path: Path, out: Path) -> list[Run]:
                     )
             runs.append(run)
     return runs
+
+
+def _aimed(wanted: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
+    """`wanted` without its target where `there`, settings of a run's log, has none: it was for other images."""
+    if there.get("training", {}).get("stop_at"):
+        return wanted
+    return wanted | {"training": wanted["training"] | {"stop_at": 0.0, "stop_when_reached": False}}
 
 
 def train(run: Run) -> None:

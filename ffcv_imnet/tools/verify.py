@@ -188,6 +188,8 @@ def targets(path: Path) -> list[Target]:
     Raises:
         UsageError: nothing that we know.
     """
+    if path.name in ("", ".."):  # of "." and "..": its name and its neighbours are asked for below
+        path = path.resolve()
     split = next((s for s in ("train", "val") if re.search(rf"\b{s}|_{s}", path.name)), "")
     if path.is_file():
         if path.suffix in KINDS:

@@ -21,7 +21,7 @@ from ffcv_imnet.machine.distributed import World
 # times some ten launches a step. The order of the images is random, so each still gets any two with equal chance.
 ALIKE = 16
 OPERATIONS = 2  # as the paper's N for ImageNet (arXiv:1909.13719, table 4)
-MIX, ALTER = 0, 1  # streams
+MIX, ALTER, NETWORK = 0, 1, 2  # streams
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Augment:
             images = mixed.round_().to(torch.uint8)
         return images.contiguous(memory_format=torch.channels_last), labels
 
+    def seed_network(self, epoch: int, step: int) -> None:
+        """Set torch's generators, the devices' too, for what the network draws in this step: dropout, stochastic
+        depth. On each process something else, and by a resumed run the same."""
+        torch.manual_seed(_number(self.seed, NETWORK, epoch, step, self.rank))
+
 
 def build_augment(settings: Settings, classes: int, world: World) -> Augment:
     """What `augmentation` asks for beyond the loader's crops and flips."""
@@ -91,9 +96,14 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 def drawing(*key: int) -> Iterator[None]:
     """In here torch's generator on the CPU draws what belongs to `key`; afterwards it is as before."""
     before = torch.get_rng_state()
-    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    torch.default_generator.manual_seed(int(seed) >> 1)  # the accelerator's stays
+    torch.default_generator.manual_seed(_number(*key))  # the accelerator's stays
     try:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+def _number(*key: int) -> int:
+    """A seed for `key`, below 2 to the 63."""
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return int(seed) >> 1

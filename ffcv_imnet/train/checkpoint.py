@@ -22,7 +22,6 @@ from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.names import fault_of_all, quoted
 from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.core.typed import fault_of_fields, is_value
-from ffcv_imnet.machine import device
 from ffcv_imnet.machine.device import DTYPES
 from ffcv_imnet.train.augment import Augment
 from ffcv_imnet.train.stand_ins import stand_ins
@@ -86,8 +85,8 @@ class _State:
     optimizer: dict[str, Any]
     scaler: dict[str, bool | int | float | None]
     ema: dict[str, Any] | None
-    torch_rng: torch.Tensor
-    device_rng: torch.Tensor | None = None  # older checkpoints lack it
+    torch_rng: torch.Tensor | None = None  # of older checkpoints, and of no more use
+    device_rng: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class _Run:
 
 
 def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:
-    """Everything that going on needs. Crops and order need nothing: they follow from epoch and step.
+    """Everything that going on needs. All that is drawn needs nothing: it follows from epoch and step.
 
     Args:
         run: plain values: settings, data checksums, classes, the records so far.
@@ -115,9 +114,6 @@ def state_of(learner: Learner, run: dict[str, Any]) -> dict[str, Any]:
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "ema": learner.ema.state_dict() if learner.ema is not None else None,
-        "torch_rng": torch.get_rng_state(),
-        # What dropout draws from on an accelerator; of the process that saves.
-        "device_rng": device.random_state(_device_of(learner)),
     }
 
 
@@ -130,8 +126,6 @@ def restore(learner: Learner, state: dict[str, Any], path: Path) -> None:
             learner.scaler.load_state_dict(state["scaler"])
         if learner.ema is not None:
             learner.ema.load_state_dict(state["ema"])
-        torch.set_rng_state(state["torch_rng"])
-        device.set_random_state(_device_of(learner), state.get("device_rng"))
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]  # torch's first line alone says nothing
         raise RunError(f"{path}: the checkpoint does not fit this network: {reason}") from error
@@ -148,10 +142,6 @@ def _optimizer_state(optimizer: Optimizer, held: dict[str, Any]) -> dict[str, An
         for own, kept in zip(optimizer.param_groups, held["param_groups"], strict=True)
     ]
     return {"state": held["state"], "param_groups": groups}
-
-
-def _device_of(learner: Learner) -> torch.device:
-    return next(learner.model.parameters()).device
 
 
 def save(state: dict[str, Any], path: Path, previous: Path | None = None) -> None:

@@ -213,20 +213,19 @@ def train_epoch(
         return replace(before, late=True)
     waiting = begin_training(learner, plan.head_alone)
     tally = Tally(before, plan.steps, world)
-    rate, waited, compiled, looks = 0.0, 0.0, compile_seconds(), list(before.norms)
+    rate, waited, compiled, looks = 0.0, loader.waited, compile_seconds(), list(before.norms)
     batches, made = loader.epoch(plan, before.steps), before.steps * plan.batch_size
     what = f"epoch {plan.epoch} {plan.resolution} px"
     with closing(batches), Progress(plan.images, what, "img", world.is_main, made) as progress:
         for step in range(before.steps, plan.steps):
-            asked = time.perf_counter()
             images, labels = next(batches)
-            waited += time.perf_counter() - asked
             done = plan.epoch + (step + 0.5) / plan.steps
             rate = learning_rate(lr, plan.epochs, done, plan.batch_size)
             last = step + 1 == plan.steps
             # Gradients and weights are the same on all processes.
             norms = Norms() if world.is_main and watch.will_look(step, last) else None
             images, targets = learner.augment(images, labels, plan.epoch, step)
+            learner.augment.seed_network(plan.epoch, step)
             loss = train_step(learner, images, targets, rate, plan.label_smoothing, norms, waiting)
             say_how_compiled(learner.compiled and world.is_main)
             tally.add(step, loss, labels)
@@ -246,7 +245,7 @@ def train_epoch(
         loss_sum=float(world.sum(tally.loss_sum)) / world.size,
         lr=rate,
         seconds=before.seconds + time.perf_counter() - watch.started,
-        loader_seconds=before.loader_seconds + waited,
+        loader_seconds=before.loader_seconds + loader.waited - waited,
         skipped=int(world.sum(tally.skipped)),
         compile_seconds=compiling if learner.compiled else None,
         signal=(watch.stop.received or signal.SIGTERM) if watch.stopped else None,

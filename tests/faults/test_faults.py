@@ -1,5 +1,6 @@
 """The suite at the size of CI, in one process that imports once, and each fault's own sentence."""
 
+import itertools
 import json
 import os
 import signal
@@ -146,6 +147,25 @@ def test_a_full_gpu_names_the_batch_that_fits(
     says = r"batch of 100: 24 would fit" if where == "train_epoch" else "validation.batch_size 16"
     with pytest.raises(RunError, match=says):
         run(settings)
+
+
+def test_the_advice_for_validation_is_taken_by_resuming(
+    small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate, calls = train_imagenet.validate, itertools.count()
+
+    def full(learner: Any, *rest: Any) -> Any:
+        if next(calls) == 1:
+            learner.model.train(False)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return validate(learner, *rest)
+
+    monkeypatch.setattr(train_imagenet, "validate", full)
+    folder = tmp_path / "run"
+    with pytest.raises(RunError, match=r"lower validation.batch_size 16.*--resume auto goes on"):
+        run(small.settings(folder))
+    assert run(small.settings(folder, validation__batch_size=8), "auto") == 0
+    assert [epoch.epoch for epoch in read_log(folder).epochs] == [0, 1]
 
 
 @pytest.fixture
