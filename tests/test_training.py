@@ -376,6 +376,40 @@ def test_a_disk_that_was_full_after_the_checkpoint(
     assert sum(record["type"] == "epoch" for record in saved) == log.summary.best_epoch + 1
 
 
+@pytest.mark.parametrize("best", [0, 1])
+def test_resumed_in_a_new_folder_the_best_epoch_comes_along(
+    best: int, whole: Path, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For none of the epochs after it may be as good."""
+    state = checkpoint.load(whole / "previous.pt")
+    records = state["run"]["records"]
+    epochs = [record for record in records if record["type"] == "epoch"]
+    assert len(epochs) == 2
+    epochs[best]["top_1"] = 0.99
+    (tmp_path / "a").mkdir()
+    torch.save(state, tmp_path / "a/last.pt")
+    if best == 0:
+        state["run"]["records"] = records[: records.index(epochs[0]) + 1]
+        torch.save(state, tmp_path / "a/best.pt")
+
+    def fail(*_: object) -> None:
+        raise RunError("enough")
+
+    monkeypatch.setattr(train_imagenet, "train_epoch", fail)
+    with pytest.raises(RunError, match="enough"):
+        run(small.settings(tmp_path / "b", **FULL), str(tmp_path / "a/last.pt"))
+    kept = checkpoint.load(tmp_path / "b/best.pt")["run"]["records"]
+    assert sum(record["type"] == "epoch" for record in kept) == best + 1
+
+
+def test_a_finished_run_makes_no_new_folder(
+    whole: Path, small: SmallData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(small.settings(tmp_path / "new", **FULL), str(whole / "last.pt")) == 0
+    assert f"{whole / 'last.pt'}: finished after 3 epochs" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
+
+
 def test_resume_on_other_data(whole: Path, small: SmallData, tmp_path: Path) -> None:
     shutil.copy(small.val, tmp_path / "val.beton")
     text = json.loads(small.val.with_suffix(".json").read_text())

@@ -57,6 +57,7 @@ class RunFolder:
     trained: Trained = field(default_factory=Trained)  # of the epoch after those in `records`
     damaged: bool = False  # last.pt is, and `state` is the one before
     from_last: bool = False  # `state` is that of a sound last.pt
+    elsewhere: Path | None = None  # the checkpoint, if it is in another folder
     records: list[Record] = field(default_factory=list)
     heart: Heartbeat = SILENT
     trackers: Trackers | None = None
@@ -177,7 +178,8 @@ class RunFolder:
         try:
             make_folder(self.path)
             self._lock()
-            if self.damaged:  # kept for whoever wants to look, and out of previous.pt's way
+            # Kept for whoever wants to look, and out of previous.pt's way.
+            if self.damaged and self.elsewhere is None:
                 rename(self.path / LAST, self.path / "damaged.pt")
             with atomic_write(self.path / "config.yaml", "w") as file:
                 file.write(to_yaml(self.settings))
@@ -187,6 +189,8 @@ class RunFolder:
             # Where the disk was full between the checkpoint and this.
             if self.from_last and self.epochs and not self.trained.steps:
                 self._keep_best()
+            if self.elsewhere is not None:
+                self._take_best(self.elsewhere)
         except OSError as error:
             raise UsageError(f"logging.folder: {not_written(self.path, error)}") from None
         except NotWritten as error:
@@ -256,9 +260,21 @@ class RunFolder:
         if newest > max(earlier, default=-1.0):
             link(self.path / LAST, self.path / BEST)
 
+    def _take_best(self, source: Path) -> None:
+        """best.pt of the epochs that were trained in the folder of `source`, for none after them may be as good."""
+        best = max(self.epochs, key=lambda epoch: log.best_of(epoch)[0], default=None)
+        for path in (source, source.with_name(BEST)):
+            with suppress(RunError, UsageError):
+                saved = checkpoint.load(path)["run"]
+                records = [log.from_dict(record) for record in saved["records"]]
+                epochs = [record for record in records if isinstance(record, Epoch)]
+                if epochs and epochs[-1] == best and not saved.get("trained", {}).get("steps"):
+                    link(path, self.path / BEST)
+                    return
+
     def complete(self, price: float | None) -> None:
         """What a finished run's folder lacks, if the disk was full after its last checkpoint."""
-        if not self.world.is_main:
+        if not self.world.is_main or self.elsewhere is not None:
             return
         try:
             summary = log.read_log(self.path).summary
@@ -442,6 +458,7 @@ def open_run(
 
     run.state, run.damaged = _load(source)
     run.from_last = not run.damaged and source.resolve() == (folder / LAST).resolve()
+    run.elsewhere = source if source.resolve().parent != folder.resolve() else None
     saved = run.state["run"]
     if differ := differences(to_dict(settings), saved["settings"]):
         raise UsageError(
