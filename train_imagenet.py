@@ -84,7 +84,9 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     run = open_run(settings, resume, train_set, val_set, world, started)
     if run.finished:
         run.complete(price)
-        print(f"{run.elsewhere or run.path}: finished after {number_of(len(run.epochs), 'epoch')}; nothing to do")
+        print(
+            f"{run.elsewhere or run.path}: finished after {number_of(len(run.epochs), 'epoch')}; nothing to do"
+        )
         return 0
     start = start_from(settings, train_set.classes) if run.state is None else None
 

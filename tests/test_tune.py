@@ -166,6 +166,28 @@ def test_a_damaged_log_of_trials_is_named(small: SmallData, tmp_path: Path, text
         tune.open_study(search)
 
 
+@pytest.mark.parametrize(
+    ("visible", "gpus", "wanted"),
+    [
+        (None, 0, [None, None, None]),
+        (None, 1, ["0", "0", "0"]),
+        (None, 8, ["0", "1", "2"]),
+        ("4,6", 2, ["4", "6", "4"]),
+        ("GPU-a,GPU-b,GPU-c,GPU-d", 4, ["GPU-a", "GPU-b", "GPU-c"]),
+        ("1,-1,2", 1, ["1", "1", "1"]),  # what stands behind -1 is not seen
+    ],
+)
+def test_more_processes_than_cards_share_them(
+    visible: str | None, gpus: int, wanted: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "count_gpus", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    got = [environment.get("CUDA_VISIBLE_DEVICES") for environment in tune.environments(3)]
+    assert got == wanted
+
+
 def test_one_search_from_end_to_end(small: SmallData, tmp_path: Path) -> None:
     """Killed once, gone on with in two processes; real Optuna, real training."""
     pytest.importorskip("optuna")

@@ -14,8 +14,9 @@ from tabulate import tabulate
 
 from ffcv_imnet.config.schedules import EpochPlan, plan_run
 from ffcv_imnet.config.schema import Settings
+from ffcv_imnet.data.beton import Manifest
 from ffcv_imnet.data.loader import Batches, TrainLoader, ValLoader, check_data
-from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect
+from ffcv_imnet.machine.distributed import World, connect, describe_world, disconnect, together
 from ffcv_imnet.train import checkpoint
 from ffcv_imnet.train.checkpoint import Trained
 from ffcv_imnet.train.epoch import build_learner, train_epoch
@@ -196,7 +197,8 @@ class Measured:
 def measure_run(settings: Settings, started: float, seconds: float = 30.0) -> Measured | None:
     """Measure every resolution of the plan, validation and checkpoint, on the data of `settings`.
 
-    Leaves no file behind. Under torchrun only the first process gets the result, the others None.
+    Leaves no file behind but what torch.compile keeps beside the runs. Under torchrun only the first process gets the
+    result, the others None.
 
     Args:
         started: `time.perf_counter()` when the script started.
@@ -205,10 +207,26 @@ def measure_run(settings: Settings, started: float, seconds: float = 30.0) -> Me
     Raises:
         UsageError, RunError: as training would raise them.
     """
+    timeout = settings.distributed.timeout_seconds
     world = describe_world(settings.training.device)
-    train_set, val_set = check_data(settings.data)
+    train_set, val_set = check_data(settings.data, world)
+    connect(world, timeout)
+    with together(world, timeout, "while they measured"):
+        measured = _measured(settings, train_set, val_set, world, started, seconds)
+    disconnect(world)
+    return measured if world.is_main else None
+
+
+def _measured(
+    settings: Settings,
+    train_set: Manifest,
+    val_set: Manifest,
+    world: World,
+    started: float,
+    seconds: float,
+) -> Measured:
+    """Of all processes together; the checkpoint's time is the first one's, who alone writes them."""
     plans = plan_run(settings, train_set.samples)
-    connect(world)
     loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)
     val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world)
     learner = build_learner(settings, len(train_set.classes), world)
@@ -226,18 +244,17 @@ def measure_run(settings: Settings, started: float, seconds: float = 30.0) -> Me
     validation, validation_warm_up = _validation_seconds(
         learner, val_loader, world, settings, seconds / 3
     )
-    measured = Measured(
+    folder = Path(settings.logging.folder)
+    return Measured(
         start_up=start_up,
         rates=rates,
         validation=validation,
         validation_warm_up=validation_warm_up,
-        checkpoint=_checkpoint_seconds(learner, Path(settings.logging.folder)),
+        checkpoint=_checkpoint_seconds(learner, folder) if world.is_main else 0.0,
         device=world.device_name(),
         plans=plans,
         on_gpu=world.device.type == "cuda",
     )
-    disconnect(world)
-    return measured if world.is_main else None
 
 
 def _validation_seconds(

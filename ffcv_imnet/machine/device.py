@@ -1,4 +1,4 @@
-"""The device: every line that only a GPU executes stands in this file.
+"""The device: whatever names torch.cuda stands in this file.
 
 `choose` takes `training.device` and never falls back to the processor where an NVIDIA card is there:
 a machine with one is rented by the hour.

@@ -23,6 +23,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,7 +67,6 @@ from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.remote import local_copies
 from ffcv_imnet.machine.device import count as count_gpus
 from ffcv_imnet.machine.distributed import connect, describe_world
-from ffcv_imnet.machine.host import core_numbers
 from ffcv_imnet.models.registry import check_arch
 from ffcv_imnet.report.search import write_results
 from ffcv_imnet.tools import ToolParser
@@ -142,10 +142,8 @@ def run_again(search: Search) -> None:
 def work(search: Search, start: Start | None, worker: int = 0) -> None:
     """Make trials until all are begun, on this process's device, or its share of the cores."""
     study = open_study(search, worker)
-    if search.processes > 1 and not count_gpus():
-        cores = core_numbers()
-        os.sched_setaffinity(0, cores[worker :: search.processes] or cores)
     world = describe_world(search.settings.training.device)
+    world = replace(world, local_size=search.processes)  # which share the cores
     connect(world)
     runs = ShortRuns(search.samples, len(search.classes), start, world)
     parent = os.getppid()
@@ -235,7 +233,7 @@ def _said(key: str, x: float) -> str:
 
 
 def work_on_all(search: Search, start: Start | None, command: Sequence[str], lock: IO[str]) -> None:
-    """`work` in `search.processes` processes, each with a GPU of its own; here where it is one.
+    """`work` in `search.processes` processes, on the GPUs that there are; here where it is one.
 
     None of them outlives this one, and each keeps `lock` for as long as it lives.
 
@@ -246,13 +244,11 @@ def work_on_all(search: Search, start: Start | None, command: Sequence[str], loc
     if processes == 1:
         work(search, start)
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = visible.split(",") if visible else [str(number) for number in range(processes)]
     children = []
     try:
-        for worker in range(processes):
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices[worker % len(devices)]}
-            words = [sys.executable, "-m", "ffcv_imnet", "tune", *command, f"--worker={worker}"]
+        for worker, environment in enumerate(environments(processes)):
+            words = [sys.executable, "-m", "ffcv_imnet", "tune", *command]
+            words += [f"--processes={processes}", f"--worker={worker}"]
             children.append(subprocess.Popen(words, env=environment, pass_fds=[lock.fileno()]))
         statuses = [child.wait() for child in children]
     finally:
@@ -264,6 +260,17 @@ def work_on_all(search: Search, start: Start | None, command: Sequence[str], loc
             f"{sum(map(bool, statuses))} of the {processes} processes of the search failed; what they "
             f"said stands above. The same command goes on with the search"
         )
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """Each process's: with a GPU of its own, or in turn one of those that there are."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = visible.split(",") if visible else map(str, range(count_gpus()))
+    cards = list(islice(numbers, count_gpus()))
+    if not cards:
+        return [dict(os.environ)] * processes
+    turns = islice(cycle(cards), processes)
+    return [os.environ | {"CUDA_VISIBLE_DEVICES": card} for card in turns]
 
 
 # ---- the command --------------------------------------------------------------------------------
