@@ -43,7 +43,7 @@ quietly() {
     say "$what: done in $((SECONDS - started)) s"
 }
 
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; } # the lock
 minor_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
 # ---- nothing missing? ---------------------------------------------------------------------------
@@ -80,7 +80,7 @@ importable() {
 # Its Python runs, is new enough, has pip, was made at this path (scripts such as torchrun carry the
 # path) and is the version that PYTHON asks for.
 usable_venv() {
-    new_enough "$venv/bin/python" || return 1
+    fits "$venv/bin/python" || return 1
     grep -qsF "$(pwd -P)/$venv" "$venv/bin/activate" || return 1
     compgen -G "$venv/lib/python*/site-packages/pip" >/dev/null || return 1
     [ -z "${PYTHON:-}" ] || [ "$(minor_of "$PYTHON")" = "$(minor_of "$venv/bin/python")" ]
@@ -90,13 +90,13 @@ usable_venv() {
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        new_enough "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer that runs"
+        fits "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.11 to 3.13 that runs"
         command -v "$PYTHON"
         return
     fi
     local name
     for name in python3 python3.13 python3.12 python3.11; do
-        if new_enough "$name"; then
+        if fits "$name"; then
             command -v "$name"
             return
         fi
@@ -105,7 +105,7 @@ find_python() {
     for name in 3.13 3.12 3.11; do
         if apt-cache show "python$name" >/dev/null 2>&1; then version=$name; break; fi
     done
-    die "no Python 3.11 or newer found; install one and run this again, for instance:
+    die "no Python 3.11 to 3.13 found; install one and run this again, for instance:
   sudo apt-get update && sudo apt-get install -y python$version python$version-dev python$version-venv
 or name one: make setup PYTHON=/path/to/python"
 }

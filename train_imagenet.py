@@ -34,7 +34,6 @@ from ffcv_imnet.bench.dry_run import dry_run
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import NonFiniteLoss
-from ffcv_imnet.core.names import number_of
 from ffcv_imnet.data.bus_error import explain_bus_error
 from ffcv_imnet.data.loader import TrainLoader, ValLoader, check_data, class_places, own_target
 from ffcv_imnet.data.remote import local_copies
@@ -84,9 +83,6 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     run = open_run(settings, resume, train_set, val_set, world, started)
     if run.finished:
         run.complete(price)
-        print(
-            f"{run.elsewhere or run.path}: finished after {number_of(len(run.epochs), 'epoch')}; nothing to do"
-        )
         return 0
     start = start_from(settings, train_set.classes) if run.state is None else None
 

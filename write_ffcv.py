@@ -153,7 +153,7 @@ def build_parser() -> Parser:
     add("--subset", type=in_range(int, 1), metavar="N",
         help="only N images, drawn evenly over the classes")  # fmt: skip
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, metavar="N",
-        help="of --subset and --compress_probability (default: %(default)s)")  # fmt: skip
+        help="of --holdout, --subset and --compress_probability (default: %(default)s)")  # fmt: skip
     add("--skip_bad", action="store_true", help="leave unreadable images out instead of failing")
     add("--allow_odd", action="store_true",
         help="go on where images would be left out or a folder is in two classes by a link, or where the classes seem to"

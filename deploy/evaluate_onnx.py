@@ -2,6 +2,7 @@
 
     python3 evaluate_onnx.py --model model.onnx --data val             ONNX Runtime
     python3 evaluate_onnx.py --model model.engine --data val           TensorRT, an engine of trtexec
+    python3 evaluate_onnx.py --model model.onnx --image photo.jpg      the five likeliest classes
 
 Needs numpy, Pillow and onnxruntime or TensorRT; Python 3.6 or newer, so that it runs on JetPack 4 too.
 Copy it with model.onnx and labels.txt. Exit status: 0 done, 1 the work failed, 2 wrong usage.
@@ -267,8 +268,8 @@ class EngineModel:
 # ---- data ---------------------------------------------------------------------------------------
 
 
-def read_labels(path: str) -> List[str]:
-    """Class names in index order: the first word of a line `n01440764 tench`, else the line."""
+def read_labels(path: str, whole: bool = False) -> List[str]:
+    """Class names in index order: the first word of a line `n01440764 tench`, else, or where `whole`, the line."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # Windows may mark it
             lines = file.read().splitlines()
@@ -277,6 +278,8 @@ def read_labels(path: str) -> List[str]:
         raise Failure(
             "%s cannot be read (%s); name it with --labels" % (path, reason), 2
         ) from error
+    if whole:
+        return lines
     matches = [WNID.match(line) for line in lines]
     return [found.group(1) if found else line for line, found in zip(lines, matches)]
 
@@ -374,6 +377,23 @@ def evaluate(
     return result
 
 
+def name(
+    model: Any, paths: List[str], labels: List[str], batch: int, options: Tuple[int, float, str]
+) -> None:
+    """Print the five likeliest classes of each image, with their probabilities."""
+    for path in paths:
+        pixels = np.zeros((batch, 3, options[0], options[0]), model.dtype)
+        pixels[0] = load(path, *options).transpose(2, 0, 1)
+        logits = model(pixels)[0].astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise Failure("the network gives NaN or infinite values")
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        print(path)
+        for index in np.argsort(-shares, kind="stable")[:5]:
+            print("  %.4f  %s" % (shares[index], labels[index]))
+
+
 def percentile(values: List[float], percent: int) -> float:
     """The smallest value that `percent` of them do not exceed (nearest rank)."""
     return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)]
@@ -387,7 +407,9 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="model.onnx, or an engine of trtexec")
-    parser.add_argument("--data", required=True, help="a folder with a folder of images a class")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="a folder with a folder of images a class")
+    what.add_argument("--image", nargs="+", metavar="FILE", help="name what is on these images")
     parser.add_argument("--labels", help="default: labels.txt beside the model")
     parser.add_argument(
         "--crop_ratio",
@@ -415,11 +437,11 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    """Evaluate and print. Raises Failure."""
+    """Evaluate, or name what is on images, and print. Raises Failure."""
     options = parse(argv)
     labels_path = options.labels or os.path.join(os.path.dirname(options.model), "labels.txt")
     labels = read_labels(labels_path)
-    images = list_images(options.data, labels)
+    images = list_images(options.data, labels) if options.data else []
     if options.limit and options.limit < len(images):
         chosen = range(options.limit)
         images = [images[i * len(images) // options.limit] for i in chosen]
@@ -442,6 +464,15 @@ def main(argv: Optional[List[str]] = None) -> None:
             % (options.model, outputs, labels_path, len(labels)),
             2,
         )
+    if options.image:
+        name(
+            model,
+            options.image,
+            read_labels(labels_path, True),
+            batch,
+            (side, crop_ratio, interpolation),
+        )
+        return
     result = evaluate(model, images, batch, (side, crop_ratio, interpolation))
     print(
         "%s: %s, batch %d, %s\npixels: shorter side to %d px (%s), centre %d px"

@@ -16,7 +16,7 @@ from PIL import Image
 from ffcv_imnet.data import beton
 from ffcv_imnet.images.imagenet import write_labels
 from ffcv_imnet.images.preprocess import Preprocess, preprocess
-from ffcv_imnet.tools import evaluate, export
+from ffcv_imnet.tools import evaluate, export, predict
 from tests.conftest import SmallData
 from tests.pictures import picture, save
 from tests.test_evaluate_tool import save_run
@@ -127,6 +127,27 @@ def test_its_numbers_are_evaluates(shipped: Path, small: SmallData) -> None:
             ours["images"], ours["top_1"], ours["top_5"],
         )  # fmt: skip
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+
+
+def test_it_names_what_predict_names(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "photo.png"
+    save(photo, picture(1, 60, 40))
+    done = run("--model", shipped / "model.onnx", "--image", photo, photo)
+    assert done.returncode == 0, done.stderr
+    one, two = done.stdout.split(f"{photo}\n")[1:]
+    assert one == two and len(one.splitlines()) == 5
+    assert predict.main(["--weights", str(shipped / "model.onnx"), str(photo)]) == 0
+    theirs = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-5:]]
+    for line, (probability, label) in zip(one.splitlines(), theirs, strict=True):
+        ours = line.split(maxsplit=1)
+        assert ours[1] == label and float(ours[0]) == pytest.approx(float(probability), abs=2e-4)
+    for words in ((), ("--image", photo, "--data", tmp_path)):
+        done = run("--model", shipped / "model.onnx", *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+    done = run("--model", shipped / "model.onnx", "--image", tmp_path / "none.jpg")
+    assert done.returncode == 1 and "none.jpg: the image cannot be read" in done.stderr
 
 
 def test_mistakes_are_one_line(shipped: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`predict`: names, order, the image, and what it refuses."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +42,22 @@ def test_five_names_in_order(
         "--out",
         str(tmp_path / "p.png"),
     ]
-    assert predict.main([*photos, *options]) == 0
+    table = tmp_path / "p.csv"
+    assert predict.main([*photos, *options, "--csv", str(table)]) == 0
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [photo for photo in photos for _ in range(5)]
+    assert [int(row["rank"]) for row in rows] == [1, 2, 3, 4, 5] * 2
+    assert rows[0]["class"].startswith(f"{list(imagenet_names())[7]} ")
     shown = capsys.readouterr().out
     ids = list(imagenet_names())
     places = [shown.index(f"{ids[i]} {imagenet_names()[ids[i]]}") for i in (7, 0, 999, 500, 388)]
     assert places == sorted(places) and "n01440764 tench" in shown
     exponents = np.exp([9.0, 8, 7, 6, 5])
     assert f"{exponents[0] / (exponents.sum() + 995):.4f}" in shown
+    assert float(rows[0]["probability"]) == pytest.approx(
+        exponents[0] / (exponents.sum() + 995), abs=1e-5
+    )
     assert all(photo in shown for photo in photos)
     with Image.open(tmp_path / "p.png") as drawn:
         assert drawn.format == "PNG" and drawn.height > 400

@@ -280,5 +280,7 @@ def describe(out: Path, network: Network, how: Preprocess, options: argparse.Nam
         f"  {out.with_name('labels.txt')}  {network.outputs} classes\n"
         f"  {weights}  {whose}\n"
         f"pixels: shorter side to {how.resize} px ({how.interpolation}), centre {how.resolution} px, "
-        "RGB, 0 to 255"
+        "RGB, 0 to 255\n"
+        f"for deploy/evaluate_onnx.py with an engine: --crop_ratio {how.crop_ratio:g}"
+        f" --interpolation {how.interpolation}"
     )

@@ -2,11 +2,14 @@
 
 python -m ffcv_imnet predict --weights runs/rn18_16ep/best.pt photo.jpg another.png
 python -m ffcv_imnet predict --weights model.onnx photo.jpg --out named.png
+python -m ffcv_imnet predict --weights model.onnx photos/* --csv named.csv
 
 An image that cannot be read is named on the standard error; the others go on, and the exit
 status is 1.
 """
 
+import csv
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -50,17 +53,22 @@ def main(argv: list[str]) -> int:
     add_options(parser)
     add("--resolution", type=in_range(int, 8, 4096), metavar="PX", help="side of the input")
     add("--out", type=path_of, metavar="FILE.png", help="sheet of images and guesses")
+    add(
+        "--csv", type=path_of, metavar="FILE.csv", help="file, rank, class, probability: a row each"
+    )
     options = parser.parse_args(argv)
     out: Path | None = options.out
     check_output("--out", out, ".png")
+    check_output("--csv", options.csv, ".csv")
     if out is not None and len(options.images) > DRAWN:
         raise UsageError(f"--out draws at most {DRAWN} images, not {len(options.images):,}")
     refuse_inputs("--out", out, options.weights, *options.images)
+    refuse_inputs("--csv", options.csv, options.weights, *options.images)
     network = load_from(options)
     how = parse_preprocess(network, options.resolution, options)
     names = class_names(network)
     print(f"{options.weights}: {network.origin}; {how.resolution} px")
-    shown, bad = [], 0
+    shown, table, bad = list[Named](), list[tuple[str, int, str, float]](), 0
     for path in options.images:
         try:
             rgb = read(path)
@@ -71,9 +79,17 @@ def main(argv: list[str]) -> int:
         guesses = guess(network.model, resize_and_crop(rgb, how), names)
         rows = [(f"{probability:.4f}", name) for probability, name in guesses]
         print(f"\n{path}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}", flush=True)
+        table += [
+            (written(path), rank, name, round(p, 6)) for rank, (p, name) in enumerate(guesses, 1)
+        ]
         if out is not None:
             step = max(1, max(rgb.shape) // 500)  # no more pixels than are drawn
             shown.append(Named(path, rgb[::step, ::step].copy(), guesses))
+    if options.csv is not None:
+        with atomic_write(options.csv, "w") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("file", "rank", "class", "probability"))
+            writer.writerows(table)
     if out is not None and shown:
         draw(shown, out)
         print(f"\nimage: {out}")
@@ -91,6 +107,11 @@ def read(path: Path) -> Pixels:
         ) from error
     except BadImage as error:
         raise RunError(f"{path}: the image cannot be read ({error})") from error
+
+
+def written(path: Path) -> str:
+    """Its name as UTF-8 can say it."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from ffcv_imnet.core import log, provenance
 from ffcv_imnet.core.atomic import NotWritten, atomic_write, link, locked, make_folder, rename
 from ffcv_imnet.core.errors import NonFiniteLoss, RunError, UsageError, not_written
 from ffcv_imnet.core.log import LOG, Epoch, Header, Lowered, Reached, Record, Summary
+from ffcv_imnet.core.names import number_of
 from ffcv_imnet.core.paths import what_is
 from ffcv_imnet.data.beton import Manifest
 from ffcv_imnet.machine.checks import say_at_start
@@ -273,9 +274,16 @@ class RunFolder:
                     return
 
     def complete(self, price: float | None) -> None:
-        """What a finished run's folder lacks, if the disk was full after its last checkpoint."""
-        if not self.world.is_main or self.elsewhere is not None:
+        """Say that the run is finished, and make what its folder lacks, if the disk was full after its last
+        checkpoint."""
+        if not self.world.is_main:
             return
+        if self.elsewhere is None:
+            self._fill_in(price)
+        epochs = number_of(len(self.epochs), "epoch")
+        print(f"{self.elsewhere or self.path}: finished after {epochs}; nothing to do")
+
+    def _fill_in(self, price: float | None) -> None:
         try:
             summary = log.read_log(self.path).summary
         except (UsageError, RunError):
