@@ -12,7 +12,7 @@ from torch import nn
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data import beton
 from ffcv_imnet.evaluate.weights import load_network
-from ffcv_imnet.images.imagenet import read_labels
+from ffcv_imnet.images.imagenet import classes_in
 from ffcv_imnet.models.blurpool import BlurConv2d
 from ffcv_imnet.tools import export
 from tests.conftest import SmallData
@@ -66,7 +66,7 @@ def test_the_graph(run: Path, tmp_path: Path, small: SmallData) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "labels.txt", "model.onnx", "model.safetensors",
     ]  # fmt: skip
-    classes = read_labels((tmp_path / "labels.txt").read_text())
+    classes = classes_in((tmp_path / "labels.txt").read_text())
     assert classes == beton.check_beton(small.val).classes
 
 

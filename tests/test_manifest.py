@@ -44,7 +44,7 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("split", "tr\x1bain", "'split' is "),
     ("settings", [1], r"'settings' is [1], not a mapping"),
     ("settings", {"a": []}, "'settings' has 'a', which is neither a number nor text"),
-    ("settings", {"a": float("inf")}, "Infinity is not JSON"),
+    ("settings", {"a": float("inf")}, "it has Infinity, which is no number of JSON"),
     ("source", {"kind": "two\nlines"}, "'source' has 'kind', which has control characters"),
     ("skipped", [{"path": 1, "reason": "x"}], "'skipped' has an entry that is not text"),
     ("skipped", ["x"], "'skipped' has an entry that is not a path and a reason"),

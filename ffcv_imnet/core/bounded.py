@@ -42,13 +42,14 @@ def read_json(path: Path | str, most: int = 64 << 20) -> Any:
         ValueError: it is no JSON, or no value of ours: nested too deeply, or with a number that is none.
     """
     try:
-        return json.loads(read_at_most(path, most), parse_constant=_no_number)
+        return json.loads(read_at_most(path, most), parse_constant=no_number)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+def no_number(name: str) -> float:
+    """For json's `parse_constant`: raises ValueError for NaN and Infinity, which are not JSON."""
+    raise ValueError(f"it has {name}, which is no number of JSON")
 
 
 def in_words(count: int) -> str:

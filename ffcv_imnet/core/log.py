@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ffcv_imnet.core.atomic import atomic_write, force, open_named
+from ffcv_imnet.core.bounded import no_number
 from ffcv_imnet.core.errors import RunError, UsageError, not_written
 from ffcv_imnet.core.names import number_of
 from ffcv_imnet.core.paths import open_regular, what_is
@@ -204,10 +205,6 @@ def rewrite(path: Path, records: list[Record]) -> None:
         file.write("".join(to_line(record) for record in records))
 
 
-def _no_number(name: str) -> float:
-    raise ValueError(f"it has {name}, which is no number of JSON")
-
-
 def read_log(path: Path) -> Log:
     """The records of a log.
 
@@ -233,7 +230,7 @@ def read_log(path: Path) -> Log:
         raise RunError(f"{path}: not a log: it is no text") from None
     for number, line in enumerate(text.split("\n")[:-1], 1):  # the last is empty, or was truncated
         try:
-            record = from_dict(json.loads(line, parse_constant=_no_number))
+            record = from_dict(json.loads(line, parse_constant=no_number))
         except (ValueError, RecursionError) as error:
             reason = str(error) if type(error) is ValueError else "it is not JSON"
             if number == 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ffcv_imnet.core.atomic import atomic_write
+from ffcv_imnet.core.bounded import no_number
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.names import fault_of, fault_of_all, quoted
 from ffcv_imnet.core.paths import open_regular
@@ -109,7 +110,7 @@ def _parse(path: Path) -> Any:
         return json.loads(
             text.decode("utf-8", errors="surrogateescape"),
             object_pairs_hook=_no_key_twice,
-            parse_constant=_no_constant,
+            parse_constant=no_number,
         )
     except FileNotFoundError:
         raise UsageError(f"the manifest {path} does not exist: {command(path)}") from None
@@ -126,10 +127,6 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"it has {quoted(twice)} twice")
     return found
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 # ---------------------------------------------------------------------------------- the schema

@@ -39,7 +39,7 @@ def write_labels(classes: Sequence[str]) -> str:
     return "".join(f"{shown(readable(name))}\n" for name in classes)
 
 
-def read_labels(text: str) -> tuple[str, ...]:
+def classes_in(text: str) -> tuple[str, ...]:
     """Class names of a labels.txt that `write_labels` made: what a person reads is left out."""
     known = imagenet_names()
     lines = text.splitlines()

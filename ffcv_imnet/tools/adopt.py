@@ -23,7 +23,7 @@ from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.foreign import read_content
 from ffcv_imnet.data.remote import local_path
-from ffcv_imnet.images.imagenet import CLASSES, imagenet_names, read_labels
+from ffcv_imnet.images.imagenet import CLASSES, classes_in, imagenet_names
 from ffcv_imnet.images.stored import RAW
 from ffcv_imnet.machine.host import usable_cores
 from ffcv_imnet.tools import ToolParser
@@ -126,7 +126,7 @@ def read_names(file: Path) -> tuple[str, ...]:
     if file.suffix == ".json":
         return beton.Manifest.load(file).classes
     try:
-        names = read_labels(read_at_most(file, LARGEST).decode("utf-8-sig"))
+        names = classes_in(read_at_most(file, LARGEST).decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"--classes {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
