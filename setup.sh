@@ -101,10 +101,15 @@ find_python() {
             return
         fi
     done
-    local version=3 # the distribution's own, unless a numbered one is offered
+    local version= # the distribution's own, unless a numbered one is offered or its own is not of these
     for name in 3.13 3.12 3.11; do
         if apt-cache show "python$name" >/dev/null 2>&1; then version=$name; break; fi
     done
+    if [ -z "$version" ] && python3 -c 'import sys; sys.exit(sys.version_info < (3, 14))' 2>/dev/null; then
+        die "python3 is $(minor_of python3) and the lock is for Python 3.11 to 3.13: conda env create -f environment.yml, or
+name one: make setup PYTHON=/path/to/python"
+    fi
+    version=${version:-3}
     die "no Python 3.11 to 3.13 found; install one and run this again, for instance:
   sudo apt-get update && sudo apt-get install -y python$version python$version-dev python$version-venv
 or name one: make setup PYTHON=/path/to/python"

@@ -22,16 +22,17 @@ config=${CONFIG:-rn_configs/rn50_16ep.yaml}
 run=${RUN:-runs/$(basename "$config" .yaml)-$SLURM_JOB_ID} # the number stays when the job is queued again
 
 python -m ffcv_imnet doctor --device=cuda || exit 1
-# A shared disk that is slow: read from the node's own.
-# cp data/beton/{train,val}.{beton,json} "$TMPDIR"
-# set -- --data.train_dataset="$TMPDIR/train.beton" --data.val_dataset="$TMPDIR/val.beton" "$@"
 
 # torchrun is not started by srun: srun answers SIGTERM by killing its tasks at once. B: above has SLURM signal this
 # script alone; torchrun hands SIGTERM on, and training ends after the step in hand, with a checkpoint.
-again=
-pass_on() { kill -TERM "$torchrun" 2>/dev/null; }
+again= torchrun=
+pass_on() { [ -z "$torchrun" ] || kill -TERM "$torchrun" 2>/dev/null; }
 trap 'again=yes; pass_on' USR1 # 180 seconds before the time limit
 trap pass_on TERM              # scancel, or the partition needs the node: SLURM decides whether it is queued again
+
+# A shared disk that is slow: read from the node's own.
+# cp data/beton/{train,val}.{beton,json} "$TMPDIR"
+# set -- --data.train_dataset="$TMPDIR/train.beton" --data.val_dataset="$TMPDIR/val.beton" "$@"
 
 torchrun --standalone --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" train_imagenet.py \
     --config "$config" --logging.folder="$run" --resume auto --device=cuda "$@" &

@@ -380,18 +380,31 @@ def evaluate(
 def name(
     model: Any, paths: List[str], labels: List[str], batch: int, options: Tuple[int, float, str]
 ) -> None:
-    """Print the five likeliest classes of each image, with their probabilities."""
+    """Print the five likeliest classes of each image, with their probabilities. Raises Failure, at the end, if one
+    cannot be read."""
+    bad = 0
     for path in paths:
         pixels = np.zeros((batch, 3, options[0], options[0]), model.dtype)
-        pixels[0] = load(path, *options).transpose(2, 0, 1)
+        try:
+            pixels[0] = load(path, *options).transpose(2, 0, 1)
+        except Failure as failure:
+            bad += 1
+            print("error: %s" % failure, file=sys.stderr)
+            continue
         logits = model(pixels)[0].astype(np.float64)
         if not np.isfinite(logits).all():
             raise Failure("the network gives NaN or infinite values")
         shares = np.exp(logits - logits.max())
         shares /= shares.sum()
-        print(path)
+        lines = [path]
         for index in np.argsort(-shares, kind="stable")[:5]:
-            print("  %.4f  %s" % (shares[index], labels[index]))
+            lines.append("  %.4f  %s" % (shares[index], labels[index]))
+        text, encoding = "\n".join(lines), sys.stdout.encoding or "ascii"
+        print(
+            text.encode(encoding, "backslashreplace").decode(encoding)
+        )  # JetPack 4's may be ASCII
+    if bad:
+        raise Failure("%d of %d images cannot be read" % (bad, len(paths)))
 
 
 def percentile(values: List[float], percent: int) -> float:
@@ -429,6 +442,8 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
         raise Failure("--model %s: no such file" % options.model, 2)
     if not options.model.endswith((".onnx", *ENGINES)):
         raise Failure("--model %s: expected .onnx, or %s" % (options.model, ", ".join(ENGINES)), 2)
+    if options.image and (options.json or options.limit):
+        raise Failure("--json and --limit go with --data, not with --image", 2)
     if options.json and not options.json.endswith(".json"):
         raise Failure("--json %s: its name must end in .json" % options.json, 2)
     if options.json and not os.path.isdir(os.path.dirname(options.json) or "."):

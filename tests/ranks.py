@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import replace
 from datetime import timedelta
@@ -27,6 +28,7 @@ from torch._dynamo.utils import counters
 
 import tests.networks  # noqa: F401
 from ffcv_imnet import ImageLoader
+from ffcv_imnet.bench import measure
 from ffcv_imnet.config.parsing import load
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.config.schema import Settings
@@ -107,14 +109,19 @@ def agreed(world: World, settings: Settings) -> dict[str, Any]:
     return {"agreed": found}
 
 
-def evaluated_by_command(number: int, folder: Path, ports: list[int]) -> None:
-    """`evaluate` as torchrun would start it, for each line of DIR/words.json."""
+def by_command(number: int, folder: Path, settings: Settings, ports: list[int]) -> None:
+    """As torchrun would start it: `evaluate`, for each line of DIR/words.json, and --dry_run --measure."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2",
+                      LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")  # fmt: skip
     words = folder / "words.json"
     for place, line in enumerate(json.loads(words.read_text()) if words.exists() else []):
-        os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2",
-                          LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(ports[place]))  # fmt: skip
+        os.environ["MASTER_PORT"] = str(ports[place])
         assert evaluate_tool.main([*line, "--out", str(folder / f"two_{place}.json")]) == 0
+    os.environ["MASTER_PORT"] = str(ports[-1])
+    with mock.patch.object(measure.checkpoint, "save", wraps=measure.checkpoint.save) as save:
+        measured = measure.measure_run(settings, time.perf_counter(), seconds=0.3)
+    found = {"measured": measured is not None, "saved": save.call_count}
+    (folder / f"measured_{number}.json").write_text(json.dumps(found))
 
 
 def counted(world: World, settings: Settings) -> torch.Tensor:
@@ -166,7 +173,7 @@ def main() -> int:
     settings = load(folder / "config.yaml")
     open_data(Path(settings.data.train_dataset).parent)  # numba compiles here, once
     ports = {size: free_port() for size in SIZES}
-    more = [free_port() for _ in range(2)]
+    more = [free_port() for _ in range(3)]
     children = {}
     for number in range(max(SIZES)):
         if (pid := os.fork()) == 0:
@@ -174,7 +181,7 @@ def main() -> int:
             try:
                 rank(number, folder, settings, ports)
                 if number < 2:
-                    evaluated_by_command(number, folder, more)
+                    by_command(number, folder, settings, more)
                 status = 0
             except BaseException:
                 traceback.print_exc()

@@ -369,7 +369,7 @@ def test_copies_on_a_stream_of_their_own(
         # The place is free when the step before the last is done; FFCV's memory when it is copied.
         expected += [f"used {before} on compute", f"side waits for used {last}", *other]
         expected += ["step", "host waits for copied"]
-    expected.append("host waits for copied")  # before its memory is freed: a copy may be under way
+    expected.append("host asks for copied")  # before its memory is freed: a copy may be under way
     assert diary == expected
     assert places == places[:2] * 3 and places[0] != places[1]
     ((thread, device),) = threads
@@ -397,7 +397,7 @@ def test_leaving_a_pass_waits_for_the_copy_under_way(
     batches = loader.epoch(plan_run(settings, small.train_samples)[0])
     next(batches)
     batches.close()
-    assert diary[-2:] == ["host waits for copied", "stop"]
+    assert diary[-2:] == ["host asks for copied", "stop"]
 
 
 def test_waiting_for_the_device_is_not_waiting_for_the_loader(
@@ -412,6 +412,9 @@ def test_waiting_for_the_device_is_not_waiting_for_the_loader(
 
         def wait(self) -> None:
             time.sleep(pause)
+
+        def is_done(self, seconds: float) -> bool:
+            return True
 
     monkeypatch.setattr(data, "copies_to", lambda device: Busy())
     monkeypatch.setattr(data._OrderedLoader, "_check_pinned", lambda *_: None)
@@ -441,6 +444,10 @@ def follow_streams(diary: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
         def synchronize(self) -> None:
             diary.append(f"host waits for {self.name}")
+
+        def query(self) -> bool:
+            diary.append(f"host asks for {self.name}")
+            return True
 
     class Stream:
         def __init__(self, device: torch.device, name: str = "side") -> None:

@@ -146,8 +146,11 @@ def test_it_names_what_predict_names(
     for words in ((), ("--image", photo, "--data", tmp_path)):
         done = run("--model", shipped / "model.onnx", *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
-    done = run("--model", shipped / "model.onnx", "--image", tmp_path / "none.jpg")
+    done = run("--model", shipped / "model.onnx", "--image", tmp_path / "none.jpg", photo)
     assert done.returncode == 1 and "none.jpg: the image cannot be read" in done.stderr
+    assert f"{photo}\n" in done.stdout
+    done = run("--model", shipped / "model.onnx", "--image", photo, "--limit", "3")
+    assert done.returncode == 2 and "not with --image" in done.stderr
 
 
 def test_mistakes_are_one_line(shipped: Path, tmp_path: Path) -> None:

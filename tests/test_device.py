@@ -152,21 +152,21 @@ def test_a_card_without_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("current", "rank", "named", "wanted"),
-    [
-        (0, 0, "cuda", "cuda:0"),
-        (0, 3, "cuda", "cuda:3"),  # under torchrun, nobody having chosen
-        (2, 0, "cuda", "cuda:2"),  # torch.cuda.set_device(2)
-        (2, 3, "cuda:1", "cuda:1"),
-        (2, 3, "cpu", "cpu"),
-    ],
+    ("named", "wanted"),
+    [("cuda", "cuda:2"), ("cuda:1", "cuda:1"), ("cpu", "cpu"), ("cuda:4", None)],
 )
 def test_a_device_without_a_number(
-    current: int, rank: int, named: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+    named: str, wanted: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch.cuda.set_device, which the loader's thread calls, takes none."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    assert devices.numbered(torch.device(named), rank) == torch.device(wanted)
+    one_card(monkeypatch, "Tesla T4", (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    if wanted is None:
+        with pytest.raises(UsageError, match="device cuda:4: torch can use 4 GPUs here"):
+            devices.numbered(torch.device(named), "--device=cpu")
+    else:
+        assert devices.numbered(torch.device(named), "--device=cpu") == torch.device(wanted)
 
 
 def test_the_device_is_a_setting_with_a_short_name(tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_gradients_are_those_of_one_process(size: int, found: dict[int, dict[str
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_two_processes_measure_and_the_first_tells(found: dict[int, dict[str, Any]]) -> None:
+    """And alone writes a checkpoint, as in training; nothing is left behind."""
+    folder = found[0]["folder"]
+    said = [json.loads((folder / f"measured_{number}.json").read_text()) for number in (0, 1)]
+    assert said == [{"measured": True, "saved": 1}, {"measured": False, "saved": 0}]
+    assert not list(folder.rglob(".measure_*"))
+
+
 def test_two_compiled_processes_make_the_steps_of_one(found: dict[int, dict[str, Any]]) -> None:
     """The network compiled within DistributedDataParallel, with Muon: a whole graph for each of two resolutions and
     one for validation, none on returning."""
@@ -193,9 +201,10 @@ def test_processes_that_disagree_do_not_start(
     folder.check_agreement()
     folder.settings = small.settings(tmp_path / "elsewhere", data__num_workers=1)
     folder.check_agreement()  # none of the result
-    folder.settings = small.settings(tmp_path, lr__lr=0.7)
-    with pytest.raises(UsageError, match="a folder that all share"):
-        folder.check_agreement()
+    for odd in ({"lr__lr": 0.7}, {"validation__batch_size": 8}):  # each batch is a vote
+        folder.settings = small.settings(tmp_path, **odd)
+        with pytest.raises(UsageError, match="a folder that all share"):
+            folder.check_agreement()
 
 
 def descendants(pid: int) -> list[int]:

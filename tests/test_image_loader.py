@@ -123,6 +123,9 @@ def test_shares_of_two_ranks(small: SmallData) -> None:
         ({"seed": -1}, "seed must be an integer from 0 to"),
         ({"device": "tpu"}, "device must be auto, cuda, cuda:N or cpu, not 'tpu'"),
         pytest.param({"device": "cuda"}, r'; device="cpu" works here$', marks=NO_CARD),
+        pytest.param(
+            {"device": torch.device("cuda")}, r'; device="cpu" works here$', marks=NO_CARD
+        ),
         ({"rank": 1}, "rank and world_size go together"),
         ({"rank": 2, "world_size": 2}, "rank must be an integer from 0 to 1, not 2"),
         ({"num_workers": 999}, "num_workers 999 is more than the"),

@@ -451,14 +451,14 @@ class PlainSoap:
 
 
 def test_soap_by_the_letter() -> None:
-    """Two kernels of one shape, one of 1x1, a head, shifts, of one and three dimensions, a transformer's places;
+    """Two kernels of one shape, one of 1x1, a head, shifts, of one and three dimensions and none, a transformer's places;
     sides of one width in different layers."""
     settings = load(
         training__optimizer="soap", soap__weight_decay=0.1, soap__lr=0.01, soap__every=5
     )
     torch.manual_seed(0)
     shapes: list[tuple[int, ...]] = [(8, 3, 3, 3), (8, 3, 3, 3), (8, 8, 1, 1), (8, 8), (8,), (10,)]
-    shapes += [(4, 3, 5), (3, 4, 2, 2, 2), (1, 4, 4)]
+    shapes += [(4, 3, 5), (3, 4, 2, 2, 2), (1, 4, 4), ()]
     model = nn.ParameterList([torch.randn(shape, dtype=torch.float64) for shape in shapes])
     kernels_last = [p.contiguous(memory_format=torch.channels_last) for p in list(model)[:2]]
     model[0].data, model[1].data = (kernel.detach() for kernel in kernels_last)
@@ -468,7 +468,9 @@ def test_soap_by_the_letter() -> None:
     plain = [PlainSoap(p, every=5) for p in model]
     for step in range(23):
         for parameter, twin in zip(model, plain, strict=True):
-            growing = torch.arange(1.0, 1.0 + len(parameter)).view(-1, *[1] * (parameter.ndim - 1))
+            outputs, *others = parameter.shape or (1,)
+            growing = torch.arange(1.0, 1.0 + outputs).view(-1, *[1] * len(others))
+            growing = growing.view(parameter.shape) if parameter.ndim == 0 else growing
             parameter.grad = torch.randn_like(parameter) * growing  # full rank, a basis to be found
             twin.step(parameter.grad, lr=0.01, decay=0.1)
         optimizer.step()

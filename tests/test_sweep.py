@@ -94,6 +94,9 @@ def test_a_target_for_other_images_stops_no_second_start(
     monkeypatch.setattr(sweep, "train", train_here)
     for _ in range(2):
         assert sweep.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    path.write_text(path.read_text().replace("{a: {}}", "{a: {training.stop_at_on: any}}"))
+    with pytest.raises(UsageError, match="stop_when_reached False -> True"):
+        sweep.main([str(path), "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_the_log(whole: Path) -> None:
             assert 0 <= getattr(epoch, name) <= 1
             assert round(getattr(epoch, name) * 33, 6).is_integer()  # of 33 images
         assert epoch.top_1 <= epoch.top_5
-        assert epoch.loader_seconds <= epoch.train_seconds <= epoch.elapsed_seconds
+        assert 0 < epoch.loader_seconds <= epoch.train_seconds <= epoch.elapsed_seconds
     assert log.summary is not None and log.summary.epochs == 3
     best = max(max(e.top_1, e.ema_top_1 or 0) for e in log.epochs)
     assert log.summary.best_top_1 == best

@@ -20,7 +20,8 @@ from ffcv_imnet.bench.short_runs import Rung, ShortRuns, held_out, plan_rungs, r
 from ffcv_imnet.config.parsing import load, to_yaml
 from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core.errors import RunError, UsageError
-from ffcv_imnet.machine.distributed import describe_world
+from ffcv_imnet.data import loader
+from ffcv_imnet.machine.distributed import World, describe_world
 from ffcv_imnet.tools import tune
 from tests.conftest import SmallData
 
@@ -186,6 +187,18 @@ def test_more_processes_than_cards_share_them(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     got = [environment.get("CUDA_VISIBLE_DEVICES") for environment in tune.environments(3)]
     assert got == wanted
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    worlds: list[World] = []
+    monkeypatch.setattr(tune, "open_study", lambda *_: None)
+    monkeypatch.setattr(tune, "connect", worlds.append)
+    monkeypatch.setattr(tune, "_is_left", lambda *_: False)
+    search = Search(load(RECIPE, training__device="cpu"), 100, ("a",), (), 9, (), Path(), 2)
+    tune.work(search, None, 1)
+    assert [(world.size, world.local_size) for world in worlds] == [(1, 2)]
+    monkeypatch.setattr(loader, "usable_cores", lambda: 16)
+    assert loader.workers_of(None, worlds[0]) == 8
 
 
 def test_one_search_from_end_to_end(small: SmallData, tmp_path: Path) -> None:

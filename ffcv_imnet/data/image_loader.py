@@ -290,4 +290,4 @@ def _world(device: str | torch.device, rank: int | None, size: int | None) -> Wo
         chosen = torch.device("meta")
     if chosen.type not in DEVICES:
         raise UsageError(f"device must be auto, cuda, cuda:N or cpu, not {str(device)!r}")
-    return World(**vars(ranks), device=devices.numbered(chosen, ranks.local_rank))
+    return World(**vars(ranks), device=devices.numbered(chosen, 'device="cpu"'))

@@ -48,6 +48,8 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 Indices = NDArray[np.int64]
 # Label of an image that does not count: what fills up the last validation batch, what is damaged.
 PADDING = -1
+LAST_COPY = 10.0  # seconds that a pass which ends waits for its last copy to the device
+UNDER_WAY: list[object] = []  # memory of copies that had not ended then, and may yet
 
 
 def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manifest]:
@@ -360,8 +362,9 @@ class _OrderedLoader:
             self._check_unchanged()
         finally:
             try:
-                if copies is not None:  # of a pass that is left early one may be under way
-                    copies.wait()
+                # Of a pass that is left early one may be under way.
+                if copies is not None and not copies.is_done(LAST_COPY):
+                    UNDER_WAY.append(epoch.memory_allocations)
             finally:
                 epoch.stop()
                 torch.set_num_threads(threads)

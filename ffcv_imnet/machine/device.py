@@ -153,11 +153,20 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def numbered(device: torch.device, local_rank: int = 0) -> torch.device:
-    """The card that "cuda" without a number means: the one this thread made current, else `local_rank`'s."""
-    if device.type != "cuda" or device.index is not None:
+def numbered(device: torch.device, on_cpu: str) -> torch.device:
+    """`device`, if it can be used; the current one of this thread for "cuda" without a number, as torch has it.
+
+    Raises:
+        UsageError: see `choose`; or there are fewer cards.
+    """
+    if device.type != "cuda":
         return device
-    return torch.device("cuda", torch.cuda.current_device() or local_rank)
+    choose("cuda", on_cpu=on_cpu)
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device.index >= count():
+        raise UsageError(f"device {device}: torch can use {number_of(count(), 'GPU')} here")
+    return device
 
 
 def synchronise(device: torch.device) -> None:
@@ -225,6 +234,15 @@ class Copies:
     def wait(self) -> None:
         """Until the last copy is done, which is long before the step behind it is."""
         self.copied.synchronize()
+
+    def is_done(self, seconds: float) -> bool:
+        """Whether the last copy is, within so many: it never is where another process died in a step before."""
+        deadline = time.monotonic() + seconds
+        while not self.copied.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
 
 def copies_to(device: torch.device) -> Copies | None:

@@ -114,7 +114,7 @@ def read_sweep(path: Path, out: Path) -> list[Run]:
 
 def _aimed(wanted: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
     """`wanted` without its target where `there`, settings of a run's log, has none: it was for other images."""
-    if there.get("training", {}).get("stop_at"):
+    if wanted["training"]["stop_at_on"] == "any" or there.get("training", {}).get("stop_at"):
         return wanted
     return wanted | {"training": wanted["training"] | {"stop_at": 0.0, "stop_when_reached": False}}
 

@@ -107,6 +107,7 @@ class RunFolder:
             self.trained.steps,
             self.data,
             differences(to_dict(self.settings), {}),
+            self.settings.validation.batch_size,  # each batch is a vote
         ]
         if not self.world.agree(repr(where)):
             raise UsageError(
@@ -466,7 +467,7 @@ def open_run(
 
     run.state, run.damaged = _load(source)
     run.from_last = not run.damaged and source.resolve() == (folder / LAST).resolve()
-    run.elsewhere = source if source.resolve().parent != folder.resolve() else None
+    run.elsewhere = source if source.parent.resolve() != folder.resolve() else None
     saved = run.state["run"]
     if differ := differences(to_dict(settings), saved["settings"]):
         raise UsageError(

@@ -61,7 +61,7 @@ def stacks_of(parameters: Sequence[nn.Parameter]) -> tuple[list[Stack], dict[int
     stacks, begin, counts = [], 0, dict[int, int]()
     for size, same in groupby(by_shape, key=lambda p: p.shape):
         layers = list(same)
-        outputs, inputs = (*size, 1)[:2]
+        outputs, inputs = (*size, 1, 1)[:2]
         shape = len(layers), outputs, size[2:].numel(), inputs
         sides = []
         for dim in SIDES if len(size) > 1 else ():
