@@ -1,7 +1,7 @@
 """A grid of soap.lr, and `tune`, on a narrow residual network. From the repository's root:
 
-python records/2026-12-01_tune_soap/run.py grid CONFIG OUT RATE...     # whole runs, one after another; what is done is skipped
-python records/2026-12-01_tune_soap/run.py tune [what `python -m ffcv_imnet tune` takes]
+python records/2026-12-01_tune_soap/grid.py grid CONFIG OUT RATE...     # whole runs, one after another; what is done is skipped
+python records/2026-12-01_tune_soap/grid.py tune [what `python -m ffcv_imnet tune` takes]
 """
 
 import sys
@@ -17,7 +17,6 @@ from ffcv_imnet.config.parsing import load
 from ffcv_imnet.models.registry import register
 from ffcv_imnet.models.slim import Slim
 from ffcv_imnet.tools import tune
-
 
 
 @register
