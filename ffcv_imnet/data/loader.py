@@ -191,6 +191,7 @@ class _Epoch(EpochIterator):
 
     def __init__(self, loader: "_OrderedLoader", order: Indices, device: torch.device) -> None:
         self.device = device
+        self.waited_before = loader.waited
         self.error: BaseException | None = None
         self.read_ahead: ReadAhead | None = None
         with current(device):  # of which FFCV makes its streams
@@ -234,6 +235,8 @@ class _Epoch(EpochIterator):
             raise
         finally:
             self.loader.waited += time.perf_counter() - asked
+            if self.loader.first_wait is None:
+                self.loader.first_wait = self.loader.waited - self.waited_before
 
     def stop(self) -> None:
         """End the thread and free its buffers, wherever it is."""
@@ -312,6 +315,9 @@ class _OrderedLoader:
         self.waited = (
             0.0  # seconds without a batch; what a copy to the device takes is not among them
         )
+        self.first_wait: float | None = (
+            None  # of these, until the first batch of the pass; None before it
+        )
         self.construction_seconds = time.perf_counter() - started
         self.start_seconds: float | None = None  # construction and wait for the first batch of all
 
@@ -337,7 +343,7 @@ class _OrderedLoader:
         """
         threads = torch.get_num_threads()
         copies = copies_to(device)
-        asked = time.perf_counter()
+        asked, self.first_wait = time.perf_counter(), None
         self._check_unchanged()
         epoch = _Epoch(self, order, device)
         self.waited += time.perf_counter() - asked

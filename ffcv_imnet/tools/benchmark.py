@@ -261,12 +261,15 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 def benchmark_step(options: argparse.Namespace) -> int:
     """`step`: each network at each resolution, all steps in alternation; table, JSON."""
     world = describe_world(options.device)
+    if world.size > 1:
+        raise UsageError("benchmark step measures one process: start it without torchrun")
     connect(world)
     precisions = options.precision or native_precisions(world.device)
     kinds = [(name, p) for name in options.steps for p in precisions]
     kinds = [kind for kind in kinds if kind[0] != "public" or kind[1] == precisions[0]]
     rows: list[dict[str, Any]] = []
     for arch in options.arch:
+        torch._dynamo.reset()  # all networks count towards one limit of graphs, beyond which it compiles no more
         steppers = {
             (name, precision): public(arch, precision, world.device)
             if name == "public"
@@ -309,11 +312,14 @@ def measure_steps(
     what = f"{images.shape[-1]} px"
     with Progress((2 + rounds) * len(steppers), what, "block") as progress:
         for kind, stepper in steppers.items():
-            cold = stepper.seconds(images, labels, PILOT_STEPS)
-            warm = stepper.seconds(images, labels, PILOT_STEPS)
-            warm_up[kind] = max(0.0, cold - warm)
+            period, cold = stepper.period, stepper.seconds(images, labels, PILOT_STEPS)
+            if period > 1:  # each of the first ones is of the dear kind
+                stepper.seconds(images, labels, period)
+            pilot = max(PILOT_STEPS, period)
+            warm = stepper.seconds(images, labels, pilot) / pilot
+            warm_up[kind] = max(0.0, cold - PILOT_STEPS * warm)
             a_block = seconds / rounds / len(steppers)
-            count[kind] = max(PILOT_STEPS, round(a_block * PILOT_STEPS / warm))
+            count[kind] = period * max(-(-PILOT_STEPS // period), round(a_block / warm / period))
             progress.update(2, " ".join(kind))
         for _ in range(rounds):
             for kind, stepper in steppers.items():
@@ -324,7 +330,9 @@ def measure_steps(
     rows = []
     for kind, own in rates.items():
         median = statistics.median(own)
-        update = steppers[kind].update_seconds(images, max(PILOT_STEPS, count[kind] // 4))
+        period = steppers[kind].period
+        some = period * max(-(-PILOT_STEPS // period), count[kind] // 4 // period)
+        update = steppers[kind].update_seconds(images, some)
         row = {
             "step": kind[0],
             "precision": kind[1],

@@ -13,6 +13,8 @@ from ffcv_imnet.machine.device import peak_memory, reset_peak_memory, room
 from ffcv_imnet.machine.distributed import World, together
 from ffcv_imnet.train.checkpoint import Learner
 
+# What cuDNN and cuBLAS say of a full memory, as a plain RuntimeError.
+FULL = "unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"
 SPARE = 0.1  # of the memory: what the caching allocator loses between blocks of many sizes
 
 
@@ -30,7 +32,10 @@ def explained(
     try:
         with together(world, timeout_seconds, doing):
             yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        full = isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in FULL)
+        if not full:
+            raise
         traceback.clear_frames(error.__traceback__)  # they hold the batch and its activations
         raise RunError(_out_of_memory(learner, plan, world, val_batch)) from None
 
@@ -79,7 +84,9 @@ def fitting_batch(peak: Callable[[int], int], room: int, tried: int) -> int | No
 def _peak(learner: Learner, batch: int, plan: EpochPlan, world: World) -> int:
     """Most bytes during forward and backward. Not compiled, which would take minutes for a new shape and
     need less memory; and without the other processes, whom nobody told to take part."""
-    side = plan.resolution
+    side, tuning = plan.resolution, torch.backends.cudnn.benchmark
+    # For a new shape it would try kernels with whatever memory is free.
+    torch.backends.cudnn.benchmark = False
     learner.optimizer.zero_grad(set_to_none=True)
     reset_peak_memory(world.device)
     images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=world.device)
@@ -90,4 +97,5 @@ def _peak(learner: Learner, batch: int, plan: EpochPlan, world: World) -> int:
     # gradient and would send it to the others. This puts none into a parameter.
     weights = [p for p in learner.model.parameters() if p.requires_grad]
     torch.autograd.grad(loss, weights, allow_unused=True)
+    torch.backends.cudnn.benchmark = tuning
     return peak_memory(world.device) or 0
