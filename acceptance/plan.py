@@ -16,7 +16,7 @@ RECIPES = (
     *("imagenette_5ep", "demo", "rn18_16ep", "rn18_10ep", "rn18_8ep"),
     *("rn50_16ep", "rn50_6ep", "rn50_5ep"),
 )
-LONGEST = 500  # seconds of a part; a stage has 540
+LONGEST = 500  # seconds of a part; a call has 540 unless it is told otherwise
 # Of all parts those that tell most, one of each kind, should a machine be lent for minutes only.
 _EARLY = """environment.doctor environment.decoder environment.tests step.resnet18_128 imagenette.five_epochs
     profile.resnet18_eager profile.resnet18_compiled step.resnet18_turns smoke.rn18_10ep_bf16 smoke.rn18_8ep_fp16
@@ -173,7 +173,7 @@ def parts(place: Place) -> list[Part]:
         *imagenette(place),
         *profile(place),
     ]
-    # A rehearsal's machine may be busy: it gets the time that a stage has.
+    # A rehearsal's machine may be busy: each part gets the longest time.
     return found if place.on_gpu else [replace(part, limit=LONGEST) for part in found]
 
 

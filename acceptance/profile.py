@@ -51,9 +51,7 @@ def main() -> int:
 
     cold = steps(learner, loader, replace(plan, steps=PROFILED), settings, world)  # compiles, tunes
     timed = steps(learner, loader, replace(plan, epoch=1, steps=options.steps), settings, world)
-    first = (
-        loader.loader.first_wait or 0.0
-    )  # the start of an epoch, which is thousands of steps long elsewhere
+    first = loader.loader.first_wait  # of an epoch, which elsewhere is thousands of steps long
     short = replace(plan, epoch=2, steps=PROFILED)
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if world.device.type == "cuda" else []

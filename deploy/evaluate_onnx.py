@@ -400,9 +400,8 @@ def name(
         for index in np.argsort(-shares, kind="stable")[:5]:
             lines.append("  %.4f  %s" % (shares[index], labels[index]))
         text, encoding = "\n".join(lines), sys.stdout.encoding or "ascii"
-        print(
-            text.encode(encoding, "backslashreplace").decode(encoding)
-        )  # JetPack 4's may be ASCII
+        # JetPack 4's may be ASCII.
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
     if bad:
         raise Failure("%d of %d images cannot be read" % (bad, len(paths)))
 

@@ -346,6 +346,12 @@ class Settings:
         return self.lr
 
 
+def without_target(settings: Settings) -> Settings:
+    """What is left of a recipe on other images than those that its target is for."""
+    training = replace(settings.training, stop_at=0.0, stop_when_reached=False)
+    return replace(settings, training=training)
+
+
 # Settings that may differ between a run and its resumption: they leave the numbers as they are.
 # The data's paths are among them because their content is compared by checksum.
 NOT_OF_THE_RESULT = (

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
 from queue import Empty, Full
 from typing import Any
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ffcv_imnet.config.schedules import EpochPlan, batch_sizes, resolutions
-from ffcv_imnet.config.schema import Data, Settings
+from ffcv_imnet.config.schema import Data, Settings, without_target
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data.beton import (
     Manifest,
@@ -118,8 +117,7 @@ def own_target(settings: Settings, classes: Sequence[str], say: bool = True) -> 
             f" (--training.stop_at_on=any makes it one)",
             flush=True,
         )
-    training = replace(training, stop_at=0.0, stop_when_reached=False)
-    return replace(settings, training=training)
+    return without_target(settings)
 
 
 def class_places(train: Sequence[str], val: Sequence[str]) -> list[int] | None:
@@ -191,7 +189,6 @@ class _Epoch(EpochIterator):
 
     def __init__(self, loader: "_OrderedLoader", order: Indices, device: torch.device) -> None:
         self.device = device
-        self.waited_before = loader.waited
         self.error: BaseException | None = None
         self.read_ahead: ReadAhead | None = None
         with current(device):  # of which FFCV makes its streams
@@ -235,8 +232,6 @@ class _Epoch(EpochIterator):
             raise
         finally:
             self.loader.waited += time.perf_counter() - asked
-            if self.loader.first_wait is None:
-                self.loader.first_wait = self.loader.waited - self.waited_before
 
     def stop(self) -> None:
         """End the thread and free its buffers, wherever it is."""
@@ -312,12 +307,8 @@ class _OrderedLoader:
         self.skip_damaged = data.on_damaged == "skip"
         self.skipped: set[int] = set()
         self.said_unpinned = False
-        self.waited = (
-            0.0  # seconds without a batch; what a copy to the device takes is not among them
-        )
-        self.first_wait: float | None = (
-            None  # of these, until the first batch of the pass; None before it
-        )
+        self.waited = 0.0  # seconds without a decoded batch, over all passes; copies are not in it
+        self.first_wait = 0.0  # of these, until the first batch of the last pass
         self.construction_seconds = time.perf_counter() - started
         self.start_seconds: float | None = None  # construction and wait for the first batch of all
 
@@ -343,15 +334,16 @@ class _OrderedLoader:
         """
         threads = torch.get_num_threads()
         copies = copies_to(device)
-        asked, self.first_wait = time.perf_counter(), None
+        asked, before = time.perf_counter(), self.waited
         self._check_unchanged()
         epoch = _Epoch(self, order, device)
         self.waited += time.perf_counter() - asked
         try:
             for number, (images, labels) in enumerate(epoch):
+                if number == 0:
+                    self.first_wait = self.waited - before
                 if self.start_seconds is None:
-                    waited = time.perf_counter() - asked
-                    self.start_seconds = self.construction_seconds + waited
+                    self.start_seconds = self.construction_seconds + self.first_wait
                 # The loader's thread changed it before its first batch.
                 torch.set_num_threads(threads)
                 start = number * self.batch_size

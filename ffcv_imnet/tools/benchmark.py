@@ -319,7 +319,7 @@ def measure_steps(
             warm = stepper.seconds(images, labels, pilot) / pilot
             warm_up[kind] = max(0.0, cold - PILOT_STEPS * warm)
             a_block = seconds / rounds / len(steppers)
-            count[kind] = period * max(-(-PILOT_STEPS // period), round(a_block / warm / period))
+            count[kind] = whole_periods(a_block / warm, period)
             progress.update(2, " ".join(kind))
         for _ in range(rounds):
             for kind, stepper in steppers.items():
@@ -330,8 +330,7 @@ def measure_steps(
     rows = []
     for kind, own in rates.items():
         median = statistics.median(own)
-        period = steppers[kind].period
-        some = period * max(-(-PILOT_STEPS // period), count[kind] // 4 // period)
+        some = whole_periods(count[kind] // 4, steppers[kind].period)
         update = steppers[kind].update_seconds(images, some)
         row = {
             "step": kind[0],
@@ -346,6 +345,11 @@ def measure_steps(
             row["ratio_to_public"] = round(statistics.median(ratios), 3)
         rows.append(row)
     return rows
+
+
+def whole_periods(steps: float, period: int) -> int:
+    """About so many steps, in whole periods, `PILOT_STEPS` at least."""
+    return period * max(-(-PILOT_STEPS // period), round(steps / period))
 
 
 def step_table(rows: list[dict[str, Any]]) -> str:

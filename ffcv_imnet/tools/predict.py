@@ -9,7 +9,6 @@ status is 1.
 """
 
 import csv
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from tabulate import tabulate
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.bounded import read_at_most
 from ffcv_imnet.core.errors import RunError, UsageError, in_range
+from ffcv_imnet.core.names import shown as shown_name
 from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.images import LARGEST_FILE, Pixels
@@ -80,7 +80,8 @@ def main(argv: list[str]) -> int:
         rows = [(f"{probability:.4f}", name) for probability, name in guesses]
         print(f"\n{path}\n{tabulate(rows, tablefmt='plain', disable_numparse=True)}", flush=True)
         table += [
-            (written(path), rank, name, round(p, 6)) for rank, (p, name) in enumerate(guesses, 1)
+            (shown_name(str(path)), rank, name, round(p, 6))
+            for rank, (p, name) in enumerate(guesses, 1)
         ]
         if out is not None:
             step = max(1, max(rgb.shape) // 500)  # no more pixels than are drawn
@@ -107,11 +108,6 @@ def read(path: Path) -> Pixels:
         ) from error
     except BadImage as error:
         raise RunError(f"{path}: the image cannot be read ({error})") from error
-
-
-def written(path: Path) -> str:
-    """Its name as UTF-8 can say it."""
-    return os.fsencode(path).decode(errors="replace")
 
 
 @torch.no_grad()

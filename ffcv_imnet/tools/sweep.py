@@ -25,7 +25,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ffcv_imnet.config.parsing import as_word, leaves, parse, read_config
-from ffcv_imnet.config.schema import differences, to_dict
+from ffcv_imnet.config.schema import Settings, differences, to_dict, without_target
 from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
@@ -102,7 +102,7 @@ def read_sweep(path: Path, out: Path) -> list[Run]:
             log = run.log()
             if log and log.headers:
                 there = log.headers[0].settings
-                differ = differences(_aimed(to_dict(wanted), there), there)
+                differ = differences(to_dict(_aimed(wanted, there)), there)
                 if differ:
                     raise UsageError(
                         f"{where}{folder} holds a run of other settings ({'; '.join(differ)}): take "
@@ -112,11 +112,11 @@ def read_sweep(path: Path, out: Path) -> list[Run]:
     return runs
 
 
-def _aimed(wanted: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
+def _aimed(wanted: Settings, there: dict[str, Any]) -> Settings:
     """`wanted` without its target where `there`, settings of a run's log, has none: it was for other images."""
-    if wanted["training"]["stop_at_on"] == "any" or there.get("training", {}).get("stop_at"):
+    if wanted.training.stop_at_on == "any" or there.get("training", {}).get("stop_at"):
         return wanted
-    return wanted | {"training": wanted["training"] | {"stop_at": 0.0, "stop_when_reached": False}}
+    return without_target(wanted)
 
 
 def train(run: Run) -> None:

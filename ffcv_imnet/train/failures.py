@@ -47,13 +47,17 @@ def _out_of_memory(learner: Learner, plan: EpochPlan, world: World, val_batch: i
             f"{what} in the validation after epoch {plan.epoch}: lower validation.batch_size {val_batch}, "
             f"which changes no result, and --resume auto goes on"
         )
-    local = plan.batch_size // world.size
+    local, tuning = plan.batch_size // world.size, torch.backends.cudnn.benchmark
+    # For a new shape cuDNN would try kernels with whatever memory is free.
+    torch.backends.cudnn.benchmark = False
     try:
         fits = fitting_batch(
             lambda batch: _peak(learner, batch, plan, world), room(world.device), local
         )
     except RuntimeError:  # not even the small ones fitted
         fits = None
+    finally:
+        torch.backends.cudnn.benchmark = tuning
     advice = f"{fits * world.size} would fit" if fits else "take a much smaller one"
     return (
         f"{what} in epoch {plan.epoch} at {plan.resolution} px with a batch of {plan.batch_size}: "
@@ -84,9 +88,7 @@ def fitting_batch(peak: Callable[[int], int], room: int, tried: int) -> int | No
 def _peak(learner: Learner, batch: int, plan: EpochPlan, world: World) -> int:
     """Most bytes during forward and backward. Not compiled, which would take minutes for a new shape and
     need less memory; and without the other processes, whom nobody told to take part."""
-    side, tuning = plan.resolution, torch.backends.cudnn.benchmark
-    # For a new shape it would try kernels with whatever memory is free.
-    torch.backends.cudnn.benchmark = False
+    side = plan.resolution
     learner.optimizer.zero_grad(set_to_none=True)
     reset_peak_memory(world.device)
     images = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=world.device)
@@ -97,5 +99,4 @@ def _peak(learner: Learner, batch: int, plan: EpochPlan, world: World) -> int:
     # gradient and would send it to the others. This puts none into a parameter.
     weights = [p for p in learner.model.parameters() if p.requires_grad]
     torch.autograd.grad(loss, weights, allow_unused=True)
-    torch.backends.cudnn.benchmark = tuning
     return peak_memory(world.device) or 0
