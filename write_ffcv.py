@@ -35,11 +35,12 @@ from ffcv_imnet.core.names import number_of, shown
 from ffcv_imnet.core.paths import path_of, path_or_address, refuse_inside
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
+from ffcv_imnet.core.units import duration, of_disk, of_memory
 from ffcv_imnet.data import beton, remote
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.encode import Bad, PixelSettings, encode_all, encode_image
 from ffcv_imnet.images.folder import FOLDERS
-from ffcv_imnet.images.forecast import available_memory, duration, forecast, size
+from ffcv_imnet.images.forecast import forecast
 from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.parallel import one_thread
 from ffcv_imnet.images.pixels import MAX_PIXELS
@@ -56,7 +57,7 @@ from ffcv_imnet.images.sources import (
     open_undivided,
     reading_order,
 )
-from ffcv_imnet.machine.host import affinity_cores, usable_cores
+from ffcv_imnet.machine.host import affinity_cores, available_memory, usable_cores
 
 EXAMPLES = 3  # unreadable images named on the terminal
 VERIFIED = 64  # images encoded again afterwards, to compare with what the disk gives back
@@ -333,20 +334,20 @@ def announce(job: Job) -> None:
     for remark in job.remarks:
         print(f"note: {remark}")
     print(
-        f"expected: {size(expected.bytes)} ({size(free)} free in {folder}),"
+        f"expected: {of_disk(expected.bytes)} ({of_disk(free)} free in {folder}),"
         f" {duration(expected.seconds / job.num_workers)} with {job.num_workers} worker(s)"
     )
     memory = available_memory()
     if memory is not None and expected.bytes > memory:
         rate = TRAINING_RATE * expected.bytes / len(source)
         print(
-            f"this is more than the {size(memory)} of memory available here: at {TRAINING_RATE:,}"
-            f" images/s training would read {size(rate)}/s from the disk"
+            f"this is more than the {of_memory(memory)} of memory available here: at {TRAINING_RATE:,}"
+            f" images/s training would read {of_disk(rate)}/s from the disk"
         )
     sys.stdout.flush()
     if expected.bytes > free:
         raise UsageError(
-            f"about {size(expected.bytes)} will not fit into the {size(free)} free in {folder}:"
+            f"about {of_disk(expected.bytes)} will not fit into the {of_disk(free)} free in {folder}:"
             " make room, choose another --out_dir, or store less (--max_resolution,"
             " --jpeg_quality, --subset)"
         )
@@ -564,7 +565,7 @@ def write_file(job: Job) -> None:
     unreadable_list(job).unlink(missing_ok=True)  # of an attempt before
     print(
         f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
-        f" {size(manifest.bytes)}, {manifest.content_checksum}"
+        f" {of_disk(manifest.bytes)}, {manifest.content_checksum}"
     )
 
 

@@ -10,7 +10,7 @@ from ffcv_imnet.config.parsing import parse
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.machine import device as devices
 from ffcv_imnet.machine import host
-from ffcv_imnet.machine.host import Nvidia, find_nvidia, quota_cores, why_unusable
+from ffcv_imnet.machine.host import Nvidia, available_memory, find_nvidia, quota_cores, why_unusable
 
 OLD = """NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023
 GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)
@@ -216,6 +216,28 @@ def test_the_quota_of_a_container(
     files: dict[str, str], cores: float | None, tmp_path: Path
 ) -> None:
     assert quota_cores(machine(tmp_path, files)) == cores
+
+
+@pytest.mark.parametrize(
+    ("files", "memory"),
+    [
+        ({}, None),
+        ({"proc/meminfo": "MemAvailable:  2000 kB\n"}, 2_048_000),
+        (  # a container sees its own group as the mount itself; "max": no limit
+            {
+                "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 2000 kB\n",
+                "proc/self/cgroup": "0::/pod/part\n",
+                "sys/fs/cgroup/pod/part/memory.max": "max\n",
+                "sys/fs/cgroup/pod/memory.max": "1000000\n",
+            },
+            1_000_000,
+        ),
+    ],
+)
+def test_the_memory_of_a_container(
+    files: dict[str, str], memory: int | None, tmp_path: Path
+) -> None:
+    assert available_memory(machine(tmp_path, files)) == memory
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from ffcv_imnet.report import charts, html
 from ffcv_imnet.report.evaluation import Evaluated, Mistake, evaluate_run
 from ffcv_imnet.report.runs import (
     differing_settings,
-    duration,
     group_runs,
     percent,
     read_run,
@@ -104,7 +103,6 @@ def test_a_log_from_before_compile_times_were_kept_is_read(tmp_path: Path) -> No
 
 
 def test_words_for_numbers() -> None:
-    assert [duration(s) for s in (48, 810, 7600)] == ["48 s", "13.5 min", "2.1 h"]
     assert percent([0.783]) == "78.3 %" and percent([0.7, 0.8]) == "75.0 % ± 7.1"
 
 

@@ -33,9 +33,9 @@ from ffcv_imnet.core.errors import RunError, UsageError, reason_of
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.core.paths import is_address
 from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.core.units import of_disk
 from ffcv_imnet.data import beton
 from ffcv_imnet.data.manifest import LARGEST, Manifest, manifest_path
-from ffcv_imnet.images.forecast import size
 
 BLOCK = 1 << 25  # bytes of one request: few enough requests, and little is lost with one
 AT_ONCE = 4  # requests; one alone is often held to some 100 MB/s
@@ -216,7 +216,7 @@ def download(origin: Origin, target: Path) -> None:
     free = shutil.disk_usage(folder).free
     if origin.bytes - have > free:
         raise UsageError(
-            f"{origin.address} has {size(origin.bytes)} and {folder} has {size(free)} free: make room, or"
+            f"{origin.address} has {of_disk(origin.bytes)} and {folder} has {of_disk(free)} free: make room, or"
             f" name a folder on another disk (data.cache_dir, of write_ffcv.py --cache_dir)"
         )
     try:

@@ -4,7 +4,6 @@
 milliseconds.
 """
 
-import math
 import os
 import resource
 import shlex
@@ -19,6 +18,7 @@ import torch
 
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.optional import is_there
+from ffcv_imnet.core.units import of_disk, of_memory
 from ffcv_imnet.machine import device as devices
 from ffcv_imnet.machine.distributed import World
 from ffcv_imnet.machine.host import (
@@ -183,19 +183,3 @@ def compiler(device: torch.device) -> Finding:
         advice = "install it, or leave training.compile false"
         return Finding("torch.compile", f"without {', '.join(missing)}", WARN, advice)
     return Finding("torch.compile", "has its compiler")
-
-
-def of_disk(count: float) -> str:
-    """Bytes as disks are sold: 1.5 GB, 330 MB."""
-    return _in_units(count, 1000, ("B", "kB", "MB", "GB", "TB"))
-
-
-def of_memory(count: float) -> str:
-    """Bytes as memory is sold: 64 MiB, 1.5 GiB."""
-    return _in_units(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _in_units(count: float, base: int, units: tuple[str, ...]) -> str:
-    power = min(len(units) - 1, int(math.log(max(count, 1), base)))
-    value = count / base**power
-    return f"{value:.{0 if value >= 10 or not power else 1}f} {units[power]}"

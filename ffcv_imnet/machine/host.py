@@ -1,4 +1,4 @@
-"""What the kernel says of this machine: NVIDIA cards and their driver, cores by affinity and by quota.
+"""What the kernel says of this machine: NVIDIA cards and their driver, cores by affinity and by quota, memory.
 
 Read from /proc and /sys, so that it works where torch sees nothing. `root` is another tree in tests.
 """
@@ -175,6 +175,17 @@ def usable_cores() -> int:
     """Cores that this process can keep busy: of those it may run on, as many as its quota pays for."""
     quota = quota_cores()
     return min(affinity_cores(), math.ceil(quota)) if quota is not None else affinity_cores()
+
+
+def available_memory(root: Path = ROOT) -> int | None:
+    """Bytes that the page cache may still take, and no more than a control group allows; None if unknown."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"))
+    if found is None:
+        return None
+    own = re.search(r"^0::(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    groups = _groups(root, ("", "unified"), own[1]) if own else ()
+    limits = [_read(folder / "memory.max").strip() for folder in groups]
+    return min([int(found[1]) * 1024, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def _groups(root: Path, mounts: tuple[str, ...], path: str) -> Iterator[Path]:

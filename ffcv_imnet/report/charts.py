@@ -24,11 +24,11 @@ from matplotlib.ticker import (
 )
 
 from ffcv_imnet.core.names import shown as on_one_line
+from ffcv_imnet.core.units import duration
 from ffcv_imnet.report.runs import (
     Group,
     Series,
     best,
-    duration,
     norm_groups,
     norm_points,
     origin,

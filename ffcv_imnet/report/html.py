@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from ffcv_imnet.core.names import shown
+from ffcv_imnet.core.units import duration
 from ffcv_imnet.report import charts
 from ffcv_imnet.report.charts import DARK, LIGHT, Chart, Palette
 from ffcv_imnet.report.evaluation import Evaluated
@@ -19,7 +20,6 @@ from ffcv_imnet.report.runs import (
     Run,
     best,
     differing_settings,
-    duration,
     origin,
     percent,
     reached,

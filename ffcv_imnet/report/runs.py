@@ -218,10 +218,3 @@ def percent(values: Sequence[float]) -> str:
     """`78.3 %`, or `78.3 % ± 0.4` (standard deviation, n - 1) of several fractions of one."""
     mean = f"{statistics.fmean(values):.1%}".replace("%", " %")
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `13.5 min`, `2.1 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

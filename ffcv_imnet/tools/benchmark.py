@@ -58,9 +58,10 @@ from ffcv_imnet.core.errors import UsageError, in_range
 from ffcv_imnet.core.optional import is_there
 from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.core.progress import Progress
+from ffcv_imnet.core.units import of_memory
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
-from ffcv_imnet.machine.checks import SHM, of_memory
+from ffcv_imnet.machine.checks import SHM
 from ffcv_imnet.machine.device import DTYPES, choose_precision
 from ffcv_imnet.machine.distributed import connect, describe_world, disconnect
 from ffcv_imnet.machine.host import core_numbers, usable_cores

@@ -24,11 +24,11 @@ import torch
 
 from ffcv_imnet.core import provenance
 from ffcv_imnet.core.paths import path_of
-from ffcv_imnet.images.forecast import available_memory
+from ffcv_imnet.core.units import of_disk, of_memory
 from ffcv_imnet.machine import checks
 from ffcv_imnet.machine import device as devices
-from ffcv_imnet.machine.checks import FAIL, WARN, Finding, of_disk, of_memory
-from ffcv_imnet.machine.host import find_nvidia
+from ffcv_imnet.machine.checks import FAIL, WARN, Finding
+from ffcv_imnet.machine.host import available_memory, find_nvidia
 from ffcv_imnet.native import build
 from ffcv_imnet.tools import ToolParser
 

@@ -23,6 +23,7 @@ from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.paths import path_of
 from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.signals import exit_when_asked
+from ffcv_imnet.core.units import of_disk
 from ffcv_imnet.images.labels import read_labels
 from ffcv_imnet.images.sources import check_split
 from ffcv_imnet.images.tar import TarArchive, describe_fault, index_tar
@@ -192,10 +193,10 @@ def check_disk(out: Path, todo: list[tuple[Split, int]]) -> None:
     files = sum(len(m) for _, m in members)
     disk = os.statvfs(out)
     free = disk.f_bavail * disk.f_frsize
-    print(f"to unpack: {files:,} files, {need / 1e9:,.1f} GB; {free / 1e9:,.1f} GB free in {out}")
+    print(f"to unpack: {files:,} files, {of_disk(need)}; {of_disk(free)} free in {out}")
     if need + SPARE > free:
         raise UsageError(
-            f"{need / 1e9:,.1f} GB will not fit into the {free / 1e9:,.1f} GB free in {out}: make"
+            f"{of_disk(need)} will not fit into the {of_disk(free)} free in {out}: make"
             " room, choose another --out_dir, or do without unpacking (write_ffcv.py --tar)"
         )
     if disk.f_files and files + 2 * len(todo) > disk.f_favail:
