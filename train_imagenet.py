@@ -31,7 +31,7 @@ COMMAND = begin_script(command) if __name__ == "__main__" else None
 
 from ffcv_imnet.bench import cost
 from ffcv_imnet.bench.dry_run import dry_run
-from ffcv_imnet.config.schedules import plan_run
+from ffcv_imnet.config.schedules import plan_run, say_few_steps
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import NonFiniteLoss
 from ffcv_imnet.data.bus_error import explain_bus_error
@@ -76,6 +76,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     train_set, val_set = check_data(settings.data, world)
     settings = own_target(settings, train_set.classes, world.is_main)
     plans = plan_run(settings, train_set.samples)
+    say_few_steps(plans, train_set.samples, world.is_main)
 
     # Resuming: last.pt holds the records of the log and how far the epoch after them has come. The
     # log is first made to say the same, then training goes on with the next step. previous.pt stands

@@ -19,7 +19,7 @@ import platform
 import shutil
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -60,6 +60,7 @@ from ffcv_imnet.images.sources import (
 from ffcv_imnet.machine.host import affinity_cores, available_memory, usable_cores
 
 EXAMPLES = 3  # unreadable images named on the terminal
+SMALLEST = 8  # pixels of a side: training's smallest resolution
 VERIFIED = 64  # images encoded again afterwards, to compare with what the disk gives back
 TRAINING_RATE = 1000  # images/s of training, for the disk's read rate when RAM is too small
 EXAMPLE_COMMANDS = """examples:
@@ -81,7 +82,9 @@ EXAMPLE_COMMANDS = """examples:
 
 def side(text: str) -> int:
     """An argparse type: a length in pixels; 0 or none leaves the images' own size."""
-    return 0 if text.lower() == "none" else int(in_range(int, 0)(text))
+    if text.lower() == "none" or text == "0":
+        return 0
+    return int(in_range(int, SMALLEST)(text))
 
 
 def split_name(text: str) -> str:
@@ -99,10 +102,10 @@ def split_name(text: str) -> str:
 
 def part(text: str) -> float:
     """An argparse type: a fraction between 0 and 1."""
-    value = in_range(float, 0, 1)(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1, such as 0.1")
-    return float(value)
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1, such as 0.1")
 
 
 def build_parser() -> Parser:
@@ -118,7 +121,7 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("--split", type=split_name, metavar="{train,val}", help="which one to write")
-    add("--holdout", type=part, metavar="0..1",
+    add("--holdout", type=part, metavar="FRACTION",
         help="write both from a set without a validation split: this part of each class for val, copies"
         " of an image on one side, chosen by --seed")  # fmt: skip
     add("--data_dir", type=path_of, action="append", metavar="DIR",

@@ -1,18 +1,21 @@
 """Nothing odd in a folder of images goes unseen: passed over and counted, named, or refused."""
 
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 import write_ffcv
-from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.names import fault_of, quoted, shown
 from ffcv_imnet.images.flat import FlatFolder
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import write_labels
+from ffcv_imnet.images.labels import read_labels
 from ffcv_imnet.images.remarks import check_classes, notes, oddities
+from ffcv_imnet.images.sources import open_source, open_undivided
 from ffcv_imnet.report.html import escape
 
 
@@ -135,12 +138,12 @@ def test_classes_that_differ_only_in_writing(root: Path) -> None:
 @pytest.mark.parametrize("pair", [("1", "001"), ("ab", "a\u200bb"), ("space", "space ")])
 def test_classes_that_look_alike(tmp_path: Path, pair: tuple[str, str]) -> None:
     odd = only_oddity(tree(tmp_path, *(f"{name}/0.jpg" for name in pair)))
-    assert odd.startswith("these class folders differ only in how their names are written")
+    assert odd.startswith("these classes differ only in how their names are written")
 
 
 def test_classes_that_are_the_parts_of_a_data_set(tmp_path: Path) -> None:
     odd = only_oddity(tree(tmp_path, "Train/0.jpg", "val/0.jpg"))
-    assert f"the classes of {tmp_path} would be Train, val: do the classes lie" in odd
+    assert f"the classes of {tmp_path} would be Train, val: they seem to lie" in odd
 
 
 def test_images_of_other_suffixes(root: Path) -> None:
@@ -152,7 +155,7 @@ def test_images_of_other_suffixes(root: Path) -> None:
     (root / "dog/film").write_bytes(b"\0\0\0\x18ftypisom")  # a film, not an image
     os.mkfifo(root / "dog/pipe")
     odd = only_oddity(root)
-    assert odd.startswith("3 images have suffixes that are not read")
+    assert odd.startswith("the suffixes of 3 images are not read")
     assert (
         "1 .heic" in odd
         and "1 without suffix" in odd
@@ -161,7 +164,7 @@ def test_images_of_other_suffixes(root: Path) -> None:
     for path in (root / "cat").iterdir():
         path.unlink()
     tree(root, "cat/x.heic")
-    with pytest.raises(UsageError, match=r"hold no image: cat; .*; 4 images have suffixes"):
+    with pytest.raises(UsageError, match=r"hold no image: cat; .*; the suffixes of 4 images"):
         ImageFolderTree(root)
 
 
@@ -173,6 +176,24 @@ def test_a_flat_folder_too(tmp_path: Path) -> None:
         and "1 .heic" in oddities(found)[0]
         and notes(found)[0].startswith("2 files")
     )
+
+
+def test_a_label_files_classes_that_look_alike(tmp_path: Path) -> None:
+    tree(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    found = FlatFolder(tmp_path, {"a": "Dog", "b": "dog", "c": "cat"})
+    assert oddities(found) == ["these classes differ only in how their names are written: Dog, dog"]
+
+
+def test_images_without_a_label(tmp_path: Path) -> None:
+    tree(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    (labels := tmp_path / "labels.csv").write_text("file,label\na.jpg,ant\nb.jpg,bee\n")
+    said = f"2 of the 4 images of {tmp_path} have no label, for instance c.jpg, d.jpg"
+    with pytest.raises(RunError, match=re.escape(said)):
+        FlatFolder(tmp_path, read_labels(labels))
+    of_another_split = open_source("train", [tmp_path], labels=labels)
+    assert (notes(of_another_split), oddities(of_another_split)) == ([f"{said}: left out"], [])
+    undivided = open_undivided([tmp_path], labels)  # there is no other split to which they belong
+    assert (notes(undivided), oddities(undivided)) == ([], [f"{said}: left out"])
 
 
 def test_numbers_as_classes_are_said_to_be_in_the_order_of_text(tmp_path: Path) -> None:
@@ -233,7 +254,7 @@ def test_writing_stops_at_an_oddity_unless_it_is_allowed(root: Path, tmp_path: P
     (root / "eel").symlink_to("/mnt/not_mounted/eel")
     words = ["--split", "train", "--data_dir", str(tmp_path), "--out_dir", str(tmp_path / "b")]
     with pytest.raises(
-        UsageError, match=r"leads nowhere.*; mend that, or go on all the same by --allow_odd"
+        UsageError, match=r"leads nowhere.*; mend that, or go on all the same with --allow_odd"
     ):
         write_ffcv.plan(write_ffcv.parse(words))
     (job,) = write_ffcv.plan(write_ffcv.parse([*words, "--allow_odd"]))

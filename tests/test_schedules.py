@@ -167,3 +167,15 @@ def test_soap_has_a_peak_of_its_own() -> None:
     assert schedules.learning_rate(soap.schedule, 16, soap.lr.lr_peak_epoch, 1024) == 0.01
     muon = load(training__optimizer="muon", soap__lr=0.01, lr__lr=3.0)
     assert muon.schedule == muon.lr
+
+
+@pytest.mark.parametrize(("images", "steps"), [(88, 1), (639, 9), (640, 0)])
+def test_few_steps_an_epoch_are_said(
+    images: int, steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = schedules.plan_run(load(training__batch_size=64), images)
+    schedules.say_few_steps(plans, images, say=False)
+    assert not capsys.readouterr().err
+    schedules.say_few_steps(plans, images)
+    said = capsys.readouterr().err
+    assert (f"of {images} training images an epoch makes {steps} step" in said) == bool(steps)

@@ -126,8 +126,8 @@ def test_a_folder_too_deep_a_zip_and_a_folder_of_tars(data: Path) -> None:
         (data / "kaggle.zip", "is a file, not a folder"),
         (data, r"a tar is read with --tar"),
         (data / "none", "does not exist"),
-        (data / "file", "file/train is no folder"),
-        (data / "link", "link/train is no folder, or a link to nothing"),
+        (data / "file", "file/train is a file, not a folder"),
+        (data / "link", "link/train is a link to nothing"),
     ]:
         with pytest.raises(UsageError, match=reason):
             open_source("train", [place])

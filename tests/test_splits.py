@@ -145,7 +145,7 @@ def test_a_shared_folder_is_divided_by_two_tables(
         found[split] = write(tmp_path / "out", "--split", split, "--data_dir", folder, *table)
         assert found[split].classes == ("golden cat", "golden dog", "golden eel")
     assert found["train"].samples + found["val"].samples == 15
-    assert "7 of the 15 images in" in capsys.readouterr().err
+    assert "note: 7 of the 15 images of " in capsys.readouterr().out
     (tmp_path / "val.csv").write_text("1.jpg,x\n2.jpg,y\n")
     for name in ("1.jpg", "2.jpg"):
         (folder / "cat" / name).unlink()
@@ -248,3 +248,16 @@ def test_a_class_that_is_only_trained_keeps_the_numbers_of_the_others(
     again = replace(settings.data, val_dataset=settings.data.train_dataset)
     loader.check_data(again)
     assert capsys.readouterr().err.count("train.beton has the same images as ") == 1
+
+
+def test_files_that_are_swapped_are_said(
+    tmp_path: Path, small: SmallData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ffcv_imnet.data import loader
+
+    data = small.settings(tmp_path).data
+    loader.check_data(data)
+    assert "swapped" not in capsys.readouterr().err
+    loader.check_data(replace(data, train_dataset=data.val_dataset, val_dataset=data.train_dataset))
+    assert "val.beton was written as val and " in (said := capsys.readouterr().err), said
+    assert said.endswith("train.beton as train: are they swapped?\n")

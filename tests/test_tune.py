@@ -71,7 +71,7 @@ def test_rungs_fill_the_budget_and_stay_within_the_data() -> None:
         UsageError, match="16 are needed: it takes a smaller batch, or a larger --min"
     ):
         plan_rungs(100_000, 27, 4, 1_281_167, 1024)
-    with pytest.raises(UsageError, match="it takes a smaller batch, or more images"):
+    with pytest.raises(UsageError, match="give a smaller batch, or more images"):
         plan_rungs(math.inf, 27, 4, 1_000, 1024)
 
 

@@ -382,7 +382,7 @@ MISTAKES = {
     "--split": "--split: expected one argument",
     "--split train more": "'more' is not an option",
     "--split train --max_resolution 300 --short_side 256": "exclude each other",
-    "--split train --max_resolution -3": "'-3' is not a whole number of at least 0|expected one",
+    "--split train --max_resolution -3": "'-3' is not a whole number of at least 8|expected one",
     "--split train --jpeg_quality 101": "'101' is not a whole number from 1 to 100",
     "--split train --compress_probability nan": "'nan' is not a number from 0 to 1",
     "--split train --num_workers 0": "'0' is not a whole number of at least 1",

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from ffcv_imnet.bench import cost, measure
 from ffcv_imnet.config.parsing import to_yaml
-from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run
+from ffcv_imnet.config.schedules import IMAGENET_TRAIN_IMAGES, EpochPlan, plan_run, say_few_steps
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
@@ -42,6 +42,7 @@ def dry_run(settings: Settings, measuring: bool, started: float) -> int:
     if (start := start_from(settings, train.names)) is not None:
         print(describe_start(start.record, train.classes) + "\n")
     print(plan_table(plans))
+    say_few_steps(plans, train.images)
     print("\n" + cost.describe(settings, plans, val.images, train.classes))
     return 0
 
@@ -75,7 +76,9 @@ def counted(settings: Settings, splits: Sequence[str] = ("train", "val")) -> lis
             plan_run(settings, there[0].images)
             return there
         except UsageError as error:
-            print(f"training would refuse {there[0].source}: {error}", file=sys.stderr)
+            print(
+                f"training would refuse the images of {there[0].source}: {error}", file=sys.stderr
+            )
             why = f"as {there[0].source} is too small"
     else:
         gone = [str(manifest_path(Path(paths[split]))) for split in found if found[split] is None]

@@ -117,7 +117,7 @@ def plan_rungs(images: float, trials: int, again: int, samples: int, batch: int)
         way = "a larger --minutes, or fewer --trials" if first < int(most) else "more images"
         raise UsageError(
             f"the shortest runs would have {first:,} images, {first // batch} steps of training.batch_size {batch}, "
-            f"and {FEWEST_STEPS} are needed: it takes a smaller batch, or {way}"
+            f"and {FEWEST_STEPS} are needed: give a smaller batch, or {way}"
         )
     rungs = []
     for number in range(RUNGS):

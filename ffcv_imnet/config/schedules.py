@@ -1,13 +1,17 @@
 """Learning rate, resolution and crop scale as pure functions of the epoch, and the whole run's plan."""
 
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ffcv_imnet.config.domains import Stage
 from ffcv_imnet.config.schema import Lr, Settings
 from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.core.names import number_of
 
 IMAGENET_TRAIN_IMAGES = 1_281_167  # ILSVRC 2012
+FEW_STEPS = 10  # an epoch of fewer is remarked on
 
 
 @dataclass(frozen=True)
@@ -119,3 +123,15 @@ def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
             )
         )
     return tuple(plans)
+
+
+def say_few_steps(plans: Sequence[EpochPlan], images: int, say: bool = True) -> None:
+    """Where an epoch is so few steps that a smaller batch is likely to be better, that, on stderr."""
+    fewest = min(plans, key=lambda plan: plan.steps)
+    if say and fewest.steps < FEW_STEPS:
+        print(
+            f"of {number_of(images, 'training image')} an epoch makes {number_of(fewest.steps, 'step')} with "
+            f"batches of {fewest.batch_size:,}: a smaller training.batch_size makes more",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -95,7 +95,8 @@ def check_output(option: str, out: Path | None, *suffixes: str) -> None:
     if out.suffix.lower() not in suffixes:
         raise UsageError(f"{option} {out}: its name must end in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
-        raise UsageError(f"{option} {out}: the folder {out.parent} does not exist")
+        what = "is a file" if out.parent.is_file() else "does not exist"
+        raise UsageError(f"{option} {out}: the folder {out.parent} {what}")
     if (beton := out.with_suffix(".beton")).exists() and out.suffix.lower() == ".json":
         raise UsageError(f"{option} {out} would replace the manifest of {beton}: name another")
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from queue import Empty, Full
@@ -73,24 +73,9 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
             f"for instance {', '.join(odd[:3])}: write both from the same classes, or where another "
             f"program wrote them give both to `{adopt_command(*paths)} --force`"
         )
-    counts = dict(zip(places, val.class_counts, strict=True))
-    absent = [name for index, name in enumerate(train.classes) if not counts.get(index)]
-    if absent and (world is None or world.is_main):
-        print(
-            f"{len(absent):,} of the {len(train.classes):,} classes have no image in "
-            f"{data.val_dataset}, for instance {', '.join(absent[:3])}: they are trained, and absent "
-            f"from the evaluation",
-            file=sys.stderr,
-            flush=True,
-        )
-    same = train.content_checksum == val.content_checksum
-    if same and (world is None or world.is_main):
-        print(
-            f"{data.val_dataset} has the same images as {data.train_dataset}: top-1 will say how well they are "
-            "remembered, not how well others are told apart",
-            file=sys.stderr,
-            flush=True,
-        )
+    if world is None or world.is_main:
+        for remark in _remarks(data, train, val, places):
+            print(remark, file=sys.stderr, flush=True)
     for path, said in zip(paths, (train, val), strict=True):
         if data.verify and first and content_checksum(path) != said.content_checksum:
             raise RunError(
@@ -98,6 +83,24 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
                 f"with write_ffcv.py --force"
             )
     return train, val
+
+
+def _remarks(data: Data, train: Manifest, val: Manifest, places: Sequence[int]) -> Iterator[str]:
+    """What of two files may be a mistake, a sentence each."""
+    counts = dict(zip(places, val.class_counts, strict=True))
+    absent = [name for index, name in enumerate(train.classes) if not counts.get(index)]
+    if absent:
+        yield (
+            f"{len(absent):,} of the {len(train.classes):,} classes have no image in {data.val_dataset}, for "
+            f"instance {', '.join(absent[:3])}: they are trained, and absent from the evaluation"
+        )
+    if train.content_checksum == val.content_checksum:
+        yield (
+            f"{data.val_dataset} has the same images as {data.train_dataset}: top-1 will say how well they are "
+            f"remembered, not how well others are told apart"
+        )
+    if (train.split, val.split) == ("val", "train"):
+        yield f"{data.train_dataset} was written as val and {data.val_dataset} as train: are they swapped?"
 
 
 def own_target(settings: Settings, classes: Sequence[str], say: bool = True) -> Settings:

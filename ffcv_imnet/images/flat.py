@@ -1,18 +1,20 @@
 """Images whose classes a table says, wherever they lie in a folder."""
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.names import shown
-from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree, scan_folder
-from ffcv_imnet.images.labels import all_labelled, labels_of
+from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree, alike, scan_folder
+from ffcv_imnet.images.labels import all_labelled, labels_of, unlabelled
 from ffcv_imnet.images.leftovers import Left
 from ffcv_imnet.images.stored import checksum
+
+Without = Literal["refused", "noted", "oddity"]
 
 
 class FlatFolder(ImageFolderTree):
@@ -20,8 +22,8 @@ class FlatFolder(ImageFolderTree):
 
     Args:
         wnids: class name by file name (`labels.read_labels`).
-        others: images without a label are those of another split, and left out; else each must
-            have one.
+        without: images without a label are `refused`; or left out as those of another split, which is
+            `noted`; or left out as an `oddity`.
 
     Raises:
         UsageError: `root` is missing or holds no image that is wanted.
@@ -30,7 +32,7 @@ class FlatFolder(ImageFolderTree):
 
     kind = "flat folder"
 
-    def __init__(self, root: Path, wnids: Mapping[str, str], others: bool = False) -> None:
+    def __init__(self, root: Path, wnids: Mapping[str, str], without: Without = "refused") -> None:
         if not root.is_dir():
             raise UsageError(f"the folder {root} does not exist")
         self.where = str(root)
@@ -46,13 +48,11 @@ class FlatFolder(ImageFolderTree):
                 f"no label has an image in {root}: labels are of {next(iter(wnids), 'nothing')!r} and"
                 f" the like, images are {names[0]!r} and the like"
             )
-        if not others:
+        if without == "refused":
             all_labelled(names, labels, self.where)
-        elif unlabelled := int((labels < 0).sum()):
-            print(
-                f"{unlabelled:,} of the {len(files):,} images in {root} have no label",
-                file=sys.stderr,
-            )
+        elif said := unlabelled(names, labels, self.where):
+            (self.notes if without == "noted" else self.oddities).append(f"{said}: left out")
+        self.oddities += alike(self.classes)
         order = np.argsort(labels, kind="stable")[int((labels < 0).sum()) :]
         self.files, self.labels = np.array(files, np.bytes_)[order], labels[order]
 

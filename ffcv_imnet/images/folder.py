@@ -74,7 +74,7 @@ class ImageFolderTree(InArrays):
             *_beside(root, top.files),
             *_level(root, self.classes, walk.direct, walk.inside),
             *_splits(root, self.classes),
-            *_alike(self.classes),
+            *alike(self.classes),
             *walk.oddities(),
             *walk.left.oddities(),
         ]
@@ -120,7 +120,12 @@ def _check_root(root: Path) -> None:
     if not root.parent.is_dir():
         raise UsageError(f"the folder {root.parent} does not exist: {layout}")
     if os.path.lexists(root):
-        raise UsageError(f"{root} is no folder, or a link to nothing: {layout}")
+        what = (
+            "is a file, not a folder (a zip must be unpacked)"
+            if root.is_file()
+            else "is a link to nothing"
+        )
+        raise UsageError(f"{root} {what}: {layout}")
     names = sorted(entry.name for entry in os.scandir(root.parent))
     holds = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     # "Train" for "train" is the commonest slip, "Validation" for "val" another.
@@ -341,16 +346,16 @@ def _splits(root: Path, classes: Sequence[str]) -> Iterable[str]:
     """Classes that are the parts of a data set."""
     if len(classes) > 1 and {name.casefold() for name in classes} <= SPLITS:
         yield (
-            f"the classes of {root} would be {_some(classes)}: do the classes lie one level deeper, and is one of"
-            " these the folder?"
+            f"the classes of {root} would be {_some(classes)}: they seem to lie one level deeper, in one of these"
         )
 
 
-def _alike(classes: Sequence[str]) -> Iterable[str]:
+def alike(classes: Sequence[str]) -> Iterable[str]:
+    """That some classes are one to a reader's eye, a sentence if there are any."""
     folded = Counter(map(_folded, classes))
-    alike = [name for name in classes if folded[_folded(name)] > 1]
-    if alike:
-        yield f"these class folders differ only in how their names are written: {_some(alike)}"
+    found = [name for name in classes if folded[_folded(name)] > 1]
+    if found:
+        yield f"these classes differ only in how their names are written: {_some(found)}"
 
 
 def _folded(name: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ffcv_imnet.core.errors import RunError, UsageError, reason_of
-from ffcv_imnet.core.names import quoted
+from ffcv_imnet.core.names import quoted, shown
 from ffcv_imnet.core.paths import open_regular
 from ffcv_imnet.images.label_table import Rows, read_table
 
@@ -99,12 +99,17 @@ def labels_of(
 
 def all_labelled(files: Sequence[str], labels: NDArray[np.int64], where: str) -> None:
     """Raises RunError where `labels_of` found none for some."""
+    if said := unlabelled(files, labels, where):
+        raise RunError(f"{said}: is it the right label file?")
+
+
+def unlabelled(files: Sequence[str], labels: NDArray[np.int64], where: str) -> str:
+    """How many of `files` have no label, and three of them; nothing if all have one."""
     missing = np.flatnonzero(labels < 0)
-    if len(missing):
-        raise RunError(
-            f"{len(missing):,} of the {len(files):,} images of {where} have no label, for instance"
-            f" {', '.join(files[index] for index in missing[:3])}: is it the right label file?"
-        )
+    if not len(missing):
+        return ""
+    some = ", ".join(shown(files[index]) for index in missing[:3])
+    return f"{len(missing):,} of the {len(files):,} images of {where} have no label, for instance {some}"
 
 
 # -------------------------------------------------------------------------------- as the devkit

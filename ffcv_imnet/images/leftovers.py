@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from ffcv_imnet.core.names import shown
+from ffcv_imnet.core.names import number_of, shown
 from ffcv_imnet.core.paths import open_regular
 
 # In lower case. Copies and thumbnails that macOS, Windows, Jupyter, NAS boxes and file systems make.
@@ -82,7 +82,7 @@ class Left:
         if tools and set(self.images) - set(CONVERTERS):
             remedy += " or give them their own suffix"
         yield (
-            f"{self.images.total():,} images have suffixes that are not read ({kinds}), for instance"
+            f"the suffixes of {number_of(self.images.total(), 'image')} are not read ({kinds}), for instance of"
             f" {shown(self.example)}: {remedy}"
         )
 

@@ -45,8 +45,8 @@ def oddities(source: ImageSource) -> list[str]:
     found += [f"the folder {shown(name)} is given twice" for name, n in folders.items() if n > 1]
     if len(source.classes) == 1 and not any("one level deeper" in odd for odd in found):
         found.append(
-            f"there is one class only, {shown(source.classes[0])}, and nothing to tell it from: do the classes"
-            " lie one level deeper?"
+            f"there is one class only, {shown(source.classes[0])}, and nothing to tell it from: the classes"
+            " may lie one level deeper"
         )
     return found
 
@@ -63,4 +63,4 @@ def class_folders(source: ImageSource) -> list[Path]:
 def check_oddities(source: ImageSource) -> None:
     """Raises UsageError with all oddities, if there are any."""
     if found := oddities(source):
-        raise UsageError(f"{'; '.join(found)}; mend that, or go on all the same by {ALLOW}")
+        raise UsageError(f"{'; '.join(found)}; mend that, or go on all the same with {ALLOW}")

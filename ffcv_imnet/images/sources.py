@@ -63,7 +63,7 @@ def open_undivided(data_dirs: Sequence[Path], labels: Path | None = None) -> Ima
                     )
         return open_source("train", data_dirs, labels=labels)
     parts = [
-        FlatFolder(folder, read_labels(labels), others=True) if labels else ImageFolderTree(folder)
+        FlatFolder(folder, read_labels(labels), "oddity") if labels else ImageFolderTree(folder)
         for folder in data_dirs
     ]
     return parts[0] if len(parts) == 1 else Merged(parts)
@@ -75,7 +75,7 @@ def _open_folder(split: str, data_dir: Path, labels: Path | None) -> ImageSource
     if labels is not None:
         if folder.is_dir():
             return FlatFolder(folder, read_labels(labels))
-        return FlatFolder(data_dir, read_labels(labels), others=True)
+        return FlatFolder(data_dir, read_labels(labels), "noted")
     if split == "val" and images and is_flat(folder):
         solution = solution_of(images)
         if solution is None:

@@ -265,9 +265,9 @@ def check_counts(
     """Images and classes, against ImageNet's if it is or should be ImageNet."""
     total, path = int(counts.sum()), target.path
     report.counts[str(path)] = {"images": total, "classes": len(classes)}
-    said = (
-        f"{total:,} images of {len(classes):,} classes, {counts.min():,} to {counts.max():,} each"
-    )
+    least, most = int(counts.min()), int(counts.max())
+    each = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    said = f"{total:,} images of {len(classes):,} classes, {each} each"
     synsets = sum(bool(re.fullmatch(r"n\d{8}", name)) for name in classes)
     if not demanded and synsets < NEARLY:
         report.say("ok", path, said)
