@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision.models as tv
 from torch import nn
 
 from ffcv_imnet.config.parsing import from_dict
@@ -182,14 +181,16 @@ def _construct(name: str, blurpool: bool, classes: int) -> nn.Module:
     """The network of that name. Raises UsageError for one nobody knows."""
     if name in REGISTRY or name.startswith(TIMM):
         network = build(name, classes, False)
-    elif name in tv.list_models(module=tv):
-        network = tv.get_model(name, weights=None, num_classes=classes)
     else:
-        known = [*REGISTRY, *tv.list_models(module=tv)]
-        raise UsageError(
-            f"--arch {name}: known neither here nor to torchvision{nearest(name, known)}; "
-            f"timm's networks are named {TIMM}NAME"
-        )
+        import torchvision.models as tv  # see models/resnet.py
+
+        theirs = tv.list_models(module=tv)
+        if name not in theirs:
+            raise UsageError(
+                f"--arch {name}: known neither here nor to torchvision{nearest(name, [*REGISTRY, *theirs])}; "
+                f"timm's networks are named {TIMM}NAME"
+            )
+        network = tv.get_model(name, weights=None, num_classes=classes)
     if blurpool:
         apply_blurpool(network)
     return network

@@ -13,7 +13,6 @@ from ffcv_imnet.core.errors import UsageError, reason_of
 from ffcv_imnet.models import efficientnet_lite, resnet, slim  # noqa: F401
 from ffcv_imnet.models.blurpool import apply_blurpool
 from ffcv_imnet.models.registry import build
-from ffcv_imnet.models.stochastic_depth import apply_stochastic_depth
 
 
 class Normalize(nn.Module):
@@ -44,6 +43,8 @@ def build_model(settings: Settings, classes: int) -> nn.Sequential:
     if settings.training.use_blurpool:
         apply_blurpool(network)
     if settings.model.stochastic_depth:
+        from ffcv_imnet.models.stochastic_depth import apply_stochastic_depth  # see resnet.py
+
         apply_stochastic_depth(network, settings.model.stochastic_depth, settings.model.arch)
     model = nn.Sequential(Normalize(settings.model.mean, settings.model.std), network)
     for side in {resolutions(settings)[0], resolutions(settings)[-1]}:

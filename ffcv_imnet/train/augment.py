@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.transforms import v2
+from torch import Tensor, nn
 
 from ffcv_imnet.config.schema import Settings
 from ffcv_imnet.machine.distributed import World
@@ -31,8 +30,8 @@ class Augment:
     seed: int
     classes: int
     rank: int
-    mixes: tuple[v2.MixUp | v2.CutMix, ...]
-    alter: v2.RandAugment | None
+    mixes: tuple[nn.Module, ...]  # v2.MixUp, v2.CutMix
+    alter: nn.Module | None  # v2.RandAugment
 
     def __call__(
         self, images: Tensor, labels: Tensor, epoch: int, step: int
@@ -74,7 +73,11 @@ class Augment:
 def build_augment(settings: Settings, classes: int, world: World) -> Augment:
     """What `augmentation` asks for beyond the loader's crops and flips."""
     wanted = settings.augmentation
-    mixes: list[v2.MixUp | v2.CutMix] = []
+    if not (wanted.mixup or wanted.cutmix or wanted.randaugment):
+        return Augment(settings.training.seed, classes, world.rank, (), None)
+    from torchvision.transforms import v2  # see models/resnet.py
+
+    mixes: list[nn.Module] = []
     if wanted.mixup:
         mixes.append(v2.MixUp(alpha=wanted.mixup, num_classes=classes))
     if wanted.cutmix:
