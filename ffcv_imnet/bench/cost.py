@@ -349,6 +349,12 @@ def describe(
 ) -> str:
     """The estimate as text: FLOPs, a table of machines, the sources of every figure."""
     stored = stored_side(settings)
+    lines = estimate(settings, plans, val_images, classes, stored)
+    if all(_minutes(line) == "0.0" for line in lines):
+        return (
+            f"cost estimate: seconds on each of the {len(lines)} machines of {MACHINES},\n"
+            f"fewer than a run takes to start. For the machine at hand add --measure"
+        )
     training, optimizer, validation = (
         value / 1e15 for value in run_flops(settings, plans, val_images, classes)
     )
