@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -48,8 +49,15 @@ class Peer:
         if cores:  # before the first thread is there
             command = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
+        # They decode into the host's memory; a context on a GPU would count as theirs.
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
         )
 
     def one_pass(self, resolution: int, min_crop: float = 0.08) -> dict[str, Any]:
