@@ -330,6 +330,31 @@ def rivals_again() -> Iterator[Cell]:
             yield Cell("C rivals", run, points=1, seeds=seeds)
 
 
+def rivals_second() -> Iterator[Cell]:
+    """C: the other value of each one's second setting, at the learning rate that is best with the first."""
+    columns = (("tiny100", 25_000, 40, 3), ("tiny100", 25_000, 40, 5),
+               ("imagenette", 9_469, 64, 3), ("imagenette", 9_469, 64, 5))  # fmt: skip
+    others: dict[str, dict[str, float]] = {name: {"decay": 0.5} for name in ADAPTIVE}
+    others |= {name: {"momentum": 0.85} for name in ("muon", "torch_muon")}
+    others["sgd"] = {"sgd_decay": 5e-4}
+    for place in (0, 3, 1, 2):
+        data, images, px, epochs = columns[place]
+        same = replace(BASE, data=data, images=images, px=px, epochs=epochs, batch=64)
+        for name, lrs in BEST.items():
+            if name == "hold":
+                run = replace(same, hold=True, momentum=0.6, lr=lrs[place])
+            else:
+                run = replace(same, optimizer=name, lr=lrs[place], **others[name])  # type: ignore[arg-type]
+            yield Cell("C rivals", run, points=1)
+
+
+def half_width() -> Iterator[Cell]:
+    """Three epochs of 50,000 images at half the width: SOAP and Muon, both with decay."""
+    half = replace(BASE, batch=64, width=0.5, epochs=3, images=50_000)
+    yield Cell("A long", replace(half, optimizer="our_soap", lr=0.0105, decay=0.19), points=1)
+    yield Cell("A long", replace(half, lr=0.04, decay=0.05), points=1)
+
+
 def networks() -> Iterator[Cell]:
     """D: a bottleneck network against ResNet-18 at equal epochs, under the same optimizer."""
     for net in ("rn18", "rn50"):
@@ -359,6 +384,8 @@ def cells() -> list[Cell]:
         *soap_transfer(),
         *long_runs(),
         *rivals_again(),
+        *rivals_second(),
+        *half_width(),
         *data(0.25),
         *transfer_rest(),
         *rivals(),
