@@ -76,7 +76,6 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
     train_set, val_set = check_data(settings.data, world)
     settings = own_target(settings, train_set.classes, world.is_main)
     plans = plan_run(settings, train_set.samples)
-    say_few_steps(plans, train_set.samples, world.is_main)
 
     # Resuming: last.pt holds the records of the log and how far the epoch after them has come. The
     # log is first made to say the same, then training goes on with the next step. previous.pt stands
@@ -97,6 +96,7 @@ def train(settings: Settings, resume: str | None, started: float) -> int:
         val_loader = ValLoader(settings.data.val_dataset, val_set.samples, settings, world, places)
         learner = build_learner(settings, len(train_set.classes), world)
         run.start(learner, train_set, val_set, start)
+        say_few_steps(plans, train_set.samples, world.is_main)
 
     # The loop.
     try:

@@ -30,7 +30,7 @@ def sides(settings: Settings) -> tuple[tuple[int, ...], int]:
 
 
 # Every network, and every list of sides, but not each with each: tracing a ResNet-50 takes seconds.
-TRACED = ("rn18_8ep", "rn18_16ep", "rn50_224", "imagenette_5ep", "demo")
+TRACED = ("rn18_8ep", "rn18_16ep", "rn50_224", "imagenette_5ep", "imagenette_20ep", "demo")
 
 
 def test_what_is_traced_stands_for_all() -> None:

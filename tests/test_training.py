@@ -587,7 +587,7 @@ def test_dry_run_takes_the_number_from_a_manifest(
     config.write_text(to_yaml(small.settings(tmp_path)))
     done = inside(capsys, "--config", config, "--dry_run")
     assert "100 training images" in done.stdout and done.returncode == 0
-    assert "33 validation images" in done.stdout and "of validation (33 images)" in done.stdout
+    assert "33 validation images" in done.stdout and "cost estimate: seconds" in done.stdout
 
 
 @pytest.mark.parametrize(
