@@ -342,10 +342,13 @@ def rivals_second() -> Iterator[Cell]:
         same = replace(BASE, data=data, images=images, px=px, epochs=epochs, batch=64)
         for name, lrs in BEST.items():
             if name == "hold":
-                run = replace(same, hold=True, momentum=0.6, lr=lrs[place])
+                run = replace(same, hold=True, momentum=0.6)
             else:
-                run = replace(same, optimizer=name, lr=lrs[place], **others[name])  # type: ignore[arg-type]
-            yield Cell("C rivals", run, points=1)
+                run = replace(same, optimizer=name, **others[name])  # type: ignore[arg-type]
+            beside = {"sgd": (0.5,), "muon": (0.25, 4), "torch_muon": (0.25, 4), "hold": (0.25, 4)}
+            shares = (1.0, *beside.get(name, (0.25,))) if place in (0, 3) else (1.0,)
+            for share in shares:
+                yield Cell("C rivals", replace(run, lr=key(lrs[place] * share)), points=1)
 
 
 def half_width() -> Iterator[Cell]:
