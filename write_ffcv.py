@@ -84,7 +84,12 @@ def side(text: str) -> int:
     """An argparse type: a length in pixels; 0 or none leaves the images' own size."""
     if text.lower() == "none" or text == "0":
         return 0
-    return int(in_range(int, SMALLEST)(text))
+    with suppress(ValueError):
+        if (value := int(text)) >= SMALLEST:
+            return value
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a whole number of at least {SMALLEST} pixels, nor 0 for the images' own size"
+    )
 
 
 def split_name(text: str) -> str:

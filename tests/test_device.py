@@ -223,7 +223,23 @@ def test_the_quota_of_a_container(
     [
         ({}, None),
         ({"proc/meminfo": "MemAvailable:  2000 kB\n"}, 2_048_000),
-        (  # a container sees its own group as the mount itself; "max": no limit
+        (  # a container sees its own group as the mount itself
+            {
+                "proc/meminfo": "MemAvailable: 2000 kB\n",
+                "sys/fs/cgroup/memory.max": "1000000\n",
+            },
+            1_000_000,
+        ),
+        (
+            {
+                "proc/meminfo": "MemAvailable: 2000 kB\n",
+                "proc/self/cgroup": "9:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n0::/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000\n",
+                "sys/fs/cgroup/cpu/memory.limit_in_bytes": "7\n",
+            },
+            1_000_000,
+        ),
+        (  # "max": no limit; those above count too
             {
                 "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 2000 kB\n",
                 "proc/self/cgroup": "0::/pod/part\n",

@@ -1,5 +1,6 @@
 """Networks against hand-computed examples and torchvision."""
 
+import subprocess
 import sys
 
 import pytest
@@ -33,6 +34,17 @@ def test_blur_takes_the_stride_of_a_1x1_convolution() -> None:
     kernel = blurpool.BlurConv2d(nn.Conv2d(16, 16, 3)).kernel
     plain = F.conv2d(F.conv2d(x, kernel, padding=1, groups=16), weight, stride=2)
     assert torch.allclose(blurpool.BlurConv2d(conv)(x), plain, atol=1e-6)
+
+
+def test_a_network_of_ours_needs_no_torchvision() -> None:
+    """It would load torch's compiler: two seconds of every `predict`."""
+    code = (
+        "import sys, ffcv_imnet.tools.predict, ffcv_imnet.tools.evaluate\n"
+        "from ffcv_imnet.models.registry import build\n"
+        "build('slim13', 10, True)\n"
+        "sys.exit(', '.join({'torchvision', 'torch._dynamo'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_blurpool_stands_where_the_recipe_says() -> None:

@@ -14,6 +14,7 @@ from ffcv_imnet.images.flat import FlatFolder
 from ffcv_imnet.images.folder import ImageFolderTree
 from ffcv_imnet.images.imagenet import write_labels
 from ffcv_imnet.images.labels import read_labels
+from ffcv_imnet.images.merged import Merged
 from ffcv_imnet.images.remarks import check_classes, notes, oddities
 from ffcv_imnet.images.sources import open_source, open_undivided
 from ffcv_imnet.report.html import escape
@@ -155,7 +156,7 @@ def test_images_of_other_suffixes(root: Path) -> None:
     (root / "dog/film").write_bytes(b"\0\0\0\x18ftypisom")  # a film, not an image
     os.mkfifo(root / "dog/pipe")
     odd = only_oddity(root)
-    assert odd.startswith("the suffixes of 3 images are not read")
+    assert odd.startswith("3 images not read for their suffix")
     assert (
         "1 .heic" in odd
         and "1 without suffix" in odd
@@ -164,7 +165,7 @@ def test_images_of_other_suffixes(root: Path) -> None:
     for path in (root / "cat").iterdir():
         path.unlink()
     tree(root, "cat/x.heic")
-    with pytest.raises(UsageError, match=r"hold no image: cat; .*; the suffixes of 4 images"):
+    with pytest.raises(UsageError, match=r"hold no image: cat; .*; 4 images not read"):
         ImageFolderTree(root)
 
 
@@ -181,19 +182,26 @@ def test_a_flat_folder_too(tmp_path: Path) -> None:
 def test_a_label_files_classes_that_look_alike(tmp_path: Path) -> None:
     tree(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     found = FlatFolder(tmp_path, {"a": "Dog", "b": "dog", "c": "cat"})
-    assert oddities(found) == ["these classes differ only in how their names are written: Dog, dog"]
+    said = ["these classes differ only in how their names are written: Dog, dog"]
+    assert oddities(found) == said
+    trees = [tree(tmp_path / "1", "Dog/a.jpg", "cat/b.jpg"), tree(tmp_path / "2", "dog/c.jpg")]
+    assert oddities(Merged([ImageFolderTree(root) for root in trees])) == said
 
 
 def test_images_without_a_label(tmp_path: Path) -> None:
-    tree(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    flat = tree(tmp_path / "flat", "a.jpg", "b.jpg", "c.jpg", "d.jpg")
     (labels := tmp_path / "labels.csv").write_text("file,label\na.jpg,ant\nb.jpg,bee\n")
-    said = f"2 of the 4 images of {tmp_path} have no label, for instance c.jpg, d.jpg"
+    said = f"2 of the 4 images of {flat} have no label, for instance c.jpg, d.jpg"
     with pytest.raises(RunError, match=re.escape(said)):
-        FlatFolder(tmp_path, read_labels(labels))
-    of_another_split = open_source("train", [tmp_path], labels=labels)
+        FlatFolder(flat, read_labels(labels))
+    of_another_split = open_source("train", [flat], labels=labels)
     assert (notes(of_another_split), oddities(of_another_split)) == ([f"{said}: left out"], [])
-    undivided = open_undivided([tmp_path], labels)  # there is no other split to which they belong
+    undivided = open_undivided([flat], labels)  # there is no other split to which they belong
     assert (notes(undivided), oddities(undivided)) == ([], [f"{said}: left out"])
+    split = tree(tmp_path / "split", "train/a.jpg", "train/x.jpg")
+    both = open_undivided([split, flat], labels)
+    of_train = f"1 of the 2 images of {split / 'train'} have no label, for instance x.jpg"
+    assert (notes(both), oddities(both)) == ([], [f"{of_train}: left out", f"{said}: left out"])
 
 
 def test_numbers_as_classes_are_said_to_be_in_the_order_of_text(tmp_path: Path) -> None:

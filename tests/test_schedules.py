@@ -179,3 +179,5 @@ def test_few_steps_an_epoch_are_said(
     schedules.say_few_steps(plans, images)
     said = capsys.readouterr().err
     assert (f"of {images} training images an epoch makes {steps} step" in said) == bool(steps)
+    schedules.say_few_steps(schedules.plan_run(load(training__batch_size=1), 9), 9)
+    assert not capsys.readouterr().err  # no batch is smaller

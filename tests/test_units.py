@@ -9,9 +9,10 @@ from ffcv_imnet.core.units import duration, of_disk, of_memory
         (0, "0 B", "0 B"),
         (999, "999 B", "999 B"),
         (1_500, "1.5 kB", "1.5 KiB"),
-        (64 << 20, "67 MB", "64 MiB"),
+        (64 << 20, "67.1 MB", "64 MiB"),
         (1.5e9, "1.5 GB", "1.4 GiB"),
-        (5e15, "5000 TB", "4547 TiB"),
+        (150.4e9, "150.4 GB", "140.1 GiB"),
+        (5e18, "5,000 PB", "4,440.9 PiB"),
     ],
 )
 def test_bytes(count: float, disk: str, memory: str) -> None:

@@ -6,6 +6,7 @@ docs/FROM_A_CREDIT_CARD.md says how well that does. A stage of the plan goes as 
 the two: the GPUs, or the machine's cores decoding images of the size at which they are stored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -36,6 +37,7 @@ IMAGENET_CLASSES = 1000
 RESERVE = 10.0  # seconds before a limit that are kept for the checkpoint and the end
 STORED = 400  # longest side in px at which write_ffcv.py stores images by default
 SMALLER = 256  # and one at which decoding keeps up with faster GPUs
+SECONDS = 3 / 3600  # hours; a run of fewer is not worth a table
 
 NO_GPU = "any", "none: a CPU", "not measured"  # a row's first columns
 
@@ -350,11 +352,12 @@ def describe(
     """The estimate as text: FLOPs, a table of machines, the sources of every figure."""
     stored = stored_side(settings)
     lines = estimate(settings, plans, val_images, classes, stored)
-    if all(_minutes(line) == "0.0" for line in lines):
+    if all(line.hours < SECONDS for line in lines):
         return (
             f"cost estimate: seconds on each of the {len(lines)} machines of {MACHINES},\n"
-            f"fewer than a run takes to start. For the machine at hand add --measure"
+            f"fewer than a run takes to start"
         )
+    others = estimate(settings, plans, val_images, classes, SMALLER)
     training, optimizer, validation = (
         value / 1e15 for value in run_flops(settings, plans, val_images, classes)
     )
@@ -365,7 +368,7 @@ def describe(
     parts.append(f"{validation:,.2f} of validation")
     return (
         f"cost estimate: {' + '.join(parts)} ({val_images:,} images)\n\n"
-        f"{_describe_lines(settings, plans, val_images, classes, stored)}"
+        f"{_describe_lines(lines, others, stored)}"
         f"  img/s, thousands: what the GPUs can train on / what the cores decode of images stored at {stored} px;\n"
         f"  limit: the slower of the two; decoding: store smaller (write_ffcv.py --max_resolution {SMALLER})\n"
         f"  or take more cores; min: the slower at every resolution, and the validation\n"
@@ -378,16 +381,9 @@ def _minutes(line: Line) -> str:
     return f"{minutes:,.0f}" if minutes >= 10 else f"{minutes:.1f}"
 
 
-def _describe_lines(
-    settings: Settings,
-    plans: tuple[EpochPlan, ...],
-    val_images: int,
-    classes: int,
-    stored: int,
-) -> str:
-    """The table of machines and the notes of its sources."""
-    lines = estimate(settings, plans, val_images, classes, stored)
-    others = estimate(settings, plans, val_images, classes, SMALLER)
+def _describe_lines(lines: Sequence[Line], others: Sequence[Line], stored: int) -> str:
+    """The table of machines and the notes of its sources; `lines` are with images stored at `stored` px,
+    `others` with smaller ones."""
     decoding = f"decoding: {_table(THROUGHPUTS, 'decoding')['source']}"
     sources = [*dict.fromkeys(line.throughput.source for line in lines), decoding]
 

@@ -126,12 +126,12 @@ def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
 
 
 def say_few_steps(plans: Sequence[EpochPlan], images: int, say: bool = True) -> None:
-    """Where an epoch is so few steps that a smaller batch is likely to be better, that, on stderr."""
+    """Say on stderr that an epoch has few steps, where a smaller batch is likely to be better."""
     fewest = min(plans, key=lambda plan: plan.steps)
-    if say and fewest.steps < FEW_STEPS:
+    if say and fewest.steps < FEW_STEPS and fewest.batch_size > 1:
         print(
             f"of {number_of(images, 'training image')} an epoch makes {number_of(fewest.steps, 'step')} with "
-            f"batches of {fewest.batch_size:,}: a smaller training.batch_size makes more",
+            f"batches of {fewest.batch_size:,}: a smaller batch makes more",
             file=sys.stderr,
             flush=True,
         )

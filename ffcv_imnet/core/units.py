@@ -4,19 +4,19 @@ import math
 
 
 def of_disk(count: float) -> str:
-    """Bytes as disks are sold: 330 MB, 1.5 GB."""
-    return _in_units(count, 1000, ("B", "kB", "MB", "GB", "TB"))
+    """Bytes as disks are sold: 330 MB, 150.4 GB."""
+    return _in_units(count, 1000, ("B", "kB", "MB", "GB", "TB", "PB"))
 
 
 def of_memory(count: float) -> str:
-    """Bytes as memory is sold: 64 MiB, 1.5 GiB."""
-    return _in_units(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    """Bytes as memory is sold: 64 MiB, 15.6 GiB."""
+    return _in_units(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def _in_units(count: float, base: int, units: tuple[str, ...]) -> str:
     power = min(len(units) - 1, int(math.log(max(count, 1), base)))
     value = count / base**power
-    return f"{value:.{0 if value >= 10 or not power else 1}f} {units[power]}"
+    return f"{round(value, 1):,g} {units[power]}"
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ import torch
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.data.loader import Batches, exact_share, pad
 from ffcv_imnet.images import Pixels
-from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.folder import ImageFolderTree, alike
 from ffcv_imnet.images.pixels import BadImage
 from ffcv_imnet.images.preprocess import Preprocess, preprocess
 from ffcv_imnet.machine.distributed import World
@@ -31,8 +31,9 @@ class FolderLoader:
     ) -> None:
         self.tree, self.how = ImageFolderTree(root, may_be_empty=True), how
         self.world, self.workers = world, workers
-        for odd in self.tree.oddities if world.is_main else ():
-            print(f"warning: {odd}", file=sys.stderr, flush=True)
+        odd = [*self.tree.oddities, *alike(self.tree.classes)]
+        for remark in odd if world.is_main else ():
+            print(f"warning: {remark}", file=sys.stderr, flush=True)
         self.samples = len(self.tree)
         self.order, self.local_batch = exact_share(self.samples, batch_size, world)
 

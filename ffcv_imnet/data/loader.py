@@ -86,7 +86,7 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
 
 
 def _remarks(data: Data, train: Manifest, val: Manifest, places: Sequence[int]) -> Iterator[str]:
-    """What of two files may be a mistake, a sentence each."""
+    """What about the two files may be a mistake, a sentence each."""
     counts = dict(zip(places, val.class_counts, strict=True))
     absent = [name for index, name in enumerate(train.classes) if not counts.get(index)]
     if absent:

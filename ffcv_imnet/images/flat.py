@@ -9,7 +9,7 @@ import numpy as np
 
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.names import shown
-from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree, alike, scan_folder
+from ffcv_imnet.images.folder import EXTENSIONS, ImageFolderTree, scan_folder
 from ffcv_imnet.images.labels import all_labelled, labels_of, unlabelled
 from ffcv_imnet.images.leftovers import Left
 from ffcv_imnet.images.stored import checksum
@@ -52,7 +52,6 @@ class FlatFolder(ImageFolderTree):
             all_labelled(names, labels, self.where)
         elif said := unlabelled(names, labels, self.where):
             (self.notes if without == "noted" else self.oddities).append(f"{said}: left out")
-        self.oddities += alike(self.classes)
         order = np.argsort(labels, kind="stable")[int((labels < 0).sum()) :]
         self.files, self.labels = np.array(files, np.bytes_)[order], labels[order]
 

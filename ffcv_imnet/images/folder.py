@@ -74,7 +74,6 @@ class ImageFolderTree(InArrays):
             *_beside(root, top.files),
             *_level(root, self.classes, walk.direct, walk.inside),
             *_splits(root, self.classes),
-            *alike(self.classes),
             *walk.oddities(),
             *walk.left.oddities(),
         ]

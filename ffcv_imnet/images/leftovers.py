@@ -82,7 +82,7 @@ class Left:
         if tools and set(self.images) - set(CONVERTERS):
             remedy += " or give them their own suffix"
         yield (
-            f"the suffixes of {number_of(self.images.total(), 'image')} are not read ({kinds}), for instance of"
+            f"{number_of(self.images.total(), 'image')} not read for their suffix ({kinds}), for instance"
             f" {shown(self.example)}: {remedy}"
         )
 

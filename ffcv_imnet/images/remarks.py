@@ -8,7 +8,7 @@ from pathlib import Path
 from ffcv_imnet.core.errors import UsageError
 from ffcv_imnet.core.names import fault_of_all, shown
 from ffcv_imnet.images import ImageSource
-from ffcv_imnet.images.folder import ImageFolderTree
+from ffcv_imnet.images.folder import ImageFolderTree, alike
 from ffcv_imnet.images.merged import Merged
 
 ALLOW = "--allow_odd"
@@ -43,6 +43,7 @@ def oddities(source: ImageSource) -> list[str]:
     found = [odd for part in _parts(source) for odd in getattr(part, "oddities", [])]
     folders = Counter(os.path.realpath(part.where) for part in _parts(source))
     found += [f"the folder {shown(name)} is given twice" for name, n in folders.items() if n > 1]
+    found += alike(source.classes)
     if len(source.classes) == 1 and not any("one level deeper" in odd for odd in found):
         found.append(
             f"there is one class only, {shown(source.classes[0])}, and nothing to tell it from: the classes"

@@ -61,21 +61,24 @@ def open_undivided(data_dirs: Sequence[Path], labels: Path | None = None) -> Ima
                         f"{val} is not read: with --holdout both files are of the training images",
                         file=sys.stderr,
                     )
-        return open_source("train", data_dirs, labels=labels)
-    parts = [
-        FlatFolder(folder, read_labels(labels), "oddity") if labels else ImageFolderTree(folder)
-        for folder in data_dirs
-    ]
+        parts = [_open_folder("train", folder, labels, undivided=True) for folder in data_dirs]
+    elif labels:
+        parts = [FlatFolder(folder, read_labels(labels), "oddity") for folder in data_dirs]
+    else:
+        parts = [ImageFolderTree(folder) for folder in data_dirs]
     return parts[0] if len(parts) == 1 else Merged(parts)
 
 
-def _open_folder(split: str, data_dir: Path, labels: Path | None) -> ImageSource:
+def _open_folder(
+    split: str, data_dir: Path, labels: Path | None, undivided: bool = False
+) -> ImageSource:
+    """Where the set is `undivided`, an image without a label is of no other split."""
     images = images_of(data_dir)
     folder = split_folder(images or data_dir, split)
     if labels is not None:
         if folder.is_dir():
-            return FlatFolder(folder, read_labels(labels))
-        return FlatFolder(data_dir, read_labels(labels), "noted")
+            return FlatFolder(folder, read_labels(labels), "oddity" if undivided else "refused")
+        return FlatFolder(data_dir, read_labels(labels), "oddity" if undivided else "noted")
     if split == "val" and images and is_flat(folder):
         solution = solution_of(images)
         if solution is None:

@@ -157,17 +157,11 @@ def quota_cores(root: Path = ROOT) -> float | None:
     Of all groups above this process the tightest counts.
     """
     limits = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0":
-            for folder in _groups(root, ("", "unified"), path):
-                quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
-                limits.append(_cores(quota, period))
-        elif "cpu" in controllers.split(","):
-            for folder in _groups(root, ("cpu", "cpu,cpuacct", "cpuacct,cpu"), path):
-                quota = _read(folder / "cpu.cfs_quota_us")
-                limits.append(_cores(quota, _read(folder / "cpu.cfs_period_us")))
+    for folder in _groups(root, "cpu", ("cpu", "cpu,cpuacct", "cpuacct,cpu")):
+        quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
+        limits.append(_cores(quota, period))
+        quota = _read(folder / "cpu.cfs_quota_us")
+        limits.append(_cores(quota, _read(folder / "cpu.cfs_period_us")))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -182,19 +176,29 @@ def available_memory(root: Path = ROOT) -> int | None:
     found = re.search(r"MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo"))
     if found is None:
         return None
-    own = re.search(r"^0::(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
-    groups = _groups(root, ("", "unified"), own[1]) if own else ()
-    limits = [_read(folder / "memory.max").strip() for folder in groups]
+    limits = [
+        _read(folder / name).strip()
+        for folder in _groups(root, "memory", ("memory",))
+        for name in ("memory.max", "memory.limit_in_bytes")
+    ]
     return min([int(found[1]) * 1024, *(int(limit) for limit in limits if limit.isdigit())])
 
 
-def _groups(root: Path, mounts: tuple[str, ...], path: str) -> Iterator[Path]:
-    """The folders of a control group and of those above it. In a container its own may be the mount itself."""
-    group = PurePosixPath(path)
-    for mount in mounts:
-        for above in (group, *group.parents):
-            if ".." not in above.parts:
-                yield root / "sys/fs/cgroup" / mount / str(above).lstrip("/")
+def _groups(root: Path, controller: str, mounts: tuple[str, ...]) -> Iterator[Path]:
+    """The folders of this process's control groups that may limit `controller`, and of those above them.
+
+    `mounts` is where version 1 has it. In a container the own group may be the mount itself.
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines() or ["0::/"]:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number != "0" and controller not in controllers.split(","):
+            continue
+        group = PurePosixPath(path)
+        for mount in ("", "unified") if number == "0" else mounts:
+            for above in (group, *group.parents):
+                if ".." not in above.parts:
+                    yield root / "sys/fs/cgroup" / mount / str(above).lstrip("/")
 
 
 def _cores(quota: str, period: str) -> float | None:

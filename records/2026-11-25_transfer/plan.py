@@ -331,7 +331,7 @@ def rivals_again() -> Iterator[Cell]:
 
 
 def rivals_second() -> Iterator[Cell]:
-    """C: the other value of each one's second setting, at the learning rate that is best with the first."""
+    """C: the other value of each one's second setting, at the learning rate that is best with the first and beside it."""
     columns = (("tiny100", 25_000, 40, 3), ("tiny100", 25_000, 40, 5),
                ("imagenette", 9_469, 64, 3), ("imagenette", 9_469, 64, 5))  # fmt: skip
     others: dict[str, dict[str, float]] = {name: {"decay": 0.5} for name in ADAPTIVE}
