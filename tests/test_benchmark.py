@@ -211,7 +211,7 @@ def test_torchvision_is_left_out_where_its_processes_would_die(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shm)
     assert "torchvision" not in benchmark.chosen_loaders(benchmark.parse(words), True)
     assert "need 112.5 MiB of /dev/shm, where 64 MiB are free" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="--loaders torchvision: its processes need 112.5 MiB"):
+    with pytest.raises(UsageError, match=r"processes need 112\.5 MiB"):
         benchmark.chosen_loaders(benchmark.parse([*words, "--loaders", "torchvision"]), True)
     words[words.index("512")] = "128"
     assert "torchvision" in benchmark.chosen_loaders(benchmark.parse(words), True)
