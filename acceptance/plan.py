@@ -46,51 +46,20 @@ class Size:
 
 
 FULL = Size(
-    "full",
-    "cuda",
-    RECIPES,
-    ("bf16", "fp16"),
-    ("resnet18", "resnet50"),
-    (128, 160, 192),
-    (128, 160, 192, 224),
-    (),
-    512,
-    5,
-    30.0,
-    60_000,
-)
+    name="full", device="cuda", recipes=RECIPES, precisions=("bf16", "fp16"),
+    archs=("resnet18", "resnet50"), resolutions=(128, 160, 192), loader_resolutions=(128, 160, 192, 224),
+    steps=(), batch=512, rounds=5, seconds=30.0, samples=60_000,
+)  # fmt: skip
 REHEARSAL = Size(
-    "rehearsal",
-    "cpu",
-    RECIPES,
-    ("bf16", "fp16"),
-    ("resnet18",),
-    (32, 48),
-    (32, 48),
-    ("public", "sgd", "muon"),
-    8,
-    2,
-    1.0,
-    256,
-    32,
-    2,
-)
+    name="rehearsal", device="cpu", recipes=RECIPES, precisions=("bf16", "fp16"),
+    archs=("resnet18",), resolutions=(32, 48), loader_resolutions=(32, 48),
+    steps=("public", "sgd", "muon"), batch=8, rounds=2, seconds=1.0, samples=256, smoke=32, epochs=2,
+)  # fmt: skip
 SMALLEST = Size(
-    "smallest rehearsal",
-    "cpu",
-    ("rn18_8ep",),
-    ("fp16",),
-    ("resnet18",),
-    (32,),
-    (32,),
-    ("public", "muon"),
-    4,
-    1,
-    0.1,
-    64,
-    32,
-    1,
-)
+    name="smallest rehearsal", device="cpu", recipes=("rn18_8ep",), precisions=("fp16",),
+    archs=("resnet18",), resolutions=(32,), loader_resolutions=(32,),
+    steps=("public", "muon"), batch=4, rounds=1, seconds=0.1, samples=64, smoke=32, epochs=1,
+)  # fmt: skip
 
 
 def for_card(size: Size, said: str) -> Size:
@@ -179,118 +148,63 @@ def parts(place: Place) -> list[Part]:
 
 def environment(place: Place) -> list[Part]:
     """Versions, the doctor, the decoder, the tests that need a card."""
+    doctor = ("-m", "ffcv_imnet", "doctor", f"--device={place.size.device}")
+    decoder = ("-m", "ffcv_imnet.native.build", "--check")
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py")
     return [
-        Part(
-            "environment",
-            "doctor",
-            ("-m", "ffcv_imnet", "doctor", f"--device={place.size.device}"),
-            120,
-            checks.doctor,
-            needs_data=False,
-        ),
-        Part(
-            "environment",
-            "decoder",
-            ("-m", "ffcv_imnet.native.build", "--check"),
-            60,
-            checks.decoder,
-            needs_data=False,
-        ),
-        Part(
-            "environment",
-            "tests",
-            ("-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"),
-            420,
-            checks.tests,
-            True,
-        ),
+        Part("environment", "doctor", doctor, 120, checks.doctor, needs_data=False),
+        Part("environment", "decoder", decoder, 60, checks.decoder, needs_data=False),
+        Part("environment", "tests", tests, 420, checks.tests, gpu_only=True),
     ]
 
 
 def smoke(place: Place) -> list[Part]:
     """Every recipe in both 16-bit types, a step or more of each of its stages."""
+    base = ("-m", "acceptance.smoke", "recipe")
     found = []
     for precision in place.size.precisions:
         for recipe in place.size.recipes:
-            name = f"{recipe}_{precision}"
-            command = (
-                "-m",
-                "acceptance.smoke",
-                "recipe",
-                recipe,
-                precision,
-                "--work",
-                str(place.work),
-            )
+            command = (*base, recipe, precision, *_work(place))
             limit = 240 if recipe.startswith("rn50") else 120
-            found.append(Part("smoke", name, (*command, *_small(place)), limit, checks.smoke))
-    compiled = (
-        "-m",
-        "acceptance.smoke",
-        "recipe",
-        "rn18_10ep",
-        place.size.precisions[0],
-        "--compile",
-        "--work",
-        str(place.work),
-    )
-    found.append(
-        Part("smoke", "rn18_10ep_compiled", (*compiled, *_small(place)), 400, checks.smoke, True)
-    )
+            found.append(Part("smoke", f"{recipe}_{precision}", command, limit, checks.smoke))
+    recipe, precision = "rn18_10ep", place.size.precisions[0]
+    command = (*base, recipe, precision, "--compile", *_work(place))
+    found.append(Part("smoke", f"{recipe}_compiled", command, 400, checks.smoke, gpu_only=True))
     return found
 
 
 def survive(place: Place) -> list[Part]:
     """Killed and resumed; out of memory, and the batch that the message names."""
-    work = ("--work", str(place.work), *_small(place))
+    resume, memory = (
+        ("-m", "acceptance.smoke", kind, *_work(place)) for kind in ("resume", "memory")
+    )
     return [
-        Part("survive", "resume", ("-m", "acceptance.smoke", "resume", *work), 300, checks.resume),
-        Part(
-            "survive",
-            "memory",
-            ("-m", "acceptance.smoke", "memory", *work),
-            300,
-            checks.memory,
-            True,
-        ),
+        Part("survive", "resume", resume, 300, checks.resume),
+        Part("survive", "memory", memory, 300, checks.memory, gpu_only=True),
     ]
 
 
-def _small(place: Place) -> tuple[str, ...]:
-    return ("--resolution", str(place.size.smoke)) if place.size.smoke else ()
+def _work(place: Place) -> tuple[str, ...]:
+    small = ("--resolution", str(place.size.smoke)) if place.size.smoke else ()
+    return ("--work", str(place.work), *small)
 
 
 def step(place: Place) -> list[Part]:
     """Training steps on a batch that stays on the device, eager and compiled, beside ffcv-imagenet's."""
     size, found = place.size, []
+    rounds = ("--rounds", str(size.rounds))
     for arch in size.archs:
         for side in size.resolutions:
             key = f"{arch}_{side}"
-            words = [
-                "-m",
-                "ffcv_imnet",
-                "benchmark",
-                "step",
-                "--arch",
-                arch,
-                "--resolution",
-                str(side),
-            ]
-            words += [
-                "--batch_size",
-                str(size.batch),
-                "--rounds",
-                str(size.rounds),
-                "--seconds",
-                str(size.seconds),
-            ]
+            words = ["-m", "ffcv_imnet", "benchmark", "step", "--arch", arch, *rounds]
+            words += ["--resolution", str(side), "--batch_size", str(size.batch)]
+            words += ["--seconds", str(size.seconds), "--json", str(place.json(f"step.{key}"))]
             words += ["--steps", *size.steps] if size.steps else []
-            words += ["--json", str(place.json(f"step.{key}"))]
             first = (arch, side) == ("resnet18", min(size.resolutions))
             goal = checks.STEP_GOAL if first and place.on_gpu else None
             found.append(Part("step", key, tuple(words), 400, checks.step(goal)))
-        words = ["-m", "acceptance.turns", "--arch", arch, "--device", size.device]
-        words += ["--rounds", str(size.rounds), "--json", str(place.json(f"step.{arch}_turns"))]
+        words = ["-m", "acceptance.turns", "--arch", arch, "--device", size.device, *rounds]
+        words += ["--json", str(place.json(f"step.{arch}_turns"))]
         found.append(Part("step", f"{arch}_turns", tuple(words), 120, checks.turns))
     return found
 
@@ -298,24 +212,12 @@ def step(place: Place) -> list[Part]:
 def loader(place: Place) -> list[Part]:
     """The loader against stock FFCV, DALI and libjpeg-turbo, by number of cores."""
     size, cores, found = place.size, usable_cores(), []
-    counts = sorted({1, cores // 4, cores} - {0}) if place.on_gpu else [1]
-    for workers in counts:
+    for workers in sorted({1, cores // 4, cores} - {0}) if place.on_gpu else [1]:
         key = f"cores_{workers}"
-        words = [
-            "-m",
-            "acceptance.loaders",
-            "--work",
-            str(place.work),
-            "--num_workers",
-            str(workers),
-        ]
-        words += [
-            "--resolution",
-            *map(str, size.loader_resolutions),
-            "--batch_size",
-            str(min(512, size.samples // 4)),
-        ]
-        words += ["--rehearse"] if not place.on_gpu else []
+        words = ["-m", "acceptance.loaders", "--work", str(place.work)]
+        words += ["--num_workers", str(workers), "--batch_size", str(min(512, size.samples // 4))]
+        words += ["--resolution", *map(str, size.loader_resolutions)]
+        words += [] if place.on_gpu else ["--rehearse"]
         words += ["--rounds", str(min(3, size.rounds)), "--json", str(place.json(f"loader.{key}"))]
         found.append(Part("loader", key, tuple(words), 500, checks.loader(workers, place.on_gpu)))
     return found
@@ -345,40 +247,16 @@ def imagenette(place: Place) -> list[Part]:
 def profile(place: Place) -> list[Part]:
     """torch.profiler over the training loop with the real loader; what compiling changes."""
     size, found = place.size, []
+    batch = min(2 * size.batch, size.samples // 8)
     for arch in size.archs:
         for mode in ("eager", "compiled", "one_stream") if place.on_gpu else ("eager",):
             key = f"{arch}_{mode}"
-            words = [
-                "-m",
-                "acceptance.profile",
-                "--arch",
-                arch,
-                "--work",
-                str(place.work),
-                "--device",
-                size.device,
-            ]
-            words += [
-                "--resolution",
-                str(size.resolutions[0]),
-                "--batch_size",
-                str(min(2 * size.batch, size.samples // 8)),
-            ]
-            words += [
-                "--steps",
-                "150" if place.on_gpu else "4",
-                "--json",
-                str(place.json(f"profile.{key}")),
-            ]
+            words = ["-m", "acceptance.profile", "--arch", arch, "--device", size.device]
+            words += ["--work", str(place.work), "--steps", "150" if place.on_gpu else "4"]
+            words += ["--resolution", str(size.resolutions[0]), "--batch_size", str(batch)]
+            words += ["--json", str(place.json(f"profile.{key}"))]
             words += ["--trace", str(place.out / "json" / f"profile.{key}.trace.json.gz")]
             words += {"compiled": ["--compile"], "one_stream": ["--one_stream"]}.get(mode, [])
-            found.append(
-                Part(
-                    "profile",
-                    key,
-                    tuple(words),
-                    240,
-                    checks.profile(arch, place.on_gpu, mode != "one_stream"),
-                )
-            )
+            check = checks.profile(arch, place.on_gpu, mode != "one_stream")
+            found.append(Part("profile", key, tuple(words), 240, check))
     return found
