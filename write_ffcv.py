@@ -19,7 +19,7 @@ import platform
 import shutil
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +48,7 @@ from ffcv_imnet.images.remarks import (
     check_classes,
     check_oddities,
     class_folders,
+    dark,
     notes,
     oddities,
 )
@@ -284,7 +285,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
         "images": len(source),
         "ignored_files": source.ignored,
     }
-    remarks = [*notes(source), *oddities(source)]
+    remarks = [*notes(source), *oddities(source), *(dark(source) if options.allow_odd else [])]
     if options.subset is not None:
         chosen = even_subset(source.labels, len(source.classes), options.subset, options.seed)
         source = source.subset(chosen)
@@ -493,12 +494,16 @@ def copies(source: ImageSource, contents: NDArray[np.uint64], kept: NDArray[np.i
     )
 
 
+class Unreadable(RunError):
+    """Images cannot be stored. Of --holdout's two files the other is then looked through as well."""
+
+
 def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
     """Name some unreadable images on stderr; all of them stand in the manifest, or where nothing is written
     in SPLIT.unreadable.txt.
 
     Raises:
-        RunError: there are some and they may not be skipped, or a class has no others.
+        Unreadable: there are some and they may not be skipped, or a class has no others.
     """
     source = job.source
     lines = [f"{source.where}/{shown(image.name)}: {image.reason}" for image in bad]
@@ -507,7 +512,7 @@ def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
     if bad and not job.skip_bad:
         listing = unreadable_list(job)
         listing.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
-        raise RunError(
+        raise Unreadable(
             f"{len(bad):,} of {len(source):,} images are unreadable (listed in {listing}) and no .beton was"
             " written: mend or remove them, or go on without them by --skip_bad"
         )
@@ -518,7 +523,7 @@ def report_bad(job: Job, kept: NDArray[np.bool_], bad: list[Bad]) -> None:
         for labels in (source.labels, source.labels[kept])
     )
     if lost := [name for name, a, b in zip(source.classes, had, left, strict=True) if a and not b]:
-        raise RunError(f"no image of class {lost[0]} is readable")
+        raise Unreadable(f"no image of class {lost[0]} is readable in the {job.split} split")
 
 
 def unreadable_list(job: Job) -> Path:
@@ -563,18 +568,32 @@ def write(file: IO[bytes], job: Job) -> beton.Manifest:
     return manifest
 
 
-def write_file(job: Job) -> None:
-    """The file and its manifest under their names, and a line that says so."""
-    with beton.partial_file(job.path) as file:
-        announce(job)
-        manifest = write(file, job)
-    # Outside that block: once the first of the two has its name, nothing may be removed.
-    beton.commit_beton(job.path)
-    unreadable_list(job).unlink(missing_ok=True)  # of an attempt before
-    print(
-        f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
-        f" {of_disk(manifest.bytes)}, {manifest.content_checksum}"
-    )
+def write_files(jobs: list[Job]) -> None:
+    """Each file and its manifest under their names, and a line that says so; none before all are written:
+    a new training file beside the old validation file would hold its images.
+
+    Raises:
+        Unreadable: images of one, or of both.
+    """
+    manifests, faults = [], []
+    with ExitStack() as files:
+        for job in jobs:
+            file = files.enter_context(beton.partial_file(job.path))
+            announce(job)
+            try:
+                manifests.append(write(file, job))
+            except Unreadable as fault:
+                faults.append(str(fault))
+        if faults:
+            raise Unreadable("; ".join(faults))
+    # Outside that block: once the first has its name, nothing may be removed.
+    for job, manifest in zip(jobs, manifests, strict=True):
+        beton.commit_beton(job.path)
+        unreadable_list(job).unlink(missing_ok=True)  # of an attempt before
+        print(
+            f"{job.path}: {manifest.samples:,} images of {len(manifest.classes):,} classes,"
+            f" {of_disk(manifest.bytes)}, {manifest.content_checksum}"
+        )
 
 
 def encoded_again(job: Job, kept: NDArray[np.int64]) -> dict[int, bytes]:
@@ -605,10 +624,11 @@ def main(argv: list[str] | None = None) -> int:
     one_thread()
     restore = exit_when_asked()
     try:
-        for job in divide(waiting) if options.holdout is not None and waiting else waiting:
-            # An upload that failed finds its file written.
-            if job.address is None or options.force or not is_here(job):
-                write_file(job)
+        if options.holdout is not None and waiting:
+            waiting = divide(waiting)
+        # An upload that failed finds its file written.
+        write_files([j for j in waiting if j.address is None or options.force or not is_here(j)])
+        for job in waiting:
             if job.address is not None:
                 remote.put_beton(job.path, job.address)
                 print(f"{job.address}: uploaded; {job.path} is its copy here")

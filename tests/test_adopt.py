@@ -185,3 +185,8 @@ def test_imagenets_names_where_its_counts_fit() -> None:
 
 
 assert tests.networks  # registers the tiny network
+
+
+def test_a_manifest_with_names_is_not_replaced_by_numbers(small: SmallData) -> None:
+    with pytest.raises(UsageError, match="knows its classes by name: keep it"):
+        adopt.main([str(small.train), "--force"])

@@ -29,6 +29,8 @@ from ffcv_imnet.images.pixels import (
     shrink,
     target_size,
 )
+from ffcv_imnet.images.remarks import check_oddities
+from ffcv_imnet.images.sources import open_source
 from ffcv_imnet.images.stored import Stored
 from tests.pictures import make_tree, of_many_scans, picture, save
 
@@ -215,6 +217,65 @@ def test_a_damaged_tiff_is_refused_without_lines_of_libtiff(
     with pytest.raises(BadImage, match="not read, or damaged"):
         decode_rgb(tiff_of(compression, 200))
     assert capfd.readouterr() == ("", "")
+
+
+def made_tiff(bits: int, channels: int = 1, **tags: int) -> bytes:
+    """A TIFF of 4 x 4 pixels, all zero, in one strip. Tags: t262 and so on."""
+    names = {
+        256: 4,
+        257: 4,
+        258: bits,
+        259: 1,
+        262: 2 if channels > 2 else 1,
+        273: 8,
+        277: channels,
+        278: 4,
+    }
+    names |= {279: 16 * bits // 8 * channels} | {int(key[1:]): value for key, value in tags.items()}
+    pixels = bytes(names[279])
+    each = struct.pack(f"<{channels}H", *[bits] * channels)  # of tag 258, behind the pixels
+    entries = b"".join(
+        struct.pack("<HHII", 258, 3, channels, 8 + len(pixels) if channels > 2 else value)
+        if tag == 258
+        else struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 2 if tag == 338 else 1, value)
+        for tag, value in sorted(names.items())
+    )
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(pixels) + len(each))
+    return head + pixels + each + struct.pack("<H", len(names)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (made_tiff(16, t262=0), "in which zero is white"),
+        (made_tiff(8, t339=2), "signed samples"),
+        (made_tiff(8, 5, t338=0), "5 channels, of which three"),
+        (made_tiff(16, 3, t284=2), "channel after channel"),
+    ],
+)
+def test_a_tiff_that_would_be_read_as_other_pixels_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImage, match=reason):
+        decode_rgb(data)
+
+
+def test_a_tiff_of_pages_is_refused_and_one_with_a_preview_is_not() -> None:
+    page, small = Image.new("L", (32, 24), 7), Image.new("L", (8, 6), 9)
+    with pytest.raises(BadImage, match="several pages"):
+        decode_rgb(file_of(page, "TIFF", save_all=True, append_images=[page]))
+    assert (decode_rgb(file_of(page, "TIFF", save_all=True, append_images=[small])) == 7).all()
+    assert (decode_rgb(made_tiff(8, t262=0)) == 255).all()
+
+
+def test_16_bit_images_of_a_12_bit_camera_are_odd(tmp_path: Path) -> None:
+    for number in range(3):
+        folder = tmp_path / "train" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9), 4000 + number, np.uint16)).save(folder / f"{number}.png")
+    source = open_source("train", [tmp_path])
+    with pytest.raises(UsageError, match="without a value above 4,002 of 65,535"):
+        check_oddities(source)
+    Image.fromarray(np.full((9, 9), 5000, np.uint16)).save(tmp_path / "train/b/4.png")
+    check_oddities(open_source("train", [tmp_path]))
 
 
 def area_mean(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.float64]:

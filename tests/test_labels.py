@@ -227,11 +227,16 @@ def test_a_row_is_of_one_image_and_the_longest_row_counts(
         ('a.jpg,"x', "line 1: not CSV"),
         ("a.jpg,", "line 1: the class '' is empty"),
         ('{"file": "a.jpg"}', "line 1: no class .* among 'file': call it label"),
-        ('{"file": "a.jpg", "label": true}', "no class"),
+        ('{"file": "a.jpg", "label": true}', "line 1: its class 'label' is true, which is neither"),
+        ("[1]", "a list in JSON: write an object a line"),
+        (
+            "file,label,split\na.jpg,cat,train\nb.jpg,dog,val",
+            "column 'split' says 'train', 'val', which",
+        ),
         ('{"file": ', "line 1: not JSON"),
         ("ImageId,PredictionString\n", "holds no labels"),
         ("", "holds no labels"),
-        ("\udcff\udcfe", "is no label file"),
+        ("\udcff\udcfe", "is not in UTF-8: save it as CSV in UTF-8"),
     ],
 )
 def test_wrong_texts(text: str, reason: str, tmp_path: Path) -> None:

@@ -87,16 +87,36 @@ def test_a_bad_photograph_does_not_stop_the_others(
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no")
     Image.fromarray(picture(1)).save(tmp_path / "good.jpg")
-    photos = [
-        str(tmp_path / name) for name in ("bad.jpg", "none.jpg", "", "good.jpg")
-    ]  # "": a folder
+    photos = [str(tmp_path / name) for name in ("bad.jpg", "none.jpg", "good.jpg")]
     assert predict.main([*photos, "--weights", str(weights), "--arch", "squeezenet1_1"]) == 1
     said = capsys.readouterr()
     lines = said.err.splitlines()
-    assert len(lines) == 3 and all("the image cannot be read" in line for line in lines)
+    assert len(lines) == 2 and all("the image cannot be read" in line for line in lines)
     assert "bad.jpg" in lines[0] and "none.jpg" in lines[1]
-    assert lines[2].endswith(f": name {tmp_path}/*")
-    assert photos[3] in said.out and photos[0] not in said.out
+    assert photos[2] in said.out and photos[0] not in said.out
+
+
+def test_a_folder_is_its_images(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of its folders too; and a table is replaced only by another of the same kind that has rows."""
+    for name in ("a/1.jpg", "b/c/2.PNG"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True)
+        Image.fromarray(picture(1)).save(tmp_path / "d" / name)
+    (tmp_path / "d/notes.txt").touch()
+    options = ["--weights", str(weights), "--arch", "squeezenet1_1", "--csv"]
+    table, mine = tmp_path / "out.csv", tmp_path / "mine.csv"
+    assert predict.main([str(tmp_path / "d"), *options, str(table)]) == 0
+    said = table.read_text()
+    assert "a/1.jpg" in said and "b/c/2.PNG" in said and "notes" not in said
+    assert predict.main([str(tmp_path / "none.jpg"), *options, str(table)]) == 1
+    assert table.read_text() == said
+    mine.write_text("file,label\na.jpg,cat\n")
+    with pytest.raises(UsageError, match="not a table of predictions: name another file"):
+        predict.main([str(tmp_path / "d"), *options, str(mine)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="a folder without images"):
+        predict.main([str(tmp_path / "empty"), *options, str(table)])
 
 
 @pytest.mark.filterwarnings("error")

@@ -181,7 +181,7 @@ def test_the_dry_run_reads_the_manifests_alone(
     assert dry_run(settings, False, 0.0) == 0
     assert "100 training images" in capsys.readouterr().out
     (tmp_path / "c.yaml").write_text(to_yaml(settings))
-    with pytest.raises(UsageError, match="give a smaller batch, or more images"):  # of the 100
+    with pytest.raises(UsageError, match="give a batch of 1 or less, or more images"):  # of the 100
         tune.main([f"--config={tmp_path}/c.yaml", "--dry_run"])
     assert not copy_path(ADDRESS, tmp_path).exists()
 

@@ -1,5 +1,6 @@
 """A validation split under any name, held out, from a table, from several folders, or lacking a class."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 import write_ffcv
-from ffcv_imnet.core.errors import UsageError
+from ffcv_imnet.config.schema import Data
+from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.data import beton
+from ffcv_imnet.data.loader import check_data
 from ffcv_imnet.images.holdout import choose
 from ffcv_imnet.images.sources import open_source
 from ffcv_imnet.tools import verify
@@ -129,6 +132,40 @@ def test_both_files_come_from_one_command(
 
 
 # ------------------------------------------------------------------------------------- tables
+
+
+def test_neither_file_has_its_name_before_both_are_written(tmp_path: Path) -> None:
+    """A new training file beside the old validation file would hold its images."""
+    data = images(tmp_path / "d", (12, 12, 12))
+    words = ["--data_dir", data, "--holdout", 0.25]
+    old = write(tmp_path / "out", *words)
+    before = (tmp_path / "out/train.beton").read_bytes()
+    for path in data.rglob("*.jpg"):  # no two alike, which fall on one side
+        path.write_bytes(path.name.encode())
+    save(data / "cat/0.jpg", picture(99, 20, 24))
+    with pytest.raises(RunError, match=r"train.*unreadable.*; .*val.*unreadable"):
+        write(tmp_path / "out", *words, "--force")
+    assert (tmp_path / "out/train.beton").read_bytes() == before
+    assert beton.verify_beton(tmp_path / "out/val.beton") == old
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_files_of_two_divisions_do_not_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = images(tmp_path / "d", (12, 12, 12))
+    for seed in (0, 1):
+        write(tmp_path / f"{seed}", "--data_dir", data, "--holdout", 0.25, "--seed", seed)
+    pair = Data(
+        train_dataset=str(tmp_path / "0/train.beton"), val_dataset=str(tmp_path / "0/val.beton")
+    )
+    check_data(pair)
+    for suffix in ("beton", "json"):
+        shutil.copy(tmp_path / f"1/val.{suffix}", tmp_path / "0")
+    with pytest.raises(UsageError, match="two divisions by --holdout"):
+        check_data(pair)
+    assert verify.main([str(tmp_path / "0")]) == 1
+    assert "two divisions by --holdout" in capsys.readouterr().out
 
 
 def test_a_shared_folder_is_divided_by_two_tables(

@@ -67,9 +67,13 @@ def test_rungs_fill_the_budget_and_stay_within_the_data() -> None:
         -1
     ]  # no more than twice all that is not held out
     assert small == Rung(subset=22_500, epochs=2)
-    with pytest.raises(UsageError, match="16 are needed: give a smaller batch, or a larger --min"):
+    with pytest.raises(
+        UsageError, match="16 are needed: give a batch of 51 or less, or a larger --min"
+    ):
         plan_rungs(100_000, 27, 4, 1_281_167, 1024)
-    with pytest.raises(UsageError, match="give a smaller batch, or more images"):
+    with pytest.raises(
+        UsageError, match=r"16 are needed: give a batch of \d+ or less, or more images"
+    ):
         plan_rungs(math.inf, 27, 4, 1_000, 1024)
 
 

@@ -115,9 +115,11 @@ def plan_rungs(images: float, trials: int, again: int, samples: int, batch: int)
     first = int(min(images / weight, most))
     if first < FEWEST_STEPS * batch:
         way = "a larger --minutes, or fewer --trials" if first < int(most) else "more images"
+        fits = first // FEWEST_STEPS
+        smaller = f"a batch of {fits} or less, or " if fits else ""
         raise UsageError(
             f"the shortest runs would have {first:,} images, {first // batch} steps of training.batch_size {batch}, "
-            f"and {FEWEST_STEPS} are needed: give a smaller batch, or {way}"
+            f"and {FEWEST_STEPS} are needed: give {smaller}{way}"
         )
     rungs = []
     for number in range(RUNGS):

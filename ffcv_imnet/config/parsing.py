@@ -197,8 +197,6 @@ def read_config(path: str, option: str = "--config ") -> dict[Any, Any]:
         raise UsageError(f"{option}{path}: not a YAML file: it is not text in UTF-8") from None
     except StrictError as error:
         raise UsageError(f"{option}{path}: not a YAML file of settings: {error}") from None
-    if values is None:
-        return {}
     if not isinstance(values, dict):
         raise UsageError(
             f"{option}{path}: holds no settings; expected lines such as 'lr: {{lr: 0.5}}'"
@@ -378,10 +376,10 @@ def _clashes(s: Settings) -> Iterator[str]:
     if s.plan.stages and planned != training.epochs:
         yield (
             f"plan.stages make {planned} epochs, training.epochs is {training.epochs}; "
-            "make them equal"
+            "make them equal, or leave the stages out (--plan.stages=[])"
         )
     if s.plan.stages and resolution != Resolution():
-        yield "plan.stages and the section resolution both say the resolution; leave one out"
+        yield "plan.stages and the section resolution both say the resolution; leave one out (--plan.stages=[] leaves out the first)"
     yield from _frozen_clashes(s)
     if s.lr.lr_peak_epoch > training.epochs:
         yield (

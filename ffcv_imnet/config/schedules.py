@@ -102,7 +102,7 @@ def plan_run(settings: Settings, train_images: int) -> tuple[EpochPlan, ...]:
             raise UsageError(
                 f"{'training.batch_size' if row.batch_size is None else 'a row of plan.stages: batch_size'} "
                 f"{batch} is larger than the {train_images} training images: "
-                f"no step would be made; set it to {train_images} or less"
+                f"no step would be made; {max(1, train_images // 10)} would make ten or more an epoch"
             )
         plans.append(
             EpochPlan(

@@ -58,20 +58,29 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
     maps a file before all of them have met, and where the first refuses it does not come.
 
     Raises:
-        UsageError: a file is missing, or the classes of the two differ.
+        UsageError: a file is missing, the classes of the two differ, or they are halves of two divisions.
         RunError: a file is not what its manifest says.
     """
     paths = (Path(data.train_dataset), Path(data.val_dataset))
     check_manifests(*paths)
     first = world is None or world.local_rank == 0
     train, val = (check_beton(p) if first else Manifest.load(manifest_path(p)) for p in paths)
+    if train.divided_otherwise(val):
+        raise UsageError(
+            f"{paths[0]} and {paths[1]} are of two divisions by --holdout (other images, fraction, seed or subset), so that"
+            " the images of one may be in the other: write both again with write_ffcv.py --holdout --force"
+        )
     places = class_places(train.classes, val.classes)
     if places is None:
         odd = sorted(set(val.classes) - set(train.classes))
         raise UsageError(
             f"{data.val_dataset} has {len(odd):,} classes that {data.train_dataset} has not, "
-            f"for instance {', '.join(odd[:3])}: write both from the same classes, or where another "
-            f"program wrote them give both to `{adopt_command(*paths)} --force`"
+            f"for instance {', '.join(odd[:3])}: write both from the same classes"
+            + (
+                ""
+                if train.settings and val.settings
+                else f", or give both to `{adopt_command(*paths)} --force`"
+            )
         )
     if world is None or world.is_main:
         for remark in _remarks(data, train, val, places):

@@ -74,6 +74,16 @@ class Manifest:
             fields[name] = tuple(fields[name])
         return cls(**fields)
 
+    def divided_otherwise(self, other: "Manifest") -> bool:
+        """Whether both were written with --holdout, and not as the two sides of one division."""
+
+        def division(said: Manifest) -> list[Any]:
+            settings = [said.settings.get(name) for name in ("holdout", "seed", "subset")]
+            return [*settings, said.source.get("fingerprint")]
+
+        both = None not in (self.settings.get("holdout"), other.settings.get("holdout"))
+        return both and division(self) != division(other)
+
 
 def manifest_path(beton: Path) -> Path:
     """The manifest's place: the same name, ending in .json."""

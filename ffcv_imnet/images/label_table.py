@@ -36,6 +36,7 @@ IMAGENET = re.compile(r"ILSVRC2012|\bn\d{8}[_/\\]", re.ASCII)  # within the name
 LARGEST = 512 << 20  # bytes of a table: the fourteen million images of all of ImageNet have as many
 LONGEST = 1 << 17  # characters of a line of JSON; csv's own bound of a cell
 SUFFIXES = tuple(suffix.decode() for suffix in EXTENSIONS)
+SPLIT_COLUMNS = ("split", "subset", "set", "partition")
 Row = tuple[int, list[str]]  # number of its line, cells
 
 
@@ -46,13 +47,20 @@ def read_table(path: Path) -> dict[str, str]:
         OSError: it cannot be read.
         UsageError: it is not such a table; names the line.
     """
+    data = read_at_most(path, LARGEST)
     try:
-        text = read_at_most(path, LARGEST).decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError(
-            f"{path} is no label file: a CSV, TSV or JSON-lines of file and class, a text with an"
-            " image and its class a line, LOC_val_solution.csv or the devkit's .tar.gz (in UTF-8)"
+            f"{path} {_no_text(data)}. A label file is a CSV, TSV or JSON-lines of file and class, a text with an image"
+            " and its class a line, LOC_val_solution.csv or the devkit's .tar.gz"
         ) from None
+    if text.lstrip().startswith("["):
+        raise UsageError(f"{path} is a list in JSON: write an object a line (JSON-lines), or a CSV")
+    if mark := re.match(
+        r"sep=(.)\s*\n", text
+    ):  # Excel's way to say it, which no table has otherwise
+        text = "\n" + text[mark.end() :]
     json_lines = text.lstrip().startswith("{")
     pairs = _pairs(path, text) if json_lines else _columns(path, list(_cells(path, text)))
     found: dict[str, str] = {}
@@ -65,6 +73,14 @@ def read_table(path: Path) -> dict[str, str]:
     if not found:
         raise UsageError(f"{path} holds no labels")
     return found
+
+
+def _no_text(data: bytes) -> str:
+    """What a table is that is not in UTF-8, and what to do."""
+    if data.startswith(b"PK"):
+        return "is packed, as a workbook of Excel is: save it as CSV in UTF-8"
+    encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+    return f"is not in UTF-8: save it as CSV in UTF-8, or convert it (iconv -f {encoding} -t UTF-8 OLD > NEW)"
 
 
 def _check(path: Path, line: int, file: str, name: str) -> None:
@@ -142,7 +158,14 @@ def _columns(path: Path, rows: list[Row]) -> Iterator[tuple[int, str, str]]:
             f"{path} has {len(head)} columns and no first line that says which are file and class"
             f" ({', '.join(map(quoted, head[:5]))}): call them filename and label"
         )
-    for line, row in rows[1 if header else 0 :]:
+    body = rows[1 if header else 0 :]
+    split, _ = _place(head, SPLIT_COLUMNS) if header else (None, "")
+    if split is not None and len(values := {row[split] for _, row in body}) > 1:
+        raise UsageError(
+            f"{path}: its column {quoted(head[split])} says {', '.join(map(quoted, sorted(values)[:3]))}, which is"
+            " not read: make a table of each, without the column, and give each with its own --split"
+        )
+    for line, row in body:
         yield line, row[file], row[label]
 
 
@@ -184,6 +207,11 @@ def _field(path: Path, line: int, held: tuple[tuple[str, Any], ...], wanted: Seq
     if isinstance(value, bool) or not isinstance(value, str | int):
         what = "file name" if wanted is FILE_COLUMNS else "class"
         keys = ", ".join(map(quoted, names[:5]))
+        if place is not None:
+            raise UsageError(
+                f"{path}, line {line}: its {what} {quoted(names[place])} is {json.dumps(value)[:40]}, which is"
+                " neither text nor a number"
+            )
         raise UsageError(
             f"{path}, line {line}: no {what} (text or a number) among {keys}: call it"
             f" {'filename' if wanted is FILE_COLUMNS else 'label'}"

@@ -77,6 +77,8 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Pixels:
             image = _open(data)
             if image.format == "TIFF":
                 _quiet_libtiff()
+                if fault := _misread(image):
+                    raise BadImage(f"a TIFF of {fault}")
             pixels = image.width * image.height
             if (
                 image.format in ("JPEG", "MPO")
@@ -167,6 +169,43 @@ def scans_of(data: bytes) -> int:
         if marker not in (0x01, 0xD8):
             at += int.from_bytes(data[at : at + 2], "big")
     return count
+
+
+def _misread(image: Image.Image) -> str | None:
+    """What of a TIFF Pillow would read as other pixels, or drop, without a word; None if nothing. See TIFF 6.0."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    channels = tags.get(277, 1)
+    deep = max(tags.get(258, (1,))) > 8
+    convert = "convert it to 8 bits a sample"
+    if deep and channels > 1 and tags.get(284) == 2:
+        return f"more than 8 bits a sample, channel after channel: {convert}"
+    if deep and tags.get(262) == 0:
+        return f"more than 8 bits a sample in which zero is white: {convert}"
+    if 2 in tags.get(339, ()) and not deep:
+        return "signed samples: convert it to unsigned ones"
+    if channels > 4:
+        return f"{channels} channels, of which three would be kept: make an image of the three that you want"
+    with suppress(EOFError):
+        size = image.size
+        image.seek(1)
+        more = image.size == size  # else a smaller copy for previews
+        image.seek(0)
+        if more:
+            return (
+                "several pages, of which the first would be kept: write each as a file of its own"
+            )
+    return None
+
+
+def brightest(data: bytes) -> int | None:
+    """The largest value of a whole file's 16-bit grayscale; None of any other image, or of none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _open(data)
+            return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+    except Exception:  # `decode_rgb` has the words for it
+        return None
 
 
 def _upright(image: Image.Image) -> Image.Image:

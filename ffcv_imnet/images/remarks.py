@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ffcv_imnet.core.errors import UsageError
@@ -10,8 +11,11 @@ from ffcv_imnet.core.names import fault_of_all, shown
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.folder import ImageFolderTree, alike
 from ffcv_imnet.images.merged import Merged
+from ffcv_imnet.images.pixels import brightest
 
 ALLOW = "--allow_odd"
+LOOKED_AT = 16  # images of 16 bits, for how many of them are used
+DEEP = (".tif", ".tiff", ".png", ".pgm")
 
 
 def check_classes(source: ImageSource) -> None:
@@ -52,6 +56,23 @@ def oddities(source: ImageSource) -> list[str]:
     return found
 
 
+def dark(source: ImageSource) -> list[str]:
+    """A sentence where 16-bit grayscale uses a sixteenth of its range, as cameras of 12 bits do; else none."""
+    deep = [i for i in range(len(source)) if source.name(i).lower().endswith(DEEP)]
+    found = []
+    for index in deep[:: max(1, len(deep) // LOOKED_AT)][:LOOKED_AT]:
+        with suppress(OSError):
+            data, _ = source.read(index)
+            found += [brightest(data)] if isinstance(data, bytes) else []
+    values = [value for value in found if value is not None]
+    if not values or max(values) >= 1 << 12:
+        return []
+    return [
+        f"16-bit images without a value above {max(values):,} of 65,535, as cameras of 12 bits write them, would be"
+        " almost black: multiply them to the full range first"
+    ]
+
+
 def _parts(source: ImageSource) -> Sequence[ImageSource]:
     return source.parts if isinstance(source, Merged) else [source]
 
@@ -63,5 +84,5 @@ def class_folders(source: ImageSource) -> list[Path]:
 
 def check_oddities(source: ImageSource) -> None:
     """Raises UsageError with all oddities, if there are any."""
-    if found := oddities(source):
+    if found := [*oddities(source), *dark(source)]:
         raise UsageError(f"{'; '.join(found)}; mend that, or go on all the same with {ALLOW}")

@@ -80,7 +80,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"{path} has a manifest's name: give the .beton or .ffcv file")
         if manifest.exists() and not options.force:
             raise UsageError(f"{path} has its manifest {manifest}; --force replaces it")
+        if manifest.exists() and options.classes is None and _is_own(manifest):
+            raise UsageError(
+                f"{path} has write_ffcv.py's manifest {manifest}, which knows its classes by name: keep it, or name"
+                " them with --classes"
+            )
     return options
+
+
+def _is_own(manifest: Path) -> bool:
+    """Whether write_ffcv.py wrote it; a damaged one is nobody's."""
+    try:
+        return bool(beton.Manifest.load(manifest).settings)
+    except (RunError, UsageError):
+        return False
 
 
 # --------------------------------------------------------------------------------- the classes

@@ -9,7 +9,9 @@ status is 1.
 """
 
 import csv
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from ffcv_imnet.core.names import shown as shown_name
 from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.images import LARGEST_FILE, Pixels
+from ffcv_imnet.images.folder import EXTENSIONS
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.preprocess import resize_and_crop
@@ -33,6 +36,7 @@ from ffcv_imnet.tools import ToolParser
 
 DRAWN = 100  # images on one image: matplotlib draws at most 65,536 px in height
 LONGEST = 60  # characters of a name on it
+COLUMNS = ("file", "rank", "class", "probability")  # of --csv
 
 Guesses = list[tuple[float, str]]  # probability and class, the likeliest first
 
@@ -49,7 +53,7 @@ def main(argv: list[str]) -> int:
     """Print a table for each image. Exit status 0, or 1 if one of them cannot be read."""
     parser = ToolParser("predict", __doc__)
     add = parser.add_argument
-    add("images", type=path_of, nargs="+", metavar="IMAGE")
+    add("images", type=path_of, nargs="+", metavar="IMAGE", help="or a folder of them")
     add_options(parser)
     add("--resolution", type=in_range(int, 8, 4096), metavar="PX", help="side of the input")
     add("--out", type=path_of, metavar="FILE.png", help="sheet of images and guesses")
@@ -60,10 +64,13 @@ def main(argv: list[str]) -> int:
     out: Path | None = options.out
     check_output("--out", out, ".png")
     check_output("--csv", options.csv, ".csv")
-    if out is not None and len(options.images) > DRAWN:
-        raise UsageError(f"--out draws at most {DRAWN} images, not {len(options.images):,}")
     refuse_inputs("--out", out, options.weights, *options.images)
     refuse_inputs("--csv", options.csv, options.weights, *options.images)
+    if options.csv is not None:
+        refuse_other_table(options.csv)
+    options.images = [image for path in options.images for image in images_of(path)]
+    if out is not None and len(options.images) > DRAWN:
+        raise UsageError(f"--out draws at most {DRAWN} images, not {len(options.images):,}")
     network = load_from(options)
     how = parse_preprocess(network, options.resolution, options)
     names = class_names(network)
@@ -86,10 +93,10 @@ def main(argv: list[str]) -> int:
         if out is not None:
             step = max(1, max(rgb.shape) // 500)  # no more pixels than are drawn
             shown.append(Named(path, rgb[::step, ::step].copy(), guesses))
-    if options.csv is not None:
+    if options.csv is not None and table:
         with atomic_write(options.csv, "w") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("file", "rank", "class", "probability"))
+            writer.writerow(COLUMNS)
             writer.writerows(table)
     if out is not None and shown:
         draw(shown, out)
@@ -97,15 +104,35 @@ def main(argv: list[str]) -> int:
     return 1 if bad else 0
 
 
+def images_of(path: Path) -> list[Path]:
+    """`path`, or the images in it and its folders, if it is one. Raises UsageError where it has none."""
+    if not path.is_dir():
+        return [path]
+    found = [
+        p for p in path.rglob("*") if os.fsencode(p.suffix.lower()) in EXTENSIONS and p.is_file()
+    ]
+    if not found:
+        raise UsageError(f"{path}: a folder without images")
+    return sorted(found)
+
+
+def refuse_other_table(path: Path) -> None:
+    """Raises UsageError where --csv would replace a file that this tool has not written."""
+    with suppress(FileNotFoundError):
+        with path.open("rb") as file:
+            begin = file.read(200)
+        if begin and begin.split(b"\n")[0].strip() != ",".join(COLUMNS).encode():
+            raise UsageError(
+                f"--csv {path} is there and is not a table of predictions: name another file"
+            )
+
+
 def read(path: Path) -> Pixels:
     """An image's pixels. Raises RunError if there is none or it is damaged."""
     try:
         return decode_rgb(read_at_most(path, LARGEST_FILE))
     except OSError as error:
-        hint = f": name {path}/*" if path.is_dir() else ""
-        raise RunError(
-            f"{path}: the image cannot be read ({error.strerror or error}){hint}"
-        ) from error
+        raise RunError(f"{path}: the image cannot be read ({error.strerror or error})") from error
     except BadImage as error:
         raise RunError(f"{path}: the image cannot be read ({error})") from error
 

@@ -117,6 +117,7 @@ def main(argv: list[str]) -> int:
     exit_when_asked()
     report = Report()
     classes: dict[str, tuple[str, ...]] = {}
+    betons = list[Path]()
     for target in [found for path in options.paths for found in targets(path)]:
         if options.md5 and target.path.is_file():
             check_md5(target.path, report)
@@ -127,7 +128,9 @@ def main(argv: list[str]) -> int:
             continue
         if names:
             classes[str(target.path)] = names
+            betons += [target.path] if target.kind == "beton" else []
     compare_classes(classes, report)
+    compare_divisions(betons, report)
     print(json.dumps(report.summary()))
     return 1 if report.bad else 0
 
@@ -303,6 +306,18 @@ def compare_classes(classes: dict[str, tuple[str, ...]], report: Report) -> None
             report.say("BAD", path, f"{len(odd):,} classes are not in {first} too: {odd[0]}")
         else:
             report.say("BAD", path, f"its classes are in another order than those of {first}")
+
+
+def compare_divisions(paths: Sequence[Path], report: Report) -> None:
+    """Files that --holdout wrote must be sides of one division: images of one may else be in another."""
+    manifests = [beton.Manifest.load(beton.manifest_path(path)) for path in paths]
+    for path, said in zip(paths[1:], manifests[1:], strict=True):
+        if said.divided_otherwise(manifests[0]):
+            report.say(
+                "BAD",
+                path,
+                f"it and {paths[0]} are of two divisions by --holdout: images of one may be in the other",
+            )
 
 
 def check_md5(path: Path, report: Report) -> None:
