@@ -86,6 +86,9 @@ usable_venv() {
     [ -z "${PYTHON:-}" ] || [ "$(minor_of "$PYTHON")" = "$(minor_of "$venv/bin/python")" ]
 }
 
+# A container's own versions are not the lock's, whose packages go into an environment of their own.
+unset PIP_CONSTRAINT PIP_BUILD_CONSTRAINT
+
 # ---- Python -------------------------------------------------------------------------------------
 
 find_python() {

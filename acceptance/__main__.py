@@ -145,8 +145,8 @@ def run_parts(parts: list[Part], known: list[Part], place: Place, seconds: float
             outcome = Outcome(0, 0.0)
             checks = [Check("needs a GPU", "not run", verdict="SKIP")]
         else:
-            if part.needs_data:
-                prepare(place)
+            if part.needs_data and not prepare(place, deadline - time.monotonic()):
+                return False
             print(f"{part.stage}/{part.name} ...", flush=True)
             ended = run_part(part, place, min(part.limit, deadline - time.monotonic()))
             ran = True
@@ -213,8 +213,8 @@ def run(
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            if process.poll() is None:
-                kill(process)
+            kill(process)
+    (place.out / RUNNING).unlink(missing_ok=True)
     return process.returncode, time.monotonic() - started, timed_out
 
 
@@ -224,10 +224,13 @@ def end_leftover(out: Path) -> None:
         pid, started = map(int, (out / RUNNING).read_text().split())
     except (OSError, ValueError):
         return
-    if started_at(pid) == started:  # and no later process of that number
-        print("ending what the last call left running", flush=True)
+    if started_at(pid) in (
+        started,
+        -1,
+    ):  # -1: its children may be there; and no later process of that number
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+            print("ended what the last call left running", flush=True)
 
 
 def started_at(pid: int) -> int:
@@ -240,16 +243,15 @@ def started_at(pid: int) -> int:
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
-    """The process and its children: asked first, made to after ten seconds."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
+    """The process, if it has not ended, and its children: asked first, made to after ten seconds. Children that are
+    still at work when it has ended would share the GPU with what is measured next."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(10)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def read(part: Part, outcome: Outcome) -> list[Check]:
@@ -261,10 +263,14 @@ def read(part: Part, outcome: Outcome) -> list[Check]:
         return [Check("its numbers can be read", text, "yes", "FAIL")]
 
 
-def prepare(place: Place) -> None:
-    """The data in DIR/work, made where it is missing. Raises UsageError with its last words if it fails."""
+def prepare(place: Place, seconds: float) -> bool:
+    """The data in DIR/work, made where it is missing; False if the call's time ended first.
+
+    Raises:
+        UsageError: it failed, with its last words.
+    """
     if (place.work / "complete").is_file() and (place.out / "machine.json").is_file():
-        return
+        return True
     print("making the data ...", flush=True)
     logs = place.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -272,11 +278,14 @@ def prepare(place: Place) -> None:
     words = ["-m", "acceptance.data", "--out", str(place.out), "--bundle", str(place.bundle)]
     words += ["--device", place.size.device]
     words += ["--train_per_class", "400" if place.on_gpu else "4"]
-    code, _, _ = run([sys.executable, *words], out, err, 500, place)
+    code, _, timed_out = run([sys.executable, *words], out, err, min(plan.LONGEST, seconds), place)
+    if timed_out and seconds < plan.LONGEST:
+        return False
     if code:
         raise UsageError(
             f"the data could not be made: {report.tail(err)[-600:]} (all of it: {err})"
         )
+    return True
 
 
 # ---- what comes of it ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 A part is one command of this project with a limit in seconds and a function that reads what it left.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class Size:
     samples: int  # in the loader's file
     smoke: int | None = None  # resolution of the smoke runs; None: the recipe's own
     epochs: int = 5
+    processes: int = 1  # of training with several
 
 
 FULL = Size(
@@ -53,17 +55,17 @@ FULL = Size(
 REHEARSAL = Size(
     name="rehearsal", device="cpu", recipes=RECIPES, precisions=("bf16", "fp16"),
     archs=("resnet18",), resolutions=(32, 48), loader_resolutions=(32, 48),
-    steps=("public", "sgd", "muon"), batch=8, rounds=2, seconds=1.0, samples=256, smoke=32, epochs=2,
+    steps=("public", "sgd", "muon"), batch=8, rounds=2, seconds=1.0, samples=256, smoke=32, epochs=2, processes=2,
 )  # fmt: skip
 SMALLEST = Size(
     name="smallest rehearsal", device="cpu", recipes=("rn18_8ep",), precisions=("fp16",),
     archs=("resnet18",), resolutions=(32,), loader_resolutions=(32,),
-    steps=("public", "muon"), batch=4, rounds=1, seconds=0.1, samples=64, smoke=32, epochs=1,
+    steps=("public", "muon"), batch=4, rounds=1, seconds=0.1, samples=64, smoke=32, epochs=1, processes=2,
 )  # fmt: skip
 
 
 def for_card(size: Size, said: str) -> Size:
-    """`size` as the card allows: no bf16 before Ampere, half the batch below 24 GB.
+    """`size` as the cards allow: no bf16 before Ampere, half the batch below 24 GB; a process for each.
 
     Args:
         said: of nvidia-smi --query-gpu=compute_cap,memory.total --format=csv,noheader,nounits; it makes no context.
@@ -71,6 +73,11 @@ def for_card(size: Size, said: str) -> Size:
     found = re.match(r"(\d+)\.\d+, (\d+)", said)
     if found is None or size.device != "cuda":
         return size
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") + 1
+    cards = len(said.split("\n")[:-1]) or 1
+    size = replace(
+        size, processes=min(cards, visible) if "CUDA_VISIBLE_DEVICES" in os.environ else cards
+    )
     if int(found[1]) < 8:
         size = replace(size, precisions=("fp16",))
     return replace(size, batch=size.batch // 2) if int(found[2]) < 22_000 else size
@@ -125,10 +132,9 @@ class Place:
         """Whether the goals hold: a rehearsal on a CPU has none."""
         return self.size.device == "cuda"
 
-    @property
-    def has_imagenette(self) -> bool:
-        """Whether the bundle has Imagenette; generated images stand in for it otherwise."""
-        return (self.bundle / "imagenette.tar.gz").is_file()
+    def has(self, name: str) -> bool:
+        """Whether the bundle has "imagenette" or "photos"; generated images stand in for them otherwise."""
+        return (self.bundle / f"{name}.tar.gz").is_file()
 
 
 def parts(place: Place) -> list[Part]:
@@ -170,6 +176,10 @@ def smoke(place: Place) -> list[Part]:
     recipe, precision = "rn18_10ep", place.size.precisions[0]
     command = (*base, recipe, precision, "--compile", *_work(place))
     found.append(Part("smoke", f"{recipe}_compiled", command, 400, checks.smoke, gpu_only=True))
+    if place.size.processes > 1:
+        command = (*base, recipe, precision, "--processes", str(place.size.processes))
+        command += ("--compile", *_work(place)) if place.on_gpu else _work(place)
+        found.append(Part("smoke", f"{recipe}_processes", command, 450, checks.smoke))
     return found
 
 
@@ -219,7 +229,8 @@ def loader(place: Place) -> list[Part]:
         words += ["--resolution", *map(str, size.loader_resolutions)]
         words += [] if place.on_gpu else ["--rehearse"]
         words += ["--rounds", str(min(3, size.rounds)), "--json", str(place.json(f"loader.{key}"))]
-        found.append(Part("loader", key, tuple(words), 500, checks.loader(workers, place.on_gpu)))
+        real = place.on_gpu and place.has("photos")
+        found.append(Part("loader", key, tuple(words), 500, checks.loader(workers, real)))
     return found
 
 
@@ -238,7 +249,7 @@ def imagenette(place: Place) -> list[Part]:
             "--training.batch_size=8",
         ]
         words += ["--resolution.start_ramp=0", "--resolution.end_ramp=0", "--lr.lr_peak_epoch=0.5"]
-    real = place.has_imagenette and place.on_gpu
+    real = place.has("imagenette") and place.on_gpu
     return [
         Part("imagenette", "five_epochs", tuple(words), 500, checks.imagenette(run, folder, real))
     ]
@@ -257,6 +268,6 @@ def profile(place: Place) -> list[Part]:
             words += ["--json", str(place.json(f"profile.{key}"))]
             words += ["--trace", str(place.out / "json" / f"profile.{key}.trace.json.gz")]
             words += {"compiled": ["--compile"], "one_stream": ["--one_stream"]}.get(mode, [])
-            check = checks.profile(arch, place.on_gpu, mode != "one_stream")
+            check = checks.profile(arch, place.on_gpu, mode != "one_stream", place.has("photos"))
             found.append(Part("profile", key, tuple(words), 240, check))
     return found

@@ -44,6 +44,7 @@ def main() -> int:
             one.add_argument("recipe")
             one.add_argument("precision")
             one.add_argument("--compile", action="store_true")
+            one.add_argument("--processes", type=int, default=1, help="by torchrun")
         one.add_argument("--work", type=Path, required=True)
         one.add_argument(
             "--resolution", type=int, help="a rehearsal: of everything, px, on the CPU"
@@ -77,18 +78,20 @@ def shortened(settings: Settings, resolution: int | None, batch: int) -> Setting
 
 def recipe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """A shortened recipe in one 16-bit type."""
-    compiled = "_compiled" if options.compile else f"_{options.precision}"
-    name = options.recipe + compiled
+    several = options.processes > 1
+    what = "processes" if several else "compiled" if options.compile else options.precision
+    name = f"{options.recipe}_{what}"
     small = options.resolution is not None
     settings = load(f"rn_configs/{options.recipe}.yaml", training__precision=options.precision)
-    settings = shortened(settings, options.resolution, 8 if small else 256)
+    batch = (8 if small else 64 if several else 256) * options.processes
+    settings = shortened(settings, options.resolution, batch)
     run = options.work / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
     written = options.work / "runs" / f"{name}.yaml"
     written.parent.mkdir(parents=True, exist_ok=True)
     written.write_text(to_yaml(settings))
     words = ["--config", str(written), f"--training.compile={options.compile}".lower()]
-    status = train(options, run, *words).wait()
+    status = train(options, run, *words, processes=options.processes).wait()
     said: dict[str, Any] = {"status": status}
     if status == 0:
         header = json.loads((run / "log.jsonl").read_text().splitlines()[0])
@@ -107,12 +110,15 @@ def recipe(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def train(
-    options: argparse.Namespace, run: Path, *words: str, **streams: Any
+    options: argparse.Namespace, run: Path, *words: str, processes: int = 1, **streams: Any
 ) -> "subprocess.Popen[str]":
-    """`train_imagenet.py` on the generated images, started."""
+    """`train_imagenet.py` on the generated images, started, by torchrun if there are several processes."""
     device = "cpu" if options.resolution is not None else "cuda"
     folder = options.work / "shapes"
-    command = [sys.executable, "train_imagenet.py", *words, f"--device={device}"]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["train_imagenet.py", *words, f"--device={device}"]
     command += [
         f"--data.train_dataset={folder}/train.beton",
         f"--data.val_dataset={folder}/val.beton",

@@ -25,10 +25,15 @@ python -m ffcv_imnet doctor --device=cuda || exit 1
 
 # torchrun is not started by srun: srun answers SIGTERM by killing its tasks at once. B: above has SLURM signal this
 # script alone; torchrun hands SIGTERM on, and training ends after the step in hand, with a checkpoint.
-again= torchrun=
-pass_on() { [ -z "$torchrun" ] || kill -TERM "$torchrun" 2>/dev/null; }
+again= torchrun= asked=
+pass_on() { # once: at a third SIGTERM torchrun leaves its processes alone, and scancel may send one to all
+    [ -n "$torchrun" ] && [ -z "$asked" ] && kill -TERM "$torchrun" 2>/dev/null && asked=yes
+}
 trap 'again=yes; pass_on' USR1 # 180 seconds before the time limit
 trap pass_on TERM              # scancel, or the partition needs the node: SLURM decides whether it is queued again
+
+# torchrun kills what has not ended 30 seconds after it was asked to, too early for a step that is being compiled.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150
 
 # A shared disk that is slow: read from the node's own.
 # cp data/beton/{train,val}.{beton,json} "$TMPDIR"

@@ -51,7 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ]
 
     monkeypatch.setattr(plan, "parts", parts)
-    monkeypatch.setattr(driver, "prepare", lambda place: None)
+    monkeypatch.setattr(driver, "prepare", lambda place, seconds: True)
 
     def call(*words: str) -> int:
         monkeypatch.setattr(
@@ -86,13 +86,16 @@ def test_a_stage_ends_in_time_and_goes_on_at_the_next_call(run: Any) -> None:
     assert "4 parts left" in (run.out / "report.md").read_text()
 
 
-def test_what_the_card_allows() -> None:
+def test_what_the_cards_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A T4 has no bf16 and 15 GB; without nvidia-smi, and in a rehearsal, nothing changes."""
     t4, h200 = (
         plan.for_card(FULL, said) for said in ("7.5, 15360\n", "9.0, 143771\n9.0, 143771\n")
     )
     assert (t4.precisions, t4.batch) == (("fp16",), 256)
-    assert h200 == FULL == plan.for_card(FULL, "")
+    assert replace(h200, processes=1) == FULL == plan.for_card(FULL, "")
+    assert (t4.processes, h200.processes) == (1, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert plan.for_card(FULL, "9.0, 143771\n9.0, 143771\n").processes == 1
     assert plan.for_card(plan.SMALLEST, "7.5, 15360") == plan.SMALLEST
 
 
@@ -113,7 +116,12 @@ def test_all_in_some_minutes_has_one_end(run: Any, monkeypatch: pytest.MonkeyPat
 
 def test_making_the_data_is_of_the_stages_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[float] = []
-    monkeypatch.setattr(driver, "prepare", lambda place: time.sleep(0.2))
+
+    def slow(place: Place, seconds: float) -> bool:
+        time.sleep(0.2)
+        return True
+
+    monkeypatch.setattr(driver, "prepare", slow)
     monkeypatch.setattr(driver, "run_part", lambda part, place, seconds: left.append(seconds))
     assert run("--stage", "step", "--minutes", "0.01") == 75
     assert left[0] <= 0.4
@@ -126,7 +134,7 @@ def test_the_doctor_comes_before_the_data(run: Any, monkeypatch: pytest.MonkeyPa
     (part, *others) = plan.parts(Place(run.out, run.out, SMALLEST))
     known = [replace(part, needs_data=False), *others]
     monkeypatch.setattr(plan, "parts", lambda place: known)
-    monkeypatch.setattr(driver, "prepare", lambda place: sys.exit("no data"))
+    monkeypatch.setattr(driver, "prepare", lambda place, seconds: sys.exit("no data"))
     assert run("--stage", "smoke/good") == 0
     with pytest.raises(SystemExit, match="no data"):
         run("--stage", "smoke/bad")
@@ -145,6 +153,62 @@ def test_what_a_killed_call_left_running_is_ended(tmp_path: Path) -> None:
         assert process.wait(10) == -signal.SIGKILL
     driver.end_leftover(tmp_path)
     assert driver.started_at(process.pid) == -1
+
+
+def orphan() -> str:
+    """A process that goes on when it is asked to end, started by one that ends at once."""
+    child = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+    return f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {child!r}])"
+
+
+def test_children_end_with_the_part_that_started_them(tmp_path: Path) -> None:
+    """They would share the GPU with what is measured next; so do those of a call that was killed."""
+    place = Place(tmp_path, tmp_path, SMALLEST)
+    out, err = tmp_path / "out", tmp_path / "err"
+    for wait in ("; import time; time.sleep(1)", "; import time; time.sleep(60)"):
+        command = [sys.executable, "-S", "-c", orphan() + wait]
+        _, seconds, timed_out = driver.run(command, out, err, 2, place)
+        assert timed_out == ("60" in wait) and seconds < 10
+        assert not alive(int(out.read_text())) and not (tmp_path / driver.RUNNING).exists()
+    with out.open("w") as file:
+        words = [sys.executable, "-S", "-c", orphan()]
+        process = subprocess.Popen(words, start_new_session=True, stdout=file)
+    started = driver.started_at(process.pid)
+    process.wait()
+    while not out.read_text():
+        time.sleep(0.01)
+    assert alive(int(out.read_text()))
+    (tmp_path / driver.RUNNING).write_text(f"{process.pid} {started}")
+    driver.end_leftover(tmp_path)
+    assert not alive(int(out.read_text()))
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs after a tenth of a second; one that nobody waits for is not."""
+    time.sleep(0.1)
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_part_that_leaves_no_numbers_has_not_passed(tmp_path: Path) -> None:
+    silent = Outcome(0, 1.0, None, "14 skipped in 2.03s")
+    for check in (checks.tests, checks.step(1.4), checks.turns, checks.loader(4, True),
+                  checks.imagenette(tmp_path, tmp_path, True), checks.profile("resnet18", True, True, True)):  # fmt: skip
+        assert "FAIL" in {found.verdict for found in check(silent)}
+    assert checks.tests(Outcome(0, 1.0, None, "13 passed, 1 skipped in 2.03s"))[0].verdict == "PASS"
+
+
+def test_goals_of_photographs_hold_for_photographs() -> None:
+    rows = [
+        {"loader": name, "resolution": 128, "images_per_second": 1.0, "ratio_to_stock": 0.5}
+        for name in ("ffcv_imnet", "ffcv", "dali")
+    ]
+    for real in (True, False):
+        found = checks.loader(1, real)(Outcome(0, 1.0, {"rows": rows}))
+        assert ("FAIL" in {check.verdict for check in found}) == real
+        assert "its CPU decoder" in found[1].measured
 
 
 def test_what_python_lacks_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,11 +387,11 @@ def test_a_trace_by_hand() -> None:
         "compile_seconds": 0.0,
         **said,
     }
-    found = verdicts(checks.profile("resnet18", True, True)(Outcome(0, 1.0, whole)))
+    found = verdicts(checks.profile("resnet18", True, True, True)(Outcome(0, 1.0, whole)))
     assert found["training waits for the loader, after the first batch"] == "PASS"
     assert found["copies to the GPU on a stream of their own"] == "FAIL"
     assert found["Muon's kernel launches a step"] == "PASS"
-    compared = verdicts(checks.profile("resnet18", True, False)(Outcome(0, 1.0, whole)))
+    compared = verdicts(checks.profile("resnet18", True, False, True)(Outcome(0, 1.0, whole)))
     assert compared["copies to the GPU on a stream of their own"] == "PASS"  # it has none, as asked
     assert profile.seen([])["busy_share"] == 0
 
@@ -378,7 +442,7 @@ def test_the_bundle_is_weighed(
     said = json.loads((tmp_path / "bundle/bundle.json").read_text())
     assert 0 < said["files"]["imagenette.tar.gz"] < small.train.stat().st_size / 10  # no zeros
     place = Place(tmp_path, tmp_path / "bundle", FULL)
-    assert place.has_imagenette and not Place(tmp_path, tmp_path, FULL).has_imagenette
+    assert place.has("imagenette") and not Place(tmp_path, tmp_path, FULL).has("imagenette")
     with tarfile.open(tmp_path / "bundle/imagenette.tar.gz") as file:
         assert set(file.getnames()) == {"train.beton", "train.json", "val.beton", "val.json"}
     with pytest.raises(RunError, match=r"MiB, more than 0.01: take a smaller --imagenette_px"):

@@ -69,6 +69,11 @@ def test_a_card_that_torch_has_no_code_for(
     one_card(monkeypatch, "Tesla V100-SXM2-16GB", (7, 0))
     volta = Nvidia(("Tesla V100-SXM2-16GB",), "580.82.07", True)
     monkeypatch.setattr(doctor, "find_nvidia", lambda: volta)
+
+    def refuses() -> int:
+        raise RuntimeError("cuDNN version 92600 is not compatible with devices with SM < 7.5")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuses)
     assert doctor.main([]) == 1
     said = capsys.readouterr().out
     assert verdicts(said)["GPUs"] == FAIL
@@ -84,6 +89,8 @@ def test_a_gpu_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     )
     monkeypatch.setattr(devices, "pinned_buffer", lambda size: torch.empty(size, dtype=torch.uint8))
     monkeypatch.setattr(devices, "copy_rate", lambda device, host: 25.2)
+    monkeypatch.setattr(devices, "fault_of", lambda device: None)
+    monkeypatch.setattr(devices, "free_share", lambda device: 0.99)
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert {verdicts(said)[what] for what in ("driver", "GPUs", "pinned memory")} == {OK}
@@ -143,8 +150,8 @@ def test_what_a_container_withholds(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_what_torch_compile_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    for device in (torch.device("cpu"), torch.device("cuda")):
-        assert checks.compiler(device).verdict == WARN
+    for kind, verdict in (("cpu", WARN), ("cuda", FAIL)):
+        assert checks.compiler(torch.device(kind)).verdict == verdict
     assert "a C++ compiler" in checks.compiler(torch.device("cpu")).found
 
 
@@ -160,3 +167,19 @@ def test_compiled_code_outlives_a_spot_machine(
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     assert Path(cache_dir()).is_relative_to(tmp_path / ".inductor")
+
+
+def test_every_gpu_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a computation ends well where a device is: here the CPU stands for one."""
+    assert devices.fault_of(torch.device("cpu")) is None
+    assert devices.fault_of(torch.device("meta", 0)) is None
+    monkeypatch.setattr(devices, "count", lambda: 3)
+    monkeypatch.setattr(devices, "fault_of", lambda device: None)
+    monkeypatch.setattr(devices, "free_share", lambda device: 0.99)
+    assert checks.each_gpu().verdict == OK
+    monkeypatch.setattr(devices, "free_share", lambda device: 0.25 if device.index == 1 else 0.99)
+    found = checks.each_gpu()
+    assert (found.verdict, found.found) == (WARN, "GPU 1: 25% of its memory is free")
+    monkeypatch.setattr(devices, "fault_of", lambda device: "no" if device.index == 2 else None)
+    found = checks.each_gpu()
+    assert (found.verdict, found.found) == (FAIL, "GPU 2: no")

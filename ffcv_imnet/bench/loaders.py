@@ -150,7 +150,7 @@ def dali(spec: Spec) -> Pass:
             batch_size=spec.batch_size,
             num_threads=spec.num_workers,
             device_id=None,
-            prefetch_queue_depth=2,
+            prefetch_queue_depth=AHEAD,
         )
         def pipeline() -> Any:
             jpegs, labels = fn.readers.file(

@@ -31,13 +31,19 @@ def installed(jpegs: bool) -> list[str]:
 
 
 def unpack(beton: Path, folder: Path) -> None:
-    """The stored JPEGs as files, a folder a class: the same bytes for the loaders that read files."""
+    """The stored JPEGs as files, a folder a class: the same bytes for the loaders that read files. An image that is
+    there more than once has more names, not more bytes, as in the .beton."""
     tables = read_tables(beton)
+    there = dict[int, Path]()
     with beton.open("rb") as file:
         for i, label in enumerate(tables.labels):
             (folder / f"{label:04}").mkdir(exist_ok=True)
             path = folder / f"{label:04}" / f"{i:08}.jpg"
-            path.write_bytes(read_sample(file, tables, i))
+            first = there.setdefault(int(tables.pointers[i]), path)
+            if first == path:
+                path.write_bytes(read_sample(file, tables, i))
+            else:
+                path.hardlink_to(first)
 
 
 class Peer:

@@ -31,6 +31,7 @@ from ffcv_imnet.machine.host import (
 )
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
+OTHERS_LEAVE = 0.9  # of a GPU's memory, where nobody else trains on it
 SHM = Path("/dev/shm")
 SHM_NEEDED = (
     1 << 30
@@ -92,6 +93,24 @@ def gpus(found: Nvidia, setting: str) -> Finding:
     archs = devices.readable(devices.archs())
     text = f"{seen}, {devices.count()} for torch: {devices.describe(device)}; torch has code for {archs}"
     return Finding("GPUs", text)
+
+
+def each_gpu() -> Finding:
+    """Whether every GPU computes, and has its memory to itself: several processes train on all of them."""
+    faults, shared = list[str](), list[str]()
+    for number in range(devices.count()):
+        device = torch.device("cuda", number)
+        free = devices.free_share(device)  # before this process takes its part
+        if fault := devices.fault_of(device):
+            faults.append(f"GPU {number}: {fault[:100]}")
+        elif free < OTHERS_LEAVE:
+            shared.append(f"GPU {number}: {free:.0%} of its memory is free")
+    if faults:
+        advice = "restart it, or leave it out with CUDA_VISIBLE_DEVICES"
+        return Finding("each GPU", "; ".join(faults), FAIL, advice)
+    if shared:
+        return Finding("each GPU", "; ".join(shared), WARN, "see nvidia-smi for whose it is")
+    return Finding("each GPU", "computes, and its memory is free")
 
 
 def idle_gpus(world: World) -> Finding:
@@ -180,6 +199,8 @@ def compiler(device: torch.device) -> Finding:
         }
         missing = [what for what, found in there.items() if not found]
     if missing:
-        advice = "install it, or leave training.compile false"
-        return Finding("torch.compile", f"without {', '.join(missing)}", WARN, advice)
+        # On a GPU the recipes for ImageNet compile, and a run would end in its first step.
+        verdict = WARN if device.type == "cpu" else FAIL
+        advice = "install it, or train with --training.compile=false"
+        return Finding("torch.compile", f"without {', '.join(missing)}", verdict, advice)
     return Finding("torch.compile", "has its compiler")

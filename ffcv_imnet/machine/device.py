@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -192,6 +192,25 @@ def room(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
+def fault_of(device: torch.device) -> str | None:
+    """What a small product, a convolution and their backward pass end in on an accelerator; None if all is well."""
+    try:
+        images = torch.ones(8, 3, 16, 16, device=device, requires_grad=True)
+        kernel = torch.ones(4, 3, 3, 3, device=device)
+        features = torch.nn.functional.conv2d(images, kernel).flatten(1)
+        (features @ features.mT).sum().backward()
+        synchronise(device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def free_share(device: torch.device) -> float:
+    """The part of an accelerator's memory that nobody uses."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free / total
+
+
 class Copies:
     """Batches from page-locked host memory to a GPU, on a stream of their own, so that one is copied while the step
     on the one before is made.
@@ -279,9 +298,12 @@ def library_versions() -> dict[str, str]:
     if torch.version.cuda is None:
         return {}
     found = {"CUDA": torch.version.cuda}
-    if cudnn := torch.backends.cudnn.version():
-        major, rest = divmod(cudnn, 10_000)
-        found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"
+    with suppress(
+        RuntimeError
+    ):  # it refuses a card older than cuDNN's oldest, of which `choose` says more
+        if cudnn := torch.backends.cudnn.version():
+            major, rest = divmod(cudnn, 10_000)
+            found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"
     if torch.distributed.is_nccl_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found

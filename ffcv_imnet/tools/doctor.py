@@ -81,6 +81,7 @@ def examine(setting: str, folder: Path) -> Iterator[Finding]:
     on_gpu = setting != "cpu" and cards.verdict != FAIL and devices.usable()
     device = torch.device("cuda", 0) if on_gpu else devices.CPU
     if on_gpu:
+        yield checks.each_gpu()
         yield copies(device)
     yield Finding("precision", f"auto is {devices.choose_precision('auto', device)} here")
     yield checks.cores()
