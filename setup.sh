@@ -27,7 +27,7 @@ quietly() {
     local what=$1 started=$SECONDS status=0
     shift
     say "$what ..."
-    (while sleep 15 && kill -0 $$ 2>/dev/null; do
+    (while sleep 15 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
         echo "set-up:   $((SECONDS - started)) s, now: $(tail -n 1 "$log" | tr -s ' \t\r' ' ' | cut -c 1-80)"
     done) &
     heartbeat=$!

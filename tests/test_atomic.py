@@ -156,9 +156,9 @@ def test_the_disk_has_the_bytes_before_the_name_and_then_the_name(
 
     monkeypatch.setattr(os, "link", no_links)
     done.clear()
-    link(tmp_path / "a", tmp_path / "b")
-    assert done[0] == "fsync b.partial" and (tmp_path / "b").read_bytes() == b"x"
-    assert not (tmp_path / "a").samefile(tmp_path / "b")
+    link(tmp_path / "a", tmp_path / "c")
+    assert done[0] == "fsync c.partial" and (tmp_path / "c").read_bytes() == b"x"
+    assert not (tmp_path / "a").samefile(tmp_path / "c")
 
 
 def cached(path: Path) -> list[bool]:
@@ -282,3 +282,11 @@ def test_too_little_memory_for_the_imports_is_one_sentence() -> None:
         )
         assert done.returncode == 1 and done.stderr.startswith("error: out of memory")
         assert done.stderr.count("\n") == 1
+
+
+def test_a_link_to_itself_leaves_nothing(tmp_path: Path) -> None:
+    """A rename between two names of one file does nothing, and would leave the partial name."""
+    (tmp_path / "last").write_bytes(b"x")
+    for _ in range(2):
+        link(tmp_path / "last", tmp_path / "best")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last"]

@@ -181,3 +181,13 @@ def test_few_steps_an_epoch_are_said(
     assert (f"of {images} training images an epoch makes {steps} step" in said) == bool(steps)
     schedules.say_few_steps(schedules.plan_run(load(training__batch_size=1), 9), 9)
     assert not capsys.readouterr().err  # no batch is smaller
+
+
+def test_the_ramp_stays_between_its_ends() -> None:
+    """Whatever they are: between 8 and 16 px the nearest multiple of 32 is 0."""
+    for low, high in ((8, 16), (100, 113), (128, 192)):
+        settings = load(
+            resolution__min_res=low, resolution__max_res=high, resolution__start_ramp=0,
+            resolution__end_ramp=3, training__epochs=4,
+        )  # fmt: skip
+        assert all(low <= schedules.resolution(settings, epoch) <= high for epoch in range(4))

@@ -316,3 +316,10 @@ def test_a_setting_without_effect_is_named(capsys: pytest.CaptureFixture[str]) -
     parse(["--training.optimizer=soap", "--soap.lr=0.1", "--lr.lr_peak_epoch=1"])
     parse(["--training.optimizer=muon", "--muon.lr=0.1", "--lr.lr=1"])
     assert capsys.readouterr().err == ""
+
+
+def test_integers_of_63_bits_and_in_scientific_writing() -> None:
+    assert load(training__seed=2**63 - 1).training.seed == 2**63 - 1
+    with pytest.raises(UsageError, match=r"training\.seed"):
+        load(training__seed=2**63)
+    assert load(training__epochs="1e2").training.epochs == 100

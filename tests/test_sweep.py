@@ -111,7 +111,7 @@ def test_a_target_for_other_images_stops_no_second_start(
         (f"{CONFIG}variants: {{a: {{training: {{seed: 3}}}}}}", "training.seed is the sweep's"),
         (f"{CONFIG}variants: [a]", "needs config"),
         ("variants: {a: {}}", "needs config"),
-        ("", "needs config"),
+        ("", "holds no settings"),
         ("seeds: 3", "seeds must be a list of integers"),
         ("seeds: [1, 2, 1]", "a seed stands twice"),
         ("variant: {a: {}}", "unknown key 'variant'"),

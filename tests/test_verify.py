@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, features
 
 import write_ffcv
 from ffcv_imnet.core.errors import UsageError
@@ -165,3 +166,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UsageError, match=reason):
             verify.main(words)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_an_avif_is_as_good_as_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        folder = tmp_path / "train" / "ab"[number]
+        folder.mkdir(parents=True)
+        Image.fromarray(picture(number, 20, 24)).save(folder / "x.avif")
+    assert verify.main([str(tmp_path / "train"), "--num_workers", "1"]) == 0
+    assert "does not decode" not in capsys.readouterr().out

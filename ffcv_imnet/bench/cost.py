@@ -37,7 +37,7 @@ IMAGENET_CLASSES = 1000
 RESERVE = 10.0  # seconds before a limit that are kept for the checkpoint and the end
 STORED = 400  # longest side in px at which write_ffcv.py stores images by default
 SMALLER = 256  # and one at which decoding keeps up with faster GPUs
-SECONDS = 3 / 3600  # hours; a run of fewer is not worth a table
+SHORTEST = 3 / 3600  # hours; a run of fewer is not worth a table
 
 NO_GPU = "any", "none: a CPU", "not measured"  # a row's first columns
 
@@ -352,7 +352,7 @@ def describe(
     """The estimate as text: FLOPs, a table of machines, the sources of every figure."""
     stored = stored_side(settings)
     lines = estimate(settings, plans, val_images, classes, stored)
-    if all(line.hours < SECONDS for line in lines):
+    if all(line.hours < SHORTEST for line in lines):
         return (
             f"cost estimate: seconds on each of the {len(lines)} machines of {MACHINES},\n"
             f"fewer than a run takes to start"

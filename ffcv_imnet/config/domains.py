@@ -63,13 +63,18 @@ class Number(Checker):
         if isinstance(value, str) and not NUMBER.fullmatch(value):
             raise ValueError
         number = float(value)
-        whole = self.kind is int
-        # JSON has no infinity, and int() of it is another error.
-        if not (math.isfinite(number) and self.low <= number <= self.high):
+        if not math.isfinite(number):  # JSON has no infinity, and int() of it is another error
             raise ValueError
-        if whole and (number != int(number) or abs(number) > MOST_INTEGER):
+        if self.kind is int:
+            plain = isinstance(value, int) or re.fullmatch(r"-?\d+", str(value))
+            # A 63-bit seed does not fit a float.
+            exact = int(value) if plain else int(number)
+            if abs(exact) > MOST_INTEGER or (not plain and exact != number):
+                raise ValueError
+            number = exact
+        if not self.low <= number <= self.high:
             raise ValueError
-        return int(value) if whole else number  # int(value): a 63-bit seed does not fit a float
+        return number
 
     def help(self) -> str:
         noun = "an integer" if self.kind is int else "a number"

@@ -64,7 +64,8 @@ def resolution(settings: Settings, epoch: int) -> int:
     if epoch >= r.end_ramp or r.min_res == r.max_res:
         return r.max_res
     done = (epoch - r.start_ramp) / (r.end_ramp - r.start_ramp)
-    return round((r.min_res + (r.max_res - r.min_res) * done) / 32) * 32
+    between = round((r.min_res + (r.max_res - r.min_res) * done) / 32) * 32
+    return min(max(between, r.min_res), r.max_res)
 
 
 def stages(settings: Settings) -> list[Stage]:

@@ -81,11 +81,13 @@ class Model:
         Freeze(),
         "what keeps its weights and BatchNorm statistics: all but the head, or the first stages",
     )
-    freeze_epochs: int = _int(0, "epochs at first in which the head trains alone")
+    freeze_epochs: int = _int(0, "first epochs, in which only the head is trained")
     mean: tuple[float, float, float] = _setting(
         MEAN, Channels(0.0), "subtracted from pixels; ImageNet's, or what weights were trained with"
     )
-    std: tuple[float, float, float] = _setting(STD, Channels(1e-3), "that they are then divided by")
+    std: tuple[float, float, float] = _setting(
+        STD, Channels(1e-3), "pixels are divided by it after the mean is subtracted"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ class Data:
     on_damaged: str = _setting(
         "stop",
         Choice(["stop", "skip"]),
-        "a stored image that does not decode ends the run, or not",
+        "stop: end the run at a stored image that does not decode; skip: leave it out",
     )
 
 
@@ -138,7 +140,7 @@ class Augmentation:
     )
     mixup: float = _float(
         0.0,
-        "MixUp's alpha (arXiv:1710.09412); 0: none; with cutmix one of both, a batch",
+        "MixUp's alpha (arXiv:1710.09412); 0: none; if cutmix is on too, each batch gets one of the two",
         0.0,
         100.0,
     )
@@ -218,7 +220,7 @@ class Training:
     device: str = _setting(
         "auto",
         Choice(DEVICES),
-        "also --device; auto: a GPU; the CPU where no NVIDIA card is",
+        "also --device; auto: a GPU, or the CPU if there is no NVIDIA card",
     )
     precision: str = _setting(
         "auto",

@@ -1,1 +1,1 @@
-"""What every room uses: errors, progress, the log, provenance. Neither torch nor ffcv."""
+"""What every layer uses: errors, progress, the log, provenance. Neither torch nor ffcv."""

@@ -101,6 +101,8 @@ def link(source: Path, target: Path) -> None:
     """
     partial = partial_path(target)
     try:
+        if target.exists() and target.samefile(source):  # a rename would leave the partial one
+            return
         partial.unlink(missing_ok=True)
         try:
             os.link(source, partial)

@@ -53,7 +53,7 @@ def no_number(name: str) -> float:
 
 
 def in_words(count: int) -> str:
-    """A bound of `count` bytes, in the largest unit that divides it; of files `images.forecast.size` speaks."""
+    """A bound of `count` bytes, in the largest unit that divides it."""
     for shift, unit in ((30, "GB"), (20, "MB"), (10, "kB")):
         if count >= 1 << shift and not count & ((1 << shift) - 1):
             return f"{count >> shift:,} {unit}"

@@ -221,7 +221,9 @@ def download(origin: Origin, target: Path) -> None:
         )
     try:
         with (
-            partial.open("ab", buffering=0) as file,
+            partial.open(
+                "ab"
+            ) as file,  # buffered: a raw file's write may take less than it is given
             Progress(origin.bytes >> 20, f"copying {target.name}", "MB", initial=have >> 20) as bar,
         ):
             file.truncate(have)
@@ -231,6 +233,10 @@ def download(origin: Origin, target: Path) -> None:
             force(file)
     except OSError as error:
         raise NotWritten(target, error) from error
+    if (have := partial.stat().st_size) != origin.bytes:
+        raise RunError(
+            f"{origin.address} ended after {have:,} of {origin.bytes:,} bytes: try again"
+        )
 
 
 def blocks(origin: Origin, start: int) -> Iterator[bytes]:

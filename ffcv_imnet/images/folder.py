@@ -21,7 +21,7 @@ from ffcv_imnet.images.leftovers import Left
 HEIC = (b".heic", b".heif", b".hif")
 # What people call the two folders; the first that is there is taken.
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev", "test")}
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+SPLITS = frozenset((*FOLDERS["train"], *FOLDERS["val"], "testing"))
 # torchvision.datasets.folder.IMG_EXTENSIONS, two more of JPEG, and what Pillow and its plug-in read;
 # compared in lower case.
 EXTENSIONS = (

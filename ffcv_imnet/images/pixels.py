@@ -74,7 +74,7 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and palettes are ordinary here
-            image = _open(data)
+            image = open_image(data)
             if image.format == "TIFF":
                 _quiet_libtiff()
                 if fault := _misread(image):
@@ -202,7 +202,7 @@ def brightest(data: bytes) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = _open(data)
+            image = open_image(data)
             return int(np.asarray(image).max()) if image.mode.startswith("I") else None
     except Exception:  # `decode_rgb` has the words for it
         return None
@@ -221,7 +221,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """As Pillow does, with HEIC and AVIF where it can.
 
     Raises:

@@ -75,6 +75,8 @@ def _open_folder(
     """Where the set is `undivided`, an image without a label is of no other split."""
     images = images_of(data_dir)
     folder = split_folder(images or data_dir, split)
+    if folder.is_dir() and folder.name != split:
+        print(f"{folder} is taken for {split}", file=sys.stderr)
     if labels is not None:
         if folder.is_dir():
             return FlatFolder(folder, read_labels(labels), "oddity" if undivided else "refused")
@@ -94,8 +96,6 @@ def split_folder(data_dir: Path, split: str) -> Path:
     """The folder of `split` in `data_dir`, by the first of its names that is there."""
     for name in FOLDERS.get(split, ()):
         if (data_dir / name).is_dir():
-            if name != split:
-                print(f"{data_dir / name} is taken for {split}", file=sys.stderr)
             return data_dir / name
     return data_dir / split
 

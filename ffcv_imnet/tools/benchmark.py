@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ from ffcv_imnet.core.progress import Progress
 from ffcv_imnet.core.units import of_memory
 from ffcv_imnet.data.beton import Manifest, manifest_path, read_tables
 from ffcv_imnet.data.loader import TrainLoader, check_data
+from ffcv_imnet.data.remote import local_copies
 from ffcv_imnet.machine.checks import SHM
 from ffcv_imnet.machine.device import DTYPES, choose_precision
 from ffcv_imnet.machine.distributed import connect, describe_world, disconnect
@@ -381,7 +383,8 @@ def benchmark_train(options: argparse.Namespace) -> int:
     settings = load(*options.config)
     device = settings.training.device if options.device == "auto" else options.device
     world = describe_world(device)
-    train_set, _ = check_data(settings.data)
+    settings = replace(settings, data=local_copies(settings.data))
+    train_set, _ = check_data(settings.data, world)
     plans = plan_run(settings, train_set.samples)
     connect(world)
     loader = TrainLoader(settings.data.train_dataset, train_set.samples, settings, world)

@@ -30,6 +30,7 @@ from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
 from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.report.statistics import Spread, score, spread
 from ffcv_imnet.tools import ToolParser
 
@@ -129,6 +130,10 @@ def train(run: Run) -> None:
         except KeyboardInterrupt:
             process.wait()  # it got the signal too, and says what it keeps
             raise
+        except SystemExit:  # a signal that reached only us
+            process.terminate()
+            process.wait()
+            raise
     if status:
         raise RunError(
             f"{run.folder}: training ended with status {status}; mend it and start the sweep again: "
@@ -164,6 +169,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     runs = read_sweep(options.sweep, options.out)
     missing = [] if options.table else [run for run in runs if not run.done]
+    exit_when_asked()
     for number, run in enumerate(missing, 1):
         print(f"run {number} of {len(missing)} missing ({len(runs)} in all): {run.folder}")
         train(run)

@@ -17,7 +17,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from argparse import SUPPRESS
@@ -63,6 +62,7 @@ from ffcv_imnet.core.bounded import read_json
 from ffcv_imnet.core.errors import RunError, UsageError, in_range, reason_of
 from ffcv_imnet.core.optional import require
 from ffcv_imnet.core.paths import path_of
+from ffcv_imnet.core.signals import exit_when_asked
 from ffcv_imnet.data.beton import check_beton
 from ffcv_imnet.data.remote import local_copies
 from ffcv_imnet.machine.device import count as count_gpus
@@ -378,7 +378,7 @@ def _begun_search(path: Path) -> dict[str, Any]:
 def _saying_how_to_go_on() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print("stopped; the same command goes on with the search", file=sys.stderr, flush=True)
         raise
 
@@ -429,7 +429,7 @@ def main(argv: list[str]) -> int:
     _check_same(search)
     print(describe(search), flush=True)
     make_folder(search.out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    exit_when_asked()
     with _alone(search.out) as lock, _saying_how_to_go_on():
         with atomic_write(search.out / "search.json", "w") as file:
             json.dump(search.to_json(), file)

@@ -12,7 +12,6 @@ check of images goes on where it stopped.
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
 import re
 import time
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ffcv_imnet.core.atomic import NotWritten, atomic_write
 from ffcv_imnet.core.bounded import read_json
@@ -42,7 +40,7 @@ from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.kaggle import images_of
 from ffcv_imnet.images.parallel import CHUNK, in_order
 from ffcv_imnet.images.parquet import ParquetShards, shards_of
-from ffcv_imnet.images.pixels import FORMATS, BadImage, decode_rgb
+from ffcv_imnet.images.pixels import BadImage, decode_rgb, open_image
 from ffcv_imnet.images.remarks import check_classes, notes, oddities
 from ffcv_imnet.images.sources import (
     even_subset,
@@ -366,7 +364,7 @@ def look_at_one(part: ImageSource, index: int) -> Look | None:
         decode_rgb(data) if isinstance(data, bytes) else data
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(bytes(data)), formats=FORMATS)
+            image = open_image(bytes(data))
     except (BadImage, OSError) as error:
         return Look(name, "BAD", f"does not decode: {' '.join(str(error).split())}")
     if image.format != "JPEG" and file.lower().endswith((".jpg", ".jpeg")):

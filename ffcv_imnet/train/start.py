@@ -78,9 +78,11 @@ def start_from(settings: Settings, classes: Sequence[str]) -> Start | None:
     for name, value in {**loaded, **(head if rows else {})}.items():
         if fault := _fault_of(value):
             raise RunError(f"model.weights {path}: {name[2:]} {fault}")
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     record = {
         "file": str(path),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": digest,
         "taken": prefix.removesuffix("."),
         "averaged": is_averaged(prefix),
         "loaded": len(loaded) + (len(head) if rows else 0),

@@ -43,7 +43,7 @@ def read_weights(path: Path, option: str) -> WeightsFile:
         )
     content: Any
     notes: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         content, notes = _read_safetensors(path)
     else:
         content = checkpoint.read(path)
