@@ -449,7 +449,7 @@ def write_samples(file: IO[bytes], job: Job) -> Written:
     writer = beton.BetonWriter(file, count)
     digests = np.zeros((count, 32), np.uint8)
     contents = np.zeros(count, np.uint64)
-    bad: list[Bad] = []
+    bad, lost = list[Bad](), list[int]()
     kept = np.ones(count, dtype=bool)
     order = reading_order(job.source)  # numbers in the file are the source's all the same
     indices = iter(order.tolist())
@@ -466,11 +466,19 @@ def write_samples(file: IO[bytes], job: Job) -> Written:
                     writer.add(done, index)
                     digests[index] = np.frombuffer(done.digest, np.uint8)
                     contents[index] = done.content
+                    lost += [index] if done.partly_lost else []
             progress.update(len(chunk), f"{len(bad):,} unreadable" if bad else "")
     report_bad(job, kept, bad)
     tables_checksum = writer.finish()
     rate = count / (time.perf_counter() - started)
     print(f"encoded and on the disk at {rate:,.0f} images/s; verifying", flush=True)
+    if lost:
+        names = ", ".join(shown(job.source.name(index)) for index in lost[:EXAMPLES])
+        print(
+            f"note: damaged in part, gray or shifted in places, and stored so: {number_of(len(lost), 'image')}, for"
+            f" instance {names} (`python -m ffcv_imnet verify` names all)",
+            flush=True,
+        )
     if note := copies(job.source, contents, np.flatnonzero(kept)):
         print(f"note: {note}", flush=True)
     content = hashlib.sha256(digests[kept].data).hexdigest()

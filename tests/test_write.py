@@ -23,8 +23,9 @@ from ffcv_imnet.data import beton
 from ffcv_imnet.images import forecast
 from ffcv_imnet.images.encode import PixelSettings, encode_all
 from ffcv_imnet.images.folder import ImageFolderTree
-from ffcv_imnet.images.pixels import decode_rgb
+from ffcv_imnet.images.pixels import decode_rgb, is_partly_lost
 from ffcv_imnet.images.stored import RAW
+from ffcv_imnet.tools import verify
 from tests.pictures import Deadly, make_slow_tree, make_tree, picture, save
 from tests.test_atomic import largest_file
 
@@ -446,3 +447,30 @@ def test_bad_names_in_files_are_no_obstacle(tmp_path: Path) -> None:
     root = make_tree(tmp_path, (2, 1))
     save(root / "train" / "n00000000" / os.fsdecode(b"\xff odd, \xc3\xbc.jpg"), picture(0))
     assert write(root, tmp_path / "out").samples == 4
+
+
+def test_jpegs_that_are_lost_in_part_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow reads what ends early, if it ends with the marker of an end, and fills the rest with gray."""
+    tree = make_tree(tmp_path / "images", (2, 2))
+    whole = next((tree / "train").rglob("*.JPEG"))
+    save(whole, picture(7, 200, 300))
+    sound = whole.read_bytes()
+    assert not is_partly_lost(sound) and not is_partly_lost(sound + b"trailing")
+    whole.write_bytes(sound[: len(sound) // 3] + b"\xff\xd9")
+    assert is_partly_lost(whole.read_bytes())
+    words = [
+        "--split",
+        "train",
+        "--data_dir",
+        str(tree),
+        "--out_dir",
+        str(tmp_path),
+        "--num_workers",
+        "1",
+    ]
+    assert write_ffcv.main(words) == 0
+    assert f"and stored so: 1 image, for instance {whole.parent.name}" in capsys.readouterr().out
+    assert verify.main([str(tree / "train"), "--num_workers", "1"]) == 0
+    assert "is damaged in part" in capsys.readouterr().out

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from ffcv_imnet.images import ImageSource
 from ffcv_imnet.images.parallel import in_order
-from ffcv_imnet.images.pixels import LONGEST, MAX_PIXELS, BadImage, decode_rgb, encode_jpeg, shrink
+from ffcv_imnet.images.pixels import (
+    LONGEST,
+    MAX_PIXELS,
+    BadImage,
+    decode_rgb,
+    encode_jpeg,
+    is_partly_lost,
+    shrink,
+)
 from ffcv_imnet.images.stored import JPEG, RAW, Stored, sample_digest
 
 
@@ -79,7 +87,8 @@ def encode_image(
         data if isinstance(data, bytes) else data.tobytes(), digest_size=8
     ).digest()
     digest = sample_digest(label, stored)
-    return Stored(label, mode, height, width, stored, digest, int.from_bytes(read, "little"))
+    lost = isinstance(data, bytes) and is_partly_lost(data)
+    return Stored(label, mode, height, width, stored, digest, int.from_bytes(read, "little"), lost)
 
 
 def encode_chunk(

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from ffcv_imnet.images import POINTER, Pixels
+from ffcv_imnet.native import build
 
 # It logs of some damaged files; what matters it raises.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -48,6 +49,7 @@ MOST_SCANS, MOST_SCANNED = 100, 8_000_000_000
 # takes Pillow as long as 10,000 pixels. Of colour profiles there is one, and Pillow unpacks each to 1 MB.
 MOST_CHUNKS, CHUNK, MOST_PROFILES = 10_000, 1000, 8
 PPM_HEADER = 4096  # bytes, comments included, which Pillow reads one at a time
+DAMAGED = 1  # of the crop decoder's answers
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in the data, 0xff before 0 or a restart is none
 
 
@@ -169,6 +171,30 @@ def scans_of(data: bytes) -> int:
         if marker not in (0x01, 0xD8):
             at += int.from_bytes(data[at : at + 2], "big")
     return count
+
+
+@functools.cache
+def _native() -> ctypes.CDLL | None:
+    return build.load()
+
+
+def is_partly_lost(data: bytes) -> bool:
+    """Whether libjpeg warns of a JPEG, which Pillow reads without a word: some pixels are gray, or lie elsewhere.
+
+    False where the crop decoder is not compiled, and for JPEGs that it does not take (CMYK).
+    """
+    library = _native()
+    if library is None or data[:2] != b"\xff\xd8":
+        return False
+    try:
+        width, height = open_image(data).size
+    except (OSError, ValueError, BadImage):  # `decode_rgb` has the words for it
+        return False
+    file, out = np.frombuffer(data, np.uint8), np.empty((8, 8, 3), np.uint8)
+    size, whole = len(data), (height, width, 0, 0, height, width)
+    place = file.ctypes.data, size, 0, size, True
+    status = library.ffcv_imnet_crop_resize(*place, *whole, out.ctypes.data, 8, 8, False)
+    return bool(status == DAMAGED)
 
 
 def _misread(image: Image.Image) -> str | None:

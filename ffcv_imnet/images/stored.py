@@ -26,6 +26,7 @@ class Stored:
     data: bytes
     digest: bytes
     content: int = 0  # 64 bits of a digest of the image file, by which copies of it are found
+    partly_lost: bool = False  # see `pixels.is_partly_lost`
 
 
 def checksum(*parts: NDArray[Any] | bytes) -> str:

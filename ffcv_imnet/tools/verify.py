@@ -40,7 +40,7 @@ from ffcv_imnet.images.holdout import hold_out
 from ffcv_imnet.images.kaggle import images_of
 from ffcv_imnet.images.parallel import CHUNK, in_order
 from ffcv_imnet.images.parquet import ParquetShards, shards_of
-from ffcv_imnet.images.pixels import BadImage, decode_rgb, open_image
+from ffcv_imnet.images.pixels import BadImage, decode_rgb, is_partly_lost, open_image
 from ffcv_imnet.images.remarks import check_classes, notes, oddities
 from ffcv_imnet.images.sources import (
     even_subset,
@@ -367,6 +367,8 @@ def look_at_one(part: ImageSource, index: int) -> Look | None:
             image = open_image(bytes(data))
     except (BadImage, OSError) as error:
         return Look(name, "BAD", f"does not decode: {' '.join(str(error).split())}")
+    if is_partly_lost(bytes(data)):
+        return Look(name, "odd", "is damaged in part: it decodes, with gray or shifted places")
     if image.format != "JPEG" and file.lower().endswith((".jpg", ".jpeg")):
         known = ", as expected in ImageNet" if file in PNG_INSIDE else ""
         return Look(name, "odd", f"is a {image.format}{known}; it is read all the same")
