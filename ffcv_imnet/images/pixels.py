@@ -197,6 +197,12 @@ def is_partly_lost(data: bytes) -> bool:
     return bool(status == DAMAGED)
 
 
+def has_plain_edge(rgb: Pixels) -> bool:
+    """Whether all pixels of one edge are of one colour."""
+    edges = rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]
+    return any(bool((edge == edge[0]).all()) for edge in edges)
+
+
 def _misread(image: Image.Image) -> str | None:
     """What of a TIFF Pillow would read as other pixels, or drop, without a word; None if nothing. See TIFF 6.0."""
     tags = image.tag_v2  # type: ignore[attr-defined]
