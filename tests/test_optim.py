@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -550,3 +551,30 @@ def test_the_average_is_torchs() -> None:
     expected = theirs.state_dict() | {"module.1.num_batches_tracked": torch.tensor(4)}
     assert list(ours.state_dict()) == list(expected)
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+
+
+def test_soap_survives_a_qr_that_makes_nothing_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a BatchNorm that starts at zero the first gradients are; a GPU's QR may answer otherwise than LAPACK."""
+    qr = torch.linalg.qr
+
+    def strict(images: torch.Tensor) -> Any:
+        q, r = qr(images)
+        return SimpleNamespace(
+            Q=torch.where((images == 0).all(2).all(1)[:, None, None], torch.nan, q), R=r
+        )
+
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(8, 8, 3, 3)) for _ in range(2)]
+    before = weights[0].clone()
+    monkeypatch.setattr(torch.linalg, "qr", strict)
+    optimizer = SOAP([{"params": weights, "weight_decay": 0.0, "lr": 0.01}], 10)
+    for step in range(3):
+        weights[0].grad = torch.zeros(8, 8, 3, 3) if step == 0 else torch.randn(8, 8, 3, 3)
+        weights[1].grad = torch.randn(8, 8, 3, 3)
+        optimizer.step()
+    assert all(weight.isfinite().all() for weight in weights)
+    assert not torch.equal(weights[0], before)
+    for bases in optimizer.bases.values():
+        assert torch.allclose(
+            bases.mT @ bases, torch.eye(bases.shape[1]).expand_as(bases), atol=1e-4
+        )

@@ -13,8 +13,11 @@ from ffcv_imnet.machine.device import peak_memory, reset_peak_memory, room
 from ffcv_imnet.machine.distributed import World, together
 from ffcv_imnet.train.checkpoint import Learner
 
-# What cuDNN and cuBLAS say of a full memory, as a plain RuntimeError.
-FULL = "unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"
+# What the driver, NCCL, Triton, cuDNN and cuBLAS say of a full memory, as RuntimeErrors of other kinds.
+FULL = (
+    *("out of memory", "unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"),
+)
 SPARE = 0.1  # of the memory: what the caching allocator loses between blocks of many sizes
 
 

@@ -216,8 +216,12 @@ class SOAP(torch.optim.Optimizer):
         turns, orders = Memory(), Memory()
         for width, basis in self.bases.items():
             image = self.grams[width] @ basis
-            orders[width] = (basis * image).sum(1).argsort(1, descending=True)
-            new = torch.linalg.qr(image.take_along_dim(orders[width][:, None], 2)).Q
+            order = (basis * image).sum(1).argsort(1, descending=True)
+            new = torch.linalg.qr(image.take_along_dim(order[:, None], 2)).Q
+            # At first most gradients are zero, behind BatchNorms that start so: whatever QR makes of that.
+            sound = new.isfinite().all(2).all(1)[:, None]
+            orders[width] = torch.where(sound, order, torch.arange(width, device=order.device))
+            new = torch.where(sound[:, None], new, basis)
             turns[width] = basis.mT @ new
             basis.copy_(new)
         self._rotate(self.average, turns)
