@@ -48,7 +48,6 @@ from ffcv_imnet.images.remarks import (
     check_classes,
     check_oddities,
     class_folders,
-    dark,
     notes,
     oddities,
 )
@@ -285,7 +284,9 @@ def plan(options: argparse.Namespace) -> list[Job]:
         "images": len(source),
         "ignored_files": source.ignored,
     }
-    remarks = [*notes(source), *oddities(source), *(dark(source) if options.allow_odd else [])]
+    remarks = notes(source)
+    if options.allow_odd:  # else there are none
+        remarks += oddities(source)
     if options.subset is not None:
         chosen = even_subset(source.labels, len(source.classes), options.subset, options.seed)
         source = source.subset(chosen)

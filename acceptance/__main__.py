@@ -224,10 +224,8 @@ def end_leftover(out: Path) -> None:
         pid, started = map(int, (out / RUNNING).read_text().split())
     except (OSError, ValueError):
         return
-    if started_at(pid) in (
-        started,
-        -1,
-    ):  # -1: its children may be there; and no later process of that number
+    # -1: it has ended, and its children may be there. Any other: a later process of that number.
+    if started_at(pid) in (started, -1):
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
             print("ended what the last call left running", flush=True)

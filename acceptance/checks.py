@@ -23,8 +23,8 @@ def ended(outcome: Outcome, what: str = "ends well") -> Check:
     return verdict(what, f"exit status {outcome.status}", "exit status 0", outcome.status == 0)
 
 
-def numbers(found: list[Check]) -> list[Check]:
-    """And that a command which ended well left its numbers."""
+def without_numbers(found: list[Check]) -> list[Check]:
+    """The checks so far, and a FAIL: the command left no numbers."""
     return [*found, verdict("it left its numbers", "none", "some", False)]
 
 
@@ -122,7 +122,7 @@ def step(goal: float | None) -> Callable[[Outcome], list[Check]]:
     def check(outcome: Outcome) -> list[Check]:
         found = [ended(outcome)]
         if not outcome.data:
-            return numbers(found)
+            return without_numbers(found)
         rows = outcome.data["rows"]
         for row in rows:
             cells = f"{row['images_per_second']:,.0f} images/s, spread {row['spread']:.0%}"
@@ -154,7 +154,7 @@ def turns(outcome: Outcome) -> list[Check]:
     """What a turn of SOAP's bases takes, by QR as it is made and by Cholesky's decomposition."""
     found = [ended(outcome)]
     if not outcome.data:
-        return numbers(found)
+        return without_numbers(found)
     for way, said in outcome.data.items():
         took = f"{1e3 * said['seconds']:.1f} ms for {said['matrices']} bases, orthonormal to {said['skewness']:.0e}"
         found.append(Check(f"a turn of SOAP's bases, every ten steps, by {way}", took))
@@ -168,7 +168,7 @@ def loader(workers: int, real: bool) -> Callable[[Outcome], list[Check]]:
     def check(outcome: Outcome) -> list[Check]:
         found = [ended(outcome)]
         if not outcome.data:
-            return numbers(found)
+            return without_numbers(found)
         rows = outcome.data["rows"]
         sides = sorted({row["resolution"] for row in rows})
         for side in sides:
@@ -197,7 +197,7 @@ def imagenette(run: Path, data: Path, real: bool) -> Callable[[Outcome], list[Ch
         found = [ended(outcome)]
         epochs, summary = read_log(run)
         if not epochs or summary is None:
-            return numbers(found)
+            return without_numbers(found)
         top_1, seconds = summary["best_top_1"], summary["elapsed_seconds"]
         stored = stored_size(data)
         low, high = IMAGENETTE_TOP_1 - IMAGENETTE_SPREAD, IMAGENETTE_TOP_1 + IMAGENETTE_SPREAD
@@ -237,7 +237,7 @@ def profile(
     def check(outcome: Outcome) -> list[Check]:
         found = [ended(outcome)]
         if not isinstance(outcome.data, dict):
-            return numbers(found)
+            return without_numbers(found)
         said = outcome.data
         wait = said["loader_share"]
         waits = "training waits for the loader, after the first batch", f"{wait:.1%}"

@@ -73,11 +73,10 @@ def for_card(size: Size, said: str) -> Size:
     found = re.match(r"(\d+)\.\d+, (\d+)", said)
     if found is None or size.device != "cuda":
         return size
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") + 1
-    cards = len(said.split("\n")[:-1]) or 1
-    size = replace(
-        size, processes=min(cards, visible) if "CUDA_VISIBLE_DEVICES" in os.environ else cards
-    )
+    cards = len(said.splitlines())
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        cards = min(cards, len(visible.split(",")))
+    size = replace(size, processes=cards)
     if int(found[1]) < 8:
         size = replace(size, precisions=("fp16",))
     return replace(size, batch=size.batch // 2) if int(found[2]) < 22_000 else size

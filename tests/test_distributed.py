@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from ffcv_imnet.config.parsing import to_yaml
+from ffcv_imnet.config.schedules import plan_run
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.data import loader as data
 from ffcv_imnet.machine.distributed import Ranks, World, read_ranks, together
 from ffcv_imnet.models import build_model
 from ffcv_imnet.tools import evaluate
+from ffcv_imnet.train.epoch import build_learner
+from ffcv_imnet.train.failures import explained
 from ffcv_imnet.train.run_dir import RunFolder
 from ffcv_imnet.train.validate import Metrics
 from tests import ranks
@@ -270,3 +273,20 @@ def test_what_the_others_left_behind_is_one_sentence() -> None:
         raise error
     with pytest.raises(RuntimeError, match=r"^shape"), together(two, 10, "there"):
         raise RuntimeError("shape mismatch")
+
+
+def test_a_full_memory_that_nccl_tells_is_no_lost_process(small: SmallData, tmp_path: Path) -> None:
+    settings = small.settings(tmp_path)
+    two = World(0, 2, 0, 2, torch.device("cpu"))
+    learner = build_learner(settings, 10, ALONE)
+    learner.model.eval()
+    plan = plan_run(settings, small.train_samples)[0]
+    for said, found in (
+        (
+            "ncclUnhandledCudaError: Cuda failure 2 'out of memory'",
+            "is out of memory in the validation",
+        ),
+        ("ncclRemoteError: connection closed by peer", "process 0 lost the others"),
+    ):
+        with pytest.raises(RunError, match=found), explained(learner, plan, two, 16, 1.0):
+            raise torch.distributed.DistBackendError(said)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -161,3 +163,22 @@ def test_validation_ends_when_another_process_was_asked_to(monkeypatch: pytest.M
         for _ in forward(nn.Flatten(), loader, world, torch.float32, tta=False, what="", stop=StopSignal(False)):  # type: ignore[arg-type]  # fmt: skip
             seen += 1
     assert seen == 1 and end.value.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_child_does_not_outlive_who_waits_for_it(number: signal.Signals) -> None:
+    """Its parent alone gets the signal, as from a scheduler; training is such a child of `sweep` and `demo`."""
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = (
+        "import sys; from ffcv_imnet.core.signals import exit_when_asked, run_child; exit_when_asked();"
+        f"run_child([sys.executable, '-S', '-c', {child!r}])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

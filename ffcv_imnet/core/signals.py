@@ -1,8 +1,9 @@
 """The signals that ask a command to end, Ctrl-C aside: they are heard alike everywhere."""
 
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 
@@ -36,3 +37,18 @@ def exit_when_asked() -> Callable[[], None]:
         sys.exit(128 + number)
 
     return hear(leave)
+
+
+def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+    """Exit status of another process, which does not outlive this one: after `exit_when_asked` it is asked to end, too,
+    and waited for."""
+    with subprocess.Popen(command, env=env) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C reached it too: it ends in its own, orderly way
+            raise
+        except SystemExit:  # a signal that reached only us
+            process.terminate()
+            process.wait()
+            raise

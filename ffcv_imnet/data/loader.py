@@ -73,14 +73,11 @@ def check_data(data: Data, world: World | None = None) -> tuple[Manifest, Manife
     places = class_places(train.classes, val.classes)
     if places is None:
         odd = sorted(set(val.classes) - set(train.classes))
+        own = train.settings and val.settings  # write_ffcv.py's: `adopt` would lose the names
+        otherwise = "" if own else f", or give both to `{adopt_command(*paths)} --force`"
         raise UsageError(
             f"{data.val_dataset} has {len(odd):,} classes that {data.train_dataset} has not, "
-            f"for instance {', '.join(odd[:3])}: write both from the same classes"
-            + (
-                ""
-                if train.settings and val.settings
-                else f", or give both to `{adopt_command(*paths)} --force`"
-            )
+            f"for instance {', '.join(odd[:3])}: write both from the same classes{otherwise}"
         )
     if world is None or world.is_main:
         for remark in _remarks(data, train, val, places):

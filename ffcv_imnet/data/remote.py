@@ -220,10 +220,9 @@ def download(origin: Origin, target: Path) -> None:
             f" name a folder on another disk (data.cache_dir, of write_ffcv.py --cache_dir)"
         )
     try:
+        # Buffered: a raw file's write may take less than it is given.
         with (
-            partial.open(
-                "ab"
-            ) as file,  # buffered: a raw file's write may take less than it is given
+            partial.open("ab") as file,
             Progress(origin.bytes >> 20, f"copying {target.name}", "MB", initial=have >> 20) as bar,
         ):
             file.truncate(have)

@@ -36,7 +36,7 @@ class FlatFolder(ImageFolderTree):
         if not root.is_dir():
             raise UsageError(f"the folder {root} does not exist")
         self.where = str(root)
-        files, left, self.oddities = _walk(root)
+        files, left, self.oddities = walk(root)
         self.ignored, self.notes = left.ignored, [*left.notes()]
         self.oddities += left.oddities()
         if not files:
@@ -61,7 +61,7 @@ class FlatFolder(ImageFolderTree):
         return checksum(head.encode(), self.labels)
 
 
-def _walk(root: Path) -> tuple[list[bytes], Left, list[str]]:
+def walk(root: Path) -> tuple[list[bytes], Left, list[str]]:
     """Images below `root`, relative to it and sorted, what else there is, and links that are not
     followed because an image found by two ways would fit its label twice."""
     images: list[bytes] = []

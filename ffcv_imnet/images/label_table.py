@@ -58,8 +58,8 @@ def read_table(path: Path) -> dict[str, str]:
     if text.lstrip().startswith("["):
         raise UsageError(f"{path} is a list in JSON: write an object a line (JSON-lines), or a CSV")
     if mark := re.match(
-        r"sep=(.)\s*\n", text
-    ):  # Excel's way to say it, which no table has otherwise
+        r"sep=.\s*\n", text
+    ):  # Excel's separator, which the first line shows anyway
         text = "\n" + text[mark.end() :]
     json_lines = text.lstrip().startswith("{")
     pairs = _pairs(path, text) if json_lines else _columns(path, list(_cells(path, text)))

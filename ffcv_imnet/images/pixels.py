@@ -26,7 +26,7 @@ from ffcv_imnet.native import build
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # Images only. Pillow would otherwise run Ghostscript on an EPS that is named .jpg.
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {  # its values, as ImageOps.exif_transpose undoes them
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -232,10 +232,8 @@ def _misread(image: Image.Image) -> str | None:
 def brightest(data: bytes) -> int | None:
     """The largest value of a whole file's 16-bit grayscale; None of any other image, or of none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = open_image(data)
-            return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+        image = open_image(data)
+        return int(np.asarray(image).max()) if image.mode.startswith("I") else None
     except Exception:  # `decode_rgb` has the words for it
         return None
 
@@ -254,26 +252,27 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """As Pillow does, with HEIC and AVIF where it can.
+    """As Pillow does, with HEIC and AVIF where it can, and without its warnings.
 
     Raises:
         BadImage: it is one of these two, and this installation cannot.
         UnidentifiedImageError: it is none of our formats.
     """
-    file = io.BytesIO(data)
-    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    brand, formats = data[8:12] if data[4:8] == b"ftyp" else b"", FORMATS
     if brand in AVIF:
         if not features.check("avif"):
             raise BadImage("an AVIF image: `pip install --upgrade pillow` reads it")
-        return Image.open(file, formats=("AVIF",))
+        formats = ("AVIF",)
     if brand in HEIC:
         try:
             import pillow_heif
         except ImportError:
             raise BadImage("a HEIC image: `pip install pillow-heif` reads it") from None
         pillow_heif.register_heif_opener()
-        return Image.open(file, formats=("HEIF",))
-    return Image.open(file, formats=FORMATS)
+        formats = ("HEIF",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(io.BytesIO(data), formats=formats)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

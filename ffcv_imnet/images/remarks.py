@@ -53,10 +53,10 @@ def oddities(source: ImageSource) -> list[str]:
             f"there is one class only, {shown(source.classes[0])}, and nothing to tell it from: the classes"
             " may lie one level deeper"
         )
-    return found
+    return [*found, *_dark(source)]
 
 
-def dark(source: ImageSource) -> list[str]:
+def _dark(source: ImageSource) -> list[str]:
     """A sentence where 16-bit grayscale uses a sixteenth of its range, as cameras of 12 bits do; else none."""
     deep = [i for i in range(len(source)) if source.name(i).lower().endswith(DEEP)]
     found = []
@@ -84,5 +84,5 @@ def class_folders(source: ImageSource) -> list[Path]:
 
 def check_oddities(source: ImageSource) -> None:
     """Raises UsageError with all oddities, if there are any."""
-    if found := [*oddities(source), *dark(source)]:
+    if found := oddities(source):
         raise UsageError(f"{'; '.join(found)}; mend that, or go on all the same with {ALLOW}")

@@ -298,9 +298,8 @@ def library_versions() -> dict[str, str]:
     if torch.version.cuda is None:
         return {}
     found = {"CUDA": torch.version.cuda}
-    with suppress(
-        RuntimeError
-    ):  # it refuses a card older than cuDNN's oldest, of which `choose` says more
+    # It refuses a card older than cuDNN's oldest, of which `choose` says more.
+    with suppress(RuntimeError):
         if cudnn := torch.backends.cudnn.version():
             major, rest = divmod(cudnn, 10_000)
             found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"

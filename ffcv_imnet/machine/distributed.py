@@ -189,8 +189,6 @@ def together(world: World, timeout_seconds: float, doing: str) -> Iterator[None]
         # gloo has no exception of its own; its messages begin with its file's name.
         if world.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        if "out of memory" in str(error):  # NCCL's own, of which `failures.explained` knows more
-            raise
         raise RunError(
             f"process {world.rank} lost the others {doing}: one of them died, or was "
             f"silent for distributed.timeout_seconds {timeout_seconds:g} ({reason_of(error)})"

@@ -8,14 +8,13 @@ which works can reach (`training.stop_at` of rn_configs/demo.yaml). Each time tr
 import datetime
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from ffcv_imnet.core.errors import RunError
 from ffcv_imnet.core.log import read_log
 from ffcv_imnet.core.paths import path_of
-from ffcv_imnet.core.signals import exit_when_asked
+from ffcv_imnet.core.signals import exit_when_asked, run_child
 from ffcv_imnet.images.synthetic import CLASSES, write_tree
 from ffcv_imnet.tools import ToolParser
 
@@ -30,19 +29,7 @@ def run(*command: str | Path) -> None:
     words = [str(word) for word in command]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     there = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen(
-        [sys.executable, *words], env=os.environ | {"PYTHONPATH": there}
-    ) as process:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # Ctrl-C reached it too: it ends in its own, orderly way
-            raise
-        except SystemExit:  # a signal that reached only us
-            process.terminate()
-            process.wait()
-            raise
-    if status:
+    if status := run_child([sys.executable, *words], os.environ | {"PYTHONPATH": there}):
         raise RunError(f"{words[0]} ended with status {status}; its own message stands above")
 
 

@@ -28,7 +28,7 @@ from ffcv_imnet.core.names import shown as shown_name
 from ffcv_imnet.core.paths import check_output, path_of, refuse_inputs
 from ffcv_imnet.evaluate.weights import add_options, class_names, load_from, parse_preprocess
 from ffcv_imnet.images import LARGEST_FILE, Pixels
-from ffcv_imnet.images.folder import EXTENSIONS
+from ffcv_imnet.images.flat import walk
 from ffcv_imnet.images.imagenet import readable
 from ffcv_imnet.images.pixels import BadImage, decode_rgb
 from ffcv_imnet.images.preprocess import resize_and_crop
@@ -108,12 +108,9 @@ def images_of(path: Path) -> list[Path]:
     """`path`, or the images in it and its folders, if it is one. Raises UsageError where it has none."""
     if not path.is_dir():
         return [path]
-    found = [
-        p for p in path.rglob("*") if os.fsencode(p.suffix.lower()) in EXTENSIONS and p.is_file()
-    ]
-    if not found:
+    if not (found := walk(path)[0]):
         raise UsageError(f"{path}: a folder without images")
-    return sorted(found)
+    return [path / os.fsdecode(name) for name in found]
 
 
 def refuse_other_table(path: Path) -> None:

@@ -16,7 +16,6 @@ once, give each its own --out.
 
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from ffcv_imnet.core.atomic import atomic_write
 from ffcv_imnet.core.errors import RunError, UsageError
 from ffcv_imnet.core.log import Log, read_log
 from ffcv_imnet.core.paths import path_of
-from ffcv_imnet.core.signals import exit_when_asked
+from ffcv_imnet.core.signals import exit_when_asked, run_child
 from ffcv_imnet.report.statistics import Spread, score, spread
 from ffcv_imnet.tools import ToolParser
 
@@ -124,17 +123,7 @@ def train(run: Run) -> None:
     """Make one run, or the rest of it. Raises RunError if it fails; Ctrl-C stops it first."""
     command = [sys.executable, str(SCRIPT), *run.options, "--resume", "auto"]
     print(f"\n$ {shlex.join(command[1:])}", flush=True)
-    with subprocess.Popen(command) as process:
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # it got the signal too, and says what it keeps
-            raise
-        except SystemExit:  # a signal that reached only us
-            process.terminate()
-            process.wait()
-            raise
-    if status:
+    if status := run_child(command):
         raise RunError(
             f"{run.folder}: training ended with status {status}; mend it and start the sweep again: "
             f"finished runs are kept"

@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -362,9 +361,7 @@ def look_at_one(part: ImageSource, index: int) -> Look | None:
     try:
         data = part.read(index)[0]
         decode_rgb(data) if isinstance(data, bytes) else data
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = open_image(bytes(data))
+        image = open_image(bytes(data))
     except (BadImage, OSError) as error:
         return Look(name, "BAD", f"does not decode: {' '.join(str(error).split())}")
     if is_partly_lost(bytes(data)):

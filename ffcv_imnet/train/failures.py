@@ -32,15 +32,17 @@ def explained(
             silent for `distributed.timeout_seconds`.
     """
     doing = f"in epoch {plan.epoch} (--resume auto goes on from the last checkpoint)"
-    try:
-        with together(world, timeout_seconds, doing):
+    with together(world, timeout_seconds, doing):
+        try:
             yield
-    except RuntimeError as error:
-        full = isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in FULL)
-        if not full:
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold the batch and its activations
-        raise RunError(_out_of_memory(learner, plan, world, val_batch)) from None
+        except (
+            RuntimeError
+        ) as error:  # before `together`, for which NCCL's own is a process that was lost
+            full = isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in FULL)
+            if not full:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the batch and its activations
+            raise RunError(_out_of_memory(learner, plan, world, val_batch)) from None
 
 
 def _out_of_memory(learner: Learner, plan: EpochPlan, world: World, val_batch: int) -> str:
